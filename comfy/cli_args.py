@@ -1,0 +1,275 @@
+"""Command line flags: one mutable namespace, `args`, holding defaults until `parse_command_line` fills it in.
+
+Flag names, types and defaults are ComfyUI's; the last group is ours. Custom nodes read and write `args` at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.options
+
+
+class EnumAction(argparse.Action):
+    """Converts each value to a member of the enum given as `type`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kind = kwargs.pop("type", None)
+        if kind is None or not issubclass(kind, enum.Enum):
+            raise ValueError("EnumAction needs an Enum as type")
+        kwargs.setdefault("choices", tuple(member.value for member in kind))
+        kwargs.setdefault("metavar", "{" + ",".join(kwargs["choices"]) + "}")
+        super().__init__(**kwargs)
+        self._kind = kind
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        value = [self._kind(v) for v in values] if isinstance(values, list) else self._kind(values)
+        setattr(namespace, self.dest, value)
+
+
+class LatentPreviewMethod(enum.Enum):
+    """How latents are turned into preview pictures while sampling."""
+
+    NoPreviews = "none"
+    Auto = "auto"
+    Latent2RGB = "latent2rgb"
+    TAESD = "taesd"
+
+
+class PerformanceFeature(enum.Enum):
+    """Optimisations of `--fast` that trade exactness for speed."""
+
+    Fp16Accumulation = "fp16_accumulation"
+    Fp8MatrixMultiplication = "fp8_matrix_mult"
+    CublasOps = "cublas_ops"
+    AutoTune = "autotune"
+
+
+def existing_directory(text: str) -> str:
+    """An absolute path of an existing directory, for argparse."""
+    path = os.path.abspath(text)
+    if not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{text} is not a directory")
+    return path
+
+
+def device_list(text: str) -> tuple[int, ...]:
+    """`3,4,5` -> (3, 4, 5)."""
+    try:
+        devices = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        devices = ()
+    if not devices or min(devices) < 0 or len(set(devices)) != len(devices):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of GPU numbers; write for example 3,4,5")
+    return devices
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return value
+
+
+FRONT_END_DEFAULT = "comfyanonymous/ComfyUI@latest"
+
+# (flags, keywords) by topic; a topic whose name begins with "one:" lists flags that exclude each other.
+_FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "network": [
+        ("--listen", {"nargs": "?", "const": "0.0.0.0,::", "default": "127.0.0.1", "metavar": "IP",
+                      "help": "addresses to listen on, separated by commas; without a value: everywhere"}),
+        ("--port", {"type": int, "default": 8188, "help": "port of the web server"}),
+        ("--tls-keyfile", {"help": "TLS key file; with --tls-certfile the server speaks https"}),
+        ("--tls-certfile", {"help": "TLS certificate file"}),
+        ("--enable-cors-header", {"nargs": "?", "const": "*", "metavar": "ORIGIN",
+                                  "help": "allow requests from ORIGIN (all without a value)"}),
+        ("--max-upload-size", {"type": float, "default": 100, "help": "largest upload in MiB"}),
+        ("--enable-compress-response-body", {"action": "store_true", "help": "gzip JSON and text answers"}),
+        ("--auto-launch", {"action": "store_true", "help": "open the page in a browser after start"}),
+        ("--disable-auto-launch", {"action": "store_true", "help": "do not open a browser"}),
+        ("--comfy-api-base", {"default": "https://api.comfy.org", "help": "base URL of API nodes"}),
+        ("--dont-print-server", {"action": "store_true", "help": "do not print server output"}),
+    ],
+    "folders": [
+        ("--base-directory", {"help": "folder that holds models, custom_nodes, input, output, temp and user"}),
+        ("--extra-model-paths-config", {"nargs": "+", "action": "append", "metavar": "PATH",
+                                        "help": "YAML files with further model folders"}),
+        ("--output-directory", {"help": "folder for results"}),
+        ("--temp-directory", {"help": "folder for temporary files"}),
+        ("--input-directory", {"help": "folder for input pictures"}),
+        ("--user-directory", {"type": existing_directory, "help": "folder for settings and workflows"}),
+        ("--database-url", {"default": None, "help": "database; default: sqlite in the user folder"}),
+    ],
+    "front end": [
+        ("--front-end-version", {"default": FRONT_END_DEFAULT, "help": "the installed package is always used"}),
+        ("--front-end-root", {"type": existing_directory, "help": "serve the page from this folder"}),
+        ("--multi-user", {"action": "store_true", "help": "keep settings per user"}),
+        ("--preview-method", {"type": LatentPreviewMethod, "action": EnumAction,
+                              "default": LatentPreviewMethod.NoPreviews, "help": "previews while sampling"}),
+        ("--preview-size", {"type": int, "default": 512, "help": "largest side of previews in pixels"}),
+    ],
+    "devices": [
+        ("--cuda-device", {"type": int, "metavar": "N", "help": "use only GPU N"}),
+        ("--default-device", {"type": int, "metavar": "N", "help": "make GPU N the first one"}),
+        ("--directml", {"type": int, "nargs": "?", "const": -1, "metavar": "N", "help": "use DirectML"}),
+        ("--oneapi-device-selector", {"help": "value for ONEAPI_DEVICE_SELECTOR"}),
+        ("--disable-ipex-optimize", {"action": "store_true", "help": "no ipex.optimize on Intel GPUs"}),
+    ],
+    "one:allocator": [
+        ("--cuda-malloc", {"action": "store_true", "help": "use cudaMallocAsync"}),
+        ("--disable-cuda-malloc", {"action": "store_true", "help": "do not use cudaMallocAsync"}),
+    ],
+    "one:precision": [
+        ("--force-fp32", {"action": "store_true", "help": "compute in fp32"}),
+        ("--force-fp16", {"action": "store_true", "help": "compute in fp16"}),
+    ],
+    "one:precision of the diffusion model": [
+        ("--fp32-unet", {"action": "store_true"}),
+        ("--fp64-unet", {"action": "store_true"}),
+        ("--bf16-unet", {"action": "store_true"}),
+        ("--fp16-unet", {"action": "store_true"}),
+        ("--fp8_e4m3fn-unet", {"action": "store_true"}),
+        ("--fp8_e5m2-unet", {"action": "store_true"}),
+        ("--fp8_e8m0fnu-unet", {"action": "store_true"}),
+    ],
+    "one:precision of the VAE": [
+        ("--fp16-vae", {"action": "store_true"}),
+        ("--fp32-vae", {"action": "store_true"}),
+        ("--bf16-vae", {"action": "store_true"}),
+    ],
+    "VAE": [("--cpu-vae", {"action": "store_true", "help": "run the VAE on the CPU"})],
+    "one:precision of text encoders": [
+        ("--fp8_e4m3fn-text-enc", {"action": "store_true"}),
+        ("--fp8_e5m2-text-enc", {"action": "store_true"}),
+        ("--fp16-text-enc", {"action": "store_true"}),
+        ("--fp32-text-enc", {"action": "store_true"}),
+        ("--bf16-text-enc", {"action": "store_true"}),
+    ],
+    "one:caching of node results": [
+        ("--cache-classic", {"action": "store_true", "help": "keep the results of the last prompt (default)"}),
+        ("--cache-lru", {"type": int, "default": 0, "metavar": "N", "help": "keep N results across prompts"}),
+        ("--cache-none", {"action": "store_true", "help": "keep nothing, save memory"}),
+    ],
+    "one:attention": [
+        ("--use-split-cross-attention", {"action": "store_true"}),
+        ("--use-quad-cross-attention", {"action": "store_true"}),
+        ("--use-pytorch-cross-attention", {"action": "store_true", "help": "torch's attention (default)"}),
+        ("--use-sage-attention", {"action": "store_true", "help": "SageAttention, if installed"}),
+        ("--use-flash-attention", {"action": "store_true", "help": "flash-attn, if installed"}),
+    ],
+    "one:upcast": [
+        ("--force-upcast-attention", {"action": "store_true", "help": "attention in fp32"}),
+        ("--dont-upcast-attention", {"action": "store_true", "help": "never upcast attention"}),
+    ],
+    "one:memory": [
+        ("--gpu-only", {"action": "store_true", "help": "keep everything on the GPU"}),
+        ("--highvram", {"action": "store_true", "help": "keep models on the GPU after use"}),
+        ("--normalvram", {"action": "store_true", "help": "ordinary memory management"}),
+        ("--lowvram", {"action": "store_true", "help": "split models to save GPU memory"}),
+        ("--novram", {"action": "store_true", "help": "when lowvram is not enough"}),
+        ("--cpu", {"action": "store_true", "help": "compute on the CPU"}),
+    ],
+    "memory and speed": [
+        ("--reserve-vram", {"type": float, "metavar": "GIB", "help": "GPU memory to leave free"}),
+        ("--async-offload", {"action": "store_true", "help": "overlap weight transfers with computation"}),
+        ("--force-non-blocking", {"action": "store_true", "help": "non-blocking copies everywhere"}),
+        ("--disable-smart-memory", {"action": "store_true", "help": "unload models to RAM after each use"}),
+        ("--deterministic", {"action": "store_true", "help": "slower deterministic algorithms"}),
+        ("--fast", {"nargs": "*", "type": PerformanceFeature, "action": EnumAction, "default": None,
+                    "help": "optimisations that change results a little; without a value: all"}),
+        ("--force-channels-last", {"action": "store_true", "help": "channels-last memory format"}),
+        ("--supports-fp8-compute", {"action": "store_true", "help": "act as if the GPU computes in fp8"}),
+        ("--disable-xformers", {"action": "store_true", "help": "do not use xformers"}),
+        ("--mmap-torch-files", {"action": "store_true", "help": "memory-map .ckpt and .pt files"}),
+        ("--disable-mmap", {"action": "store_true", "help": "read safetensors into memory"}),
+    ],
+    "custom nodes": [
+        ("--disable-all-custom-nodes", {"action": "store_true", "help": "load no custom nodes"}),
+        ("--whitelist-custom-nodes", {"nargs": "+", "default": [], "help": "packs to load all the same"}),
+        ("--disable-api-nodes", {"action": "store_true", "help": "load no nodes that call paid services"}),
+    ],
+    "others": [
+        ("--default-hashing-function", {"choices": ["md5", "sha1", "sha256", "sha512"], "default": "sha256",
+                                        "help": "hash for comparing uploaded files"}),
+        ("--disable-metadata", {"action": "store_true", "help": "do not write the workflow into files"}),
+        ("--quick-test-for-ci", {"action": "store_true", "help": "load the nodes and stop"}),
+        ("--windows-standalone-build", {"action": "store_true", "help": "conveniences of the portable build"}),
+        ("--verbose", {"nargs": "?", "const": "DEBUG", "default": "INFO",
+                       "choices": ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], "help": "log level"}),
+        ("--log-stdout", {"action": "store_true", "help": "log to stdout instead of stderr"}),
+    ],
+    "TACO-DiT": [
+        ("--gpus", {"type": device_list, "metavar": "3,4,5", "help": "GPUs to use; one rank each"}),
+        ("--taco-ranks", {"type": positive, "metavar": "N",
+                          "help": "number of ranks; default: one per visible GPU, one on the CPU"}),
+        ("--taco-config", {"metavar": "FILE", "help": "configuration; default: taco_dit_config.yaml"}),
+        ("--disable-taco-dit", {"action": "store_true", "help": "one rank, no parallelism"}),
+    ],
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the closest flag when one is unknown."""
+
+    def error(self, message: str) -> Any:
+        import difflib
+        import re
+
+        known = [flag for flags in _FLAGS.values() for flag, _ in flags]
+        unknown = re.findall(r"--[\w-]+", message.split("unrecognized arguments:")[-1])
+        hints = [m for flag in unknown for m in difflib.get_close_matches(flag, known, n=1)]
+        if "unrecognized" in message and hints:
+            message += f"; did you mean {', '.join(hints)}?"
+        self.exit(2, f"{self.prog}: {message}\nAll flags: {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all flags."""
+    parser = Parser(prog="main.py", description="ComfyUI whose core uses all your GPUs for one picture.",
+                    allow_abbrev=False)  # fmt: skip
+    for topic, flags in _FLAGS.items():
+        exclusive = topic.startswith("one:")
+        group: Any = parser.add_argument_group(topic.removeprefix("one:"))
+        group = group.add_mutually_exclusive_group() if exclusive else group
+        for flag, keywords in flags:
+            group.add_argument(flag, **keywords)
+    return parser
+
+
+def _finish(namespace: argparse.Namespace) -> argparse.Namespace:
+    """Settings that follow from others."""
+    if namespace.windows_standalone_build:
+        namespace.auto_launch = True
+    if namespace.disable_auto_launch:
+        namespace.auto_launch = False
+    if namespace.force_fp16:
+        namespace.fp16_unet = True
+    if namespace.fast is None:
+        namespace.fast = set()
+    elif not namespace.fast:
+        namespace.fast = set(PerformanceFeature)
+    else:
+        namespace.fast = set(namespace.fast)
+    return namespace
+
+
+def parse_command_line(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line into `args` (the same object, so that everyone who imported it sees the values).
+
+    Exits with status 2 and one line on stderr when a flag is unknown or a value is not allowed.
+    """
+    vars(args).update(vars(_finish(build_parser().parse_args(argv))))
+    return args
+
+
+args = _finish(build_parser().parse_args([]))
+if comfy.options.args_parsing:
+    parse_command_line()
