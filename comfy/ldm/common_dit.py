@@ -1,0 +1,28 @@
+"""Small pieces shared by diffusion transformers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import comfy.ops
+
+
+def pad_to_patch_size(
+    img: torch.Tensor, patch_size: tuple[int, ...] = (2, 2), padding_mode: str = "circular"
+) -> torch.Tensor:
+    """Pad the trailing axes of [B, C, *sizes] up to multiples of `patch_size`, by default by wrapping around."""
+    missing = [-size % patch for size, patch in zip(img.shape[2:], patch_size)]
+    if not any(missing):
+        return img
+    if padding_mode == "circular" and (torch.jit.is_tracing() or torch.jit.is_scripting()):
+        padding_mode = "reflect"
+    amounts = [amount for size in reversed(missing) for amount in (0, size)]
+    return F.pad(img, tuple(amounts), mode=padding_mode)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = 1e-6) -> torch.Tensor:
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), in x's dtype."""
+    if weight is None:
+        return F.rms_norm(x, (x.shape[-1],), eps=eps)
+    return F.rms_norm(x, weight.shape, weight=comfy.ops.cast_to(weight, dtype=x.dtype, device=x.device), eps=eps)

@@ -1,0 +1,320 @@
+"""Layers of Flux: embeddings, modulation, double and single stream blocks (Black Forest Labs, 2024).
+
+Shapes: B pictures, L tokens, C hidden size, H heads, D head size. Blocks are written for any set of tokens; joint
+attention is the only place where tokens meet.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import comfy.ldm.common_dit
+import comfy.ops
+from comfy.ldm import dit
+
+from .math import attention, rope
+
+__all__ = [
+    "DoubleStreamBlock", "EmbedND", "LastLayer", "MLPEmbedder", "Modulation", "ModulationOut", "QKNorm", "RMSNorm",
+    "SelfAttention", "SingleStreamBlock", "apply_mod", "attention", "timestep_embedding",
+]  # fmt: skip
+
+_OUR_ATTENTION = attention
+
+
+class EmbedND(nn.Module):
+    """Rotary table from position ids with one column per axis."""
+
+    def __init__(self, dim: int, theta: int, axes_dim: list[int]) -> None:
+        super().__init__()
+        self.dim = dim
+        self.theta = theta
+        self.axes_dim = axes_dim
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [B, L, axes] -> [B, 1, L, D/2, 2, 2] fp32."""
+        tables = [rope(ids[..., axis], size, self.theta) for axis, size in enumerate(self.axes_dim)]
+        return torch.cat(tables, dim=-3).unsqueeze(1)
+
+
+def timestep_embedding(
+    t: torch.Tensor, dim: int, max_period: float = 10000, time_factor: float = 1000.0
+) -> torch.Tensor:
+    """Sinusoidal features of times t [B] -> [B, dim], cosines first (Vaswani et al. 2017, section 3.5)."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(steps * (-math.log(max_period) / half))
+    phases = (t * time_factor).float().unsqueeze(-1) * frequencies
+    features = torch.cat((phases.cos(), phases.sin()), dim=-1)
+    if dim % 2:
+        features = nn.functional.pad(features, (0, 1))
+    return features.to(t) if t.is_floating_point() else features
+
+
+class MLPEmbedder(nn.Module):
+    """Two linears with SiLU between: [B, in_dim] -> [B, hidden_dim]."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, dtype=None, device=None, operations=comfy.ops.manual_cast) -> None:
+        super().__init__()
+        self.in_layer = operations.Linear(in_dim, hidden_dim, bias=True, dtype=dtype, device=device)
+        self.silu = nn.SiLU()
+        self.out_layer = operations.Linear(hidden_dim, hidden_dim, bias=True, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out_layer(self.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with the weight named `scale`."""
+
+    def __init__(self, dim: int, dtype=None, device=None, operations=None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(dim, dtype=dtype, device=device), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return comfy.ldm.common_dit.rms_norm(x, self.scale, 1e-6)
+
+
+class QKNorm(nn.Module):
+    """Norms of queries and keys over the head size."""
+
+    def __init__(self, dim: int, dtype=None, device=None, operations=None) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(dim, dtype=dtype, device=device, operations=operations)
+        self.key_norm = RMSNorm(dim, dtype=dtype, device=device, operations=operations)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[.., D] each -> normalised q and k in v's dtype."""
+        return self.query_norm(q).to(v), self.key_norm(k).to(v)
+
+
+class SelfAttention(nn.Module):
+    """The weights of one stream's attention: `qkv`, `norm`, `proj`."""
+
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, proj_bias: bool = True, dtype=None,
+                 device=None, operations=comfy.ops.manual_cast) -> None:  # fmt: skip
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = operations.Linear(dim, dim * 3, bias=qkv_bias, dtype=dtype, device=device)
+        self.norm = QKNorm(dim // num_heads, dtype=dtype, device=device, operations=operations)
+        self.proj = operations.Linear(dim, dim, bias=proj_bias, dtype=dtype, device=device)
+
+
+@dataclass
+class ModulationOut:
+    """Shift, scale and gate of one sub-block, [B, 1, C] each."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    gate: torch.Tensor
+
+
+class Modulation(nn.Module):
+    """adaLN parameters from the conditioning vector (Peebles & Xie 2022)."""
+
+    def __init__(self, dim: int, double: bool, bias: bool = True, dtype=None, device=None,
+                 operations=comfy.ops.manual_cast) -> None:  # fmt: skip
+        super().__init__()
+        self.is_double = double
+        self.multiplier = 6 if double else 3
+        self.lin = operations.Linear(dim, self.multiplier * dim, bias=bias, dtype=dtype, device=device)
+
+    def forward(self, vec: torch.Tensor) -> tuple[ModulationOut, ModulationOut | None]:
+        """vec [B, C] or [B, n, C] -> one or two `ModulationOut`."""
+        if vec.ndim == 2:
+            vec = vec.unsqueeze(1)
+        parts = self.lin(nn.functional.silu(vec)).chunk(self.multiplier, dim=-1)
+        return ModulationOut(*parts[:3]), ModulationOut(*parts[3:]) if self.is_double else None
+
+
+def apply_mod(
+    tensor: torch.Tensor,
+    m_mult: torch.Tensor,
+    m_add: torch.Tensor | None = None,
+    modulation_dims: list[tuple[int, int | None, int]] | None = None,
+) -> torch.Tensor:
+    """tensor * m_mult + m_add; `modulation_dims` lists (start, stop, row of m) for token ranges."""
+    if modulation_dims is None:
+        return tensor * m_mult if m_add is None else torch.addcmul(m_add, tensor, m_mult)
+    out = tensor.clone()
+    for start, stop, row in modulation_dims:
+        out[:, start:stop] *= m_mult[:, row : row + 1]
+        if m_add is not None:
+            out[:, start:stop] += m_add[:, row : row + 1]
+    return out
+
+
+def _heads_first(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[B, L, 3*H*D] -> q, k, v as [B, H, L, D] views."""
+    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _meet(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pe: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    options: dict[str, Any] | None,
+) -> torch.Tensor:
+    """This module's `attention`, which custom nodes replace; a replacement sees all tokens of its heads in order."""
+    plan = dit.active_plan()
+    if attention is _OUR_ATTENTION or plan is None or not plan.sharded:
+        return attention(q, k, v, pe=pe, mask=mask, **({"transformer_options": options} if options else {}))
+    whole_pe = None if pe is None else plan.gather_in_order(pe, 2)
+
+    def replaced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = attention(q, k, v, pe=whole_pe, mask=mask)
+        return out.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+
+    out, _ = plan.attend(q, k, v, replaced, layout=plan.layout, in_order=True)
+    return out.transpose(1, 2).flatten(2)
+
+
+class DoubleStreamBlock(nn.Module):
+    """Picture and text tokens with weights of their own, attending to each other."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False,
+                 flipped_img_txt: bool = False, dtype=None, device=None,
+                 operations=comfy.ops.manual_cast) -> None:  # fmt: skip
+        super().__init__()
+        mlp_hidden_dim = int(hidden_size * mlp_ratio)
+        self.num_heads = num_heads
+        self.hidden_size = hidden_size
+        self.flipped_img_txt = flipped_img_txt
+        place = {"dtype": dtype, "device": device}
+
+        def mlp() -> nn.Sequential:
+            return nn.Sequential(
+                operations.Linear(hidden_size, mlp_hidden_dim, bias=True, **place),
+                nn.GELU(approximate="tanh"),
+                operations.Linear(mlp_hidden_dim, hidden_size, bias=True, **place),
+            )
+
+        for stream in ("img", "txt"):
+            norms = [operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **place) for _ in range(2)]
+            setattr(self, f"{stream}_mod", Modulation(hidden_size, double=True, operations=operations, **place))
+            setattr(self, f"{stream}_norm1", norms[0])
+            attn = SelfAttention(hidden_size, num_heads=num_heads, qkv_bias=qkv_bias, operations=operations, **place)
+            setattr(self, f"{stream}_attn", attn)
+            setattr(self, f"{stream}_norm2", norms[1])
+            setattr(self, f"{stream}_mlp", mlp())
+
+    def _into_attention(self, stream: str, x: torch.Tensor, mod: ModulationOut, dims: Any) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of one stream: x [B, L, C] -> three [B, H, L, D]."""
+        attn = getattr(self, f"{stream}_attn")
+        normed = apply_mod(getattr(self, f"{stream}_norm1")(x), 1 + mod.scale, mod.shift, dims)
+        q, k, v = _heads_first(attn.qkv(normed), self.num_heads)
+        return (*attn.norm(q, k, v), v)
+
+    def _after_attention(self, stream: str, x: torch.Tensor, out: torch.Tensor, mods: Any, dims: Any) -> torch.Tensor:
+        """Add the attention's output [B, L, C] and the MLP's to x [B, L, C]."""
+        first, second = mods
+        x = x + apply_mod(getattr(self, f"{stream}_attn").proj(out), first.gate, None, dims)
+        normed = apply_mod(getattr(self, f"{stream}_norm2")(x), 1 + second.scale, second.shift, dims)
+        return x + apply_mod(getattr(self, f"{stream}_mlp")(normed), second.gate, None, dims)
+
+    @dit.shards_own_tokens("txt", "img")
+    def _forward(self, txt, img, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options):
+        img_mods, txt_mods = self.img_mod(vec), self.txt_mod(vec)
+        image = self._into_attention("img", img, img_mods[0], modulation_dims_img)
+        text = self._into_attention("txt", txt, txt_mods[0], modulation_dims_txt)
+        order = (image, text) if self.flipped_img_txt else (text, image)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*order))
+        out = _meet(q, k, v, pe, attn_mask, transformer_options)
+        split = img.shape[1] if self.flipped_img_txt else txt.shape[1]
+        head, tail = out[:, :split], out[:, split:]
+        img_out, txt_out = (head, tail) if self.flipped_img_txt else (tail, head)
+        img = self._after_attention("img", img, img_out, img_mods, modulation_dims_img)
+        txt = self._after_attention("txt", txt, txt_out, txt_mods, modulation_dims_txt)
+        if txt.dtype == torch.float16:
+            txt = torch.nan_to_num(txt, nan=0.0, posinf=65504, neginf=-65504)
+        return txt, img
+
+    def forward(
+        self,
+        img: torch.Tensor,
+        txt: torch.Tensor,
+        vec: torch.Tensor,
+        pe: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        modulation_dims_img: Any = None,
+        modulation_dims_txt: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """img [B, L_img, C], txt [B, L_txt, C], vec [B, C], pe [B or 1, 1, L_txt + L_img, D/2, 2, 2] -> img, txt."""
+        txt, img = self._forward(
+            txt, img, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options
+        )
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """All tokens with the same weights; attention and MLP side by side in one pair of linears."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, qk_scale: float | None = None,
+                 dtype=None, device=None, operations=comfy.ops.manual_cast) -> None:  # fmt: skip
+        super().__init__()
+        self.hidden_dim = hidden_size
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.scale = qk_scale or (hidden_size // num_heads) ** -0.5
+        self.mlp_hidden_dim = int(hidden_size * mlp_ratio)
+        place = {"dtype": dtype, "device": device}
+        self.linear1 = operations.Linear(hidden_size, hidden_size * 3 + self.mlp_hidden_dim, **place)
+        self.linear2 = operations.Linear(hidden_size + self.mlp_hidden_dim, hidden_size, **place)
+        self.norm = QKNorm(hidden_size // num_heads, operations=operations, **place)
+        self.pre_norm = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **place)
+        self.mlp_act = nn.GELU(approximate="tanh")
+        self.modulation = Modulation(hidden_size, double=False, operations=operations, **place)
+
+    @dit.shards_own_tokens("x")
+    def _forward(self, x, vec, pe, attn_mask, modulation_dims, transformer_options):
+        mod, _ = self.modulation(vec)
+        normed = apply_mod(self.pre_norm(x), 1 + mod.scale, mod.shift, modulation_dims)
+        qkv, mlp = self.linear1(normed).split([3 * self.hidden_size, self.mlp_hidden_dim], dim=-1)
+        q, k, v = _heads_first(qkv, self.num_heads)
+        q, k = self.norm(q, k, v)
+        out = _meet(q, k, v, pe, attn_mask, transformer_options)
+        merged = self.linear2(torch.cat((out, self.mlp_act(mlp)), dim=-1))
+        x = x + apply_mod(merged, mod.gate, None, modulation_dims)
+        if x.dtype == torch.float16:
+            x = torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504)
+        return x
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        vec: torch.Tensor,
+        pe: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        modulation_dims: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """x [B, L, C] (text first), vec [B, C], pe [B or 1, 1, L, D/2, 2, 2] -> [B, L, C]."""
+        return self._forward(x, vec, pe, attn_mask, modulation_dims, transformer_options)
+
+
+class LastLayer(nn.Module):
+    """Tokens to patches: [B, L, C] -> [B, L, patch_size^2 * out_channels]."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, dtype=None, device=None,
+                 operations=comfy.ops.manual_cast) -> None:  # fmt: skip
+        super().__init__()
+        place = {"dtype": dtype, "device": device}
+        self.norm_final = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **place)
+        self.linear = operations.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True, **place)
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), operations.Linear(hidden_size, 2 * hidden_size, bias=True, **place)
+        )
+
+    def forward(self, x: torch.Tensor, vec: torch.Tensor, modulation_dims: Any = None) -> torch.Tensor:
+        if vec.ndim == 2:
+            vec = vec.unsqueeze(1)
+        shift, scale = self.adaLN_modulation(vec).chunk(2, dim=-1)
+        return self.linear(apply_mod(self.norm_final(x), 1 + scale, shift, modulation_dims))

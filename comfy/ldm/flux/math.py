@@ -1,0 +1,62 @@
+"""Rotary positions and attention of Flux (Su et al. 2021, RoFormer; Black Forest Labs' model card)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import comfy.ldm.modules.attention
+
+
+def rope(pos: torch.Tensor, dim: int, theta: int) -> torch.Tensor:
+    """Rotation matrices of positions: pos [..., L] -> [..., L, dim/2, 2, 2] in fp32 (RoFormer, eq. 15).
+
+    Raises ValueError when `dim` is odd.
+    """
+    if dim % 2:
+        raise ValueError(f"rotary axes need an even size, got {dim}")
+    exponent = torch.linspace(0, (dim - 2) / dim, steps=dim // 2, dtype=torch.float64, device=pos.device)
+    angle = pos.to(torch.float64).unsqueeze(-1) * (1.0 / theta**exponent)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2).to(torch.float32)
+
+
+def apply_rope1(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring pairs of the last axis: x [B, H, L, D], freqs_cis [B or 1, 1, L, D/2, 2, 2]."""
+    pairs = x.to(freqs_cis.dtype).unflatten(-1, (-1, 2))
+    even, odd = pairs[..., 0], pairs[..., 1]
+    table = freqs_cis
+    return (
+        torch.stack(
+            [
+                table[..., 0, 0] * even + table[..., 0, 1] * odd,
+                table[..., 1, 0] * even + table[..., 1, 1] * odd,
+            ],
+            dim=-1,
+        )
+        .flatten(-2)
+        .to(x.dtype)
+    )
+
+
+def apply_rope(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`apply_rope1` for queries and keys."""
+    return apply_rope1(xq, freqs_cis), apply_rope1(xk, freqs_cis)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pe: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+    transformer_options: dict[str, Any] | None = None,
+    beside: Any = None,
+) -> Any:
+    """Rotate q and k [B, H, L, D] by `pe` [B or 1, 1, L, D/2, 2, 2] and attend: [B, L, H*D]."""
+    if pe is not None:
+        q, k = apply_rope(q, k, pe)
+    return comfy.ldm.modules.attention.attention(
+        q, k, v, q.shape[1], mask, transformer_options=transformer_options, beside=beside
+    )

@@ -1,0 +1,372 @@
+"""Flux: `embed -> blocks -> head` over picture and text tokens (Black Forest Labs, 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+import comfy.ldm.common_dit
+import comfy.ops
+import comfy.patcher_extension
+from comfy.ldm import dit
+
+from .keys import diffusers_key_map
+from .layers import DoubleStreamBlock, EmbedND, LastLayer, MLPEmbedder, SingleStreamBlock, timestep_embedding
+
+
+@dataclass
+class FluxParams:
+    """Sizes of a Flux network, under ComfyUI's configuration names."""
+
+    in_channels: int
+    out_channels: int
+    vec_in_dim: int
+    context_in_dim: int
+    hidden_size: int
+    mlp_ratio: float
+    num_heads: int
+    depth: int
+    depth_single_blocks: int
+    axes_dim: list[int]
+    theta: int
+    patch_size: int
+    qkv_bias: bool
+    guidance_embed: bool
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+        head_size = self.hidden_size // self.num_heads
+        if sum(self.axes_dim) != head_size:
+            raise ValueError(f"axes_dim {self.axes_dim} must add up to the head size {head_size}")
+
+
+class Flux(nn.Module):
+    """The diffusion transformer of FLUX.1 (dev, schnell, Fill, Kontext) and its relatives."""
+
+    def __init__(self, image_model=None, final_layer=True, dtype=None, device=None, operations=None, **kwargs):
+        super().__init__()
+        known = {f.name for f in fields(FluxParams)}
+        params = FluxParams(**{name: value for name, value in kwargs.items() if name in known})
+        operations = operations or comfy.ops.disable_weight_init
+        place = {"dtype": dtype, "device": device, "operations": operations}
+        self.dtype = dtype
+        self.params = params
+        self.patch_size = params.patch_size
+        self.in_channels = params.in_channels * params.patch_size**2
+        self.out_channels = params.out_channels
+        self.hidden_size = params.hidden_size
+        self.num_heads = params.num_heads
+        self.pe_embedder = EmbedND(params.hidden_size // params.num_heads, params.theta, params.axes_dim)
+        self.img_in = operations.Linear(self.in_channels, self.hidden_size, bias=True, dtype=dtype, device=device)
+        self.time_in = MLPEmbedder(256, self.hidden_size, **place)
+        self.vector_in = MLPEmbedder(params.vec_in_dim, self.hidden_size, **place)
+        self.guidance_in = MLPEmbedder(256, self.hidden_size, **place) if params.guidance_embed else nn.Identity()
+        self.txt_in = operations.Linear(params.context_in_dim, self.hidden_size, dtype=dtype, device=device)
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(
+                self.hidden_size, self.num_heads, mlp_ratio=params.mlp_ratio, qkv_bias=params.qkv_bias, **place
+            )
+            for _ in range(params.depth)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(self.hidden_size, self.num_heads, mlp_ratio=params.mlp_ratio, **place)
+            for _ in range(params.depth_single_blocks)
+        )
+        if final_layer:
+            self.final_layer = LastLayer(self.hidden_size, params.patch_size, params.out_channels, **place)
+
+    # --- the contract: embed, blocks, head ---------------------------------------------------------------------
+
+    def embed_tokens(
+        self,
+        img: torch.Tensor,
+        img_ids: torch.Tensor,
+        txt: torch.Tensor,
+        txt_ids: torch.Tensor,
+        timesteps: torch.Tensor,
+        y: torch.Tensor | None,
+        guidance: torch.Tensor | None,
+        transformer_options: dict[str, Any],
+        attn_mask: torch.Tensor | None = None,
+    ) -> dit.DiTState:
+        """Patches [B, L_img, in] and text [B, L_txt, context] -> state with streams `txt` and `img`."""
+        if img.ndim != 3 or txt.ndim != 3:
+            raise ValueError(f"img and txt must be [B, L, C], got {tuple(img.shape)} and {tuple(txt.shape)}")
+        if y is None:
+            y = torch.zeros((img.shape[0], self.params.vec_in_dim), device=img.device, dtype=img.dtype)
+        img = self.img_in(img)
+        vec = self.time_in(timestep_embedding(timesteps, 256).to(img.dtype))
+        if self.params.guidance_embed and guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(img.dtype))
+        vec = vec + self.vector_in(y[:, : self.params.vec_in_dim])
+        txt = self.txt_in(txt)
+        for patch in transformer_options.get("patches", {}).get("post_input", ()):
+            changed = patch({"img": img, "txt": txt, "img_ids": img_ids, "txt_ids": txt_ids,
+                             "transformer_options": transformer_options})  # fmt: skip
+            img, txt = changed["img"], changed["txt"]
+            img_ids, txt_ids = changed["img_ids"], changed["txt_ids"]
+        return dit.DiTState(
+            streams={"txt": txt, "img": img},
+            rotary={"txt": self.pe_embedder(txt_ids), "img": self.pe_embedder(img_ids)},
+            sample={"vec": vec},
+            mask=attn_mask,
+            options=transformer_options,
+        )
+
+    def blocks(
+        self, control: dict[str, Any] | None = None, transformer_options: dict[str, Any] | None = None
+    ) -> Iterator[Callable[[dit.DiTState], dit.DiTState]]:
+        """The blocks as functions of the state, with their patches and ControlNet residuals."""
+        options = transformer_options or {}
+        control = control or {}
+        replace = options.get("patches_replace", {}).get("dit", {})
+        after = options.get("patches", {}).get("double_block", ())
+        for i, block in enumerate(self.double_blocks):
+            yield _double_step(block, i, replace.get(("double_block", i)), _at(control.get("input"), i), after)
+        for i, block in enumerate(self.single_blocks):
+            yield _single_step(block, i, replace.get(("single_block", i)), _at(control.get("output"), i))
+
+    def head(self, state: dit.DiTState) -> torch.Tensor:
+        """Picture tokens of the state -> [B, L_img, patch^2 * out_channels], whole."""
+        img = self.final_layer(state.streams["img"], state.sample["vec"])
+        return img if state.plan is None else state.plan.gather(img, 1, state.lengths["img"])
+
+    def forward_orig(
+        self,
+        img: torch.Tensor,
+        img_ids: torch.Tensor,
+        txt: torch.Tensor,
+        txt_ids: torch.Tensor,
+        timesteps: torch.Tensor,
+        y: torch.Tensor | None,
+        guidance: torch.Tensor | None = None,
+        control: dict[str, Any] | None = None,
+        transformer_options: dict[str, Any] = {},  # noqa: B006 (ComfyUI's signature, which custom nodes inspect)
+        attn_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed, blocks and head on whole patch tokens: [B, L_img, in] -> [B, L_img, patch^2 * out_channels]."""
+        state = self.embed_tokens(
+            img, img_ids, txt, txt_ids, timesteps, y, guidance, transformer_options, attn_mask
+        ).shard(dit.active_plan())
+        with dit.blocks_on(state):
+            for step in self.blocks(control, transformer_options):
+                state = step(state)
+            return self.head(state)
+
+    def lora_key_prefixes(self) -> dict[str, Any]:
+        """Adapter key prefixes beyond the weights' own names: diffusers' in three spellings, and fused q/k/v."""
+        prefixes: dict[str, Any] = {}
+        for theirs, target in diffusers_key_map(vars(self.params), "diffusion_model.").items():
+            if theirs.endswith(".weight"):
+                stem = theirs.removesuffix(".weight")
+                prefixes[f"transformer.{stem}"] = target
+                for spelling in ("lycoris_", "lora_transformer_"):
+                    prefixes[spelling + stem.replace(".", "_")] = target
+        for i in range(len(self.single_blocks)):
+            name = f"diffusion_model.single_blocks.{i}.linear1"
+            prefixes[f"{name}_qkv"] = (f"{name}.weight", (0, 0, 3 * self.hidden_size))
+        return prefixes
+
+    # --- latents to patches and back ---------------------------------------------------------------------------
+
+    def process_img(
+        self, x: torch.Tensor, index: int = 0, h_offset: int = 0, w_offset: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latent [B, C, H, W] -> patches [B, L, C*p*p] and position ids [B, L, 3] (picture index, row, column)."""
+        patch = self.patch_size
+        x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
+        batch, channels, height, width = x.shape
+        rows, cols = height // patch, width // patch
+        tokens = x.reshape(batch, channels, rows, patch, cols, patch).permute(0, 2, 4, 1, 3, 5)
+        tokens = tokens.reshape(batch, rows * cols, channels * patch * patch)
+        first_row, first_col = ((offset + patch // 2) // patch for offset in (h_offset, w_offset))
+        place = {"device": x.device, "dtype": torch.float32}
+        ids = torch.zeros((rows, cols, 3), **place)
+        ids[..., 0] = index
+        ids[..., 1] = torch.arange(first_row, first_row + rows, **place).unsqueeze(1)
+        ids[..., 2] = torch.arange(first_col, first_col + cols, **place).unsqueeze(0)
+        return tokens, ids.reshape(1, rows * cols, 3).expand(batch, -1, -1)
+
+    def _with_references(
+        self, img: torch.Tensor, img_ids: torch.Tensor, shape: torch.Size, refs: list[torch.Tensor], method: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append reference latents [B, C, h, w] as tokens placed beside, diagonal to, or behind the picture."""
+        patch = self.patch_size
+        height = width = index = 0
+        for ref in refs:
+            h_offset = w_offset = 0
+            if method == "index":
+                index += 1
+            elif method == "uxo":
+                h_offset = -(-shape[-2] // patch) * patch + height
+                w_offset = -(-shape[-1] // patch) * patch + width
+                height += ref.shape[-2]
+                width += ref.shape[-1]
+            else:
+                index = 1
+                if ref.shape[-2] + height > ref.shape[-1] + width:
+                    w_offset = width
+                else:
+                    h_offset = height
+                height = max(height, ref.shape[-2] + h_offset)
+                width = max(width, ref.shape[-1] + w_offset)
+            tokens, ids = self.process_img(ref, index=index, h_offset=h_offset, w_offset=w_offset)
+            img, img_ids = torch.cat([img, tokens], dim=1), torch.cat([img_ids, ids], dim=1)
+        return img, img_ids
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        y: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        ref_latents: list[torch.Tensor] | None = None,
+        control: dict[str, Any] | None = None,
+        transformer_options: dict[str, Any] = {},  # noqa: B006 (as above)
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Predict the flow of latents x [B, C, H, W] at times [B] given text [B, L, context_in_dim].
+
+        y: pooled text [B, vec_in_dim]; guidance: [B]; ref_latents: reference pictures. Returns [B, C_out, H, W].
+        """
+        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self._forward,
+            self,
+            comfy.patcher_extension.get_all_wrappers(
+                comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
+            ),
+        ).execute(x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs)
+
+    def _forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        y: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        ref_latents: list[torch.Tensor] | None = None,
+        control: dict[str, Any] | None = None,
+        transformer_options: dict[str, Any] = {},  # noqa: B006 (as above)
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        batch, _, height, width = x.shape
+        patch = self.patch_size
+        img, img_ids = self.process_img(x)
+        own_tokens = img.shape[1]
+        if ref_latents is not None:
+            method = kwargs.get("ref_latents_method", "offset")
+            img, img_ids = self._with_references(img, img_ids, x.shape, ref_latents, method)
+        txt_ids = torch.zeros((batch, context.shape[1], 3), device=x.device, dtype=torch.float32)
+        out = self.forward_orig(
+            img, img_ids, context, txt_ids, timestep, y, guidance, control, transformer_options,
+            attn_mask=kwargs.get("attention_mask"),
+        )[:, :own_tokens]  # fmt: skip
+        rows, cols = -(-height // patch), -(-width // patch)
+        out = out.reshape(batch, rows, cols, self.out_channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
+        return out.reshape(batch, self.out_channels, rows * patch, cols * patch)[:, :, :height, :width]
+
+
+def _at(residuals: list[torch.Tensor | None] | None, index: int) -> torch.Tensor | None:
+    return residuals[index] if residuals is not None and index < len(residuals) else None
+
+
+def _call(block: nn.Module, state: dit.DiTState, arguments: dict[str, Any]) -> Any:
+    """Run a block with whatever keywords it knows: older replacements lack the optional ones."""
+    if state.mask is not None:
+        arguments["attn_mask"] = state.mask
+    if state.options:
+        arguments["transformer_options"] = state.options
+    return block(**arguments)
+
+
+def _is_ours(block: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a block runs our forward, token-local except for attention."""
+    forward = type(block).forward
+    return forward is kind.forward and "forward" not in vars(block)
+
+
+def _double_step(
+    block: nn.Module, index: int, replacement: Any, residual: torch.Tensor | None, after: Any
+) -> Callable[[dit.DiTState], dit.DiTState]:
+    """Block `index` of the double stream as a function of the state."""
+
+    def run(args: dict[str, Any]) -> dict[str, Any]:
+        keywords = {k: v for k, v in args.items() if k in ("img", "txt", "vec", "pe", "attn_mask")}
+        if keywords.get("attn_mask") is None:
+            keywords.pop("attn_mask", None)
+        if args.get("transformer_options"):
+            keywords["transformer_options"] = args["transformer_options"]
+        img, txt = block(**keywords)
+        return {"img": img, "txt": txt}
+
+    def whole(state: dit.DiTState) -> None:
+        img, txt = state.whole("img"), state.whole("txt")
+        pe = state.pe if state.plan is None else state.plan.gather_in_order(state.pe, 2)
+        args = {"img": img, "txt": txt, "vec": state.sample["vec"], "pe": pe, "attn_mask": state.mask,
+                "transformer_options": state.options}  # fmt: skip
+        with dit.whole_tokens():
+            out = run(args) if replacement is None else replacement(args, {"original_block": run})
+        state.put("img", out["img"])
+        state.put("txt", out["txt"])
+
+    def step(state: dit.DiTState) -> dit.DiTState:
+        if replacement is None and _is_ours(block, DoubleStreamBlock):
+            img, txt = _call(
+                block, state,
+                {"img": state.streams["img"], "txt": state.streams["txt"], "vec": state.sample["vec"], "pe": state.pe},
+            )  # fmt: skip
+            state.streams["img"], state.streams["txt"] = img, txt
+        else:
+            whole(state)
+        for patch in after:
+            args = {"img": state.whole("img"), "txt": state.whole("txt"), "block_index": index,
+                    "transformer_options": state.options}  # fmt: skip
+            with dit.whole_tokens():
+                out = patch(args)
+            state.put("img", out["img"])
+            state.put("txt", out["txt"])
+        if residual is not None:
+            state.add("img", residual)
+        return state
+
+    return step
+
+
+def _single_step(
+    block: nn.Module, index: int, replacement: Any, residual: torch.Tensor | None
+) -> Callable[[dit.DiTState], dit.DiTState]:
+    """Block `index` of the single stream, which sees text and picture as one sequence."""
+
+    def run(args: dict[str, Any]) -> dict[str, Any]:
+        keywords = {k: v for k, v in args.items() if k in ("vec", "pe", "attn_mask") and v is not None}
+        if args.get("transformer_options"):
+            keywords["transformer_options"] = args["transformer_options"]
+        return {"img": block(args["img"], **keywords)}
+
+    def step(state: dit.DiTState) -> dit.DiTState:
+        if replacement is None and _is_ours(block, SingleStreamBlock):
+            txt_tokens = state.streams["txt"].shape[1]
+            x = torch.cat((state.streams["txt"], state.streams["img"]), dim=1)
+            x = _call(block, state, {"x": x, "vec": state.sample["vec"], "pe": state.pe})
+            state.streams["txt"], state.streams["img"] = x[:, :txt_tokens], x[:, txt_tokens:]
+        else:
+            txt_tokens = state.lengths["txt"]
+            x = torch.cat((state.whole("txt"), state.whole("img")), dim=1)
+            pe = state.pe if state.plan is None else state.plan.gather_in_order(state.pe, 2)
+            args = {"img": x, "vec": state.sample["vec"], "pe": pe, "attn_mask": state.mask,
+                    "transformer_options": state.options}  # fmt: skip
+            with dit.whole_tokens():
+                x = (run(args) if replacement is None else replacement(args, {"original_block": run}))["img"]
+            state.put("txt", x[:, :txt_tokens])
+            state.put("img", x[:, txt_tokens:])
+        if residual is not None:
+            state.add("img", residual)
+        return state
+
+    return step

@@ -1,0 +1,373 @@
+"""Layers whose weights may be stored in another dtype or on another device than they compute in.
+
+`disable_weight_init` layers leave their weights uninitialised and compute in place; `manual_cast` layers bring each
+weight to the input's device and dtype when it is used, which is how offloaded, half-precision and fp8 weights run. A
+layer's `weight_function` and `bias_function` lists (patches applied on the fly) are honoured by both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from comfy.cli_args import PerformanceFeature, args
+
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def cast_to(
+    weight: torch.Tensor | None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    non_blocking: bool = False,
+    copy: bool = False,
+    stream: Any = None,
+) -> Any:
+    """`weight` on `device` as `dtype`; the tensor itself when nothing changes and `copy` is False."""
+    if weight is None:
+        return None
+    return weight.to(device=device, dtype=dtype, non_blocking=non_blocking, copy=copy)
+
+
+def cast_to_input(
+    weight: torch.Tensor | None, input: torch.Tensor, non_blocking: bool = False, copy: bool = True
+) -> Any:
+    """`weight` on the device and in the dtype of `input`."""
+    return cast_to(weight, input.dtype, input.device, non_blocking=non_blocking, copy=copy)
+
+
+def cast_bias_weight(
+    s: torch.nn.Module,
+    input: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    bias_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of layer `s` ready to compute with `input`, on-the-fly patches applied."""
+    if input is not None:
+        dtype = dtype or (input.dtype if input.dtype not in FP8_DTYPES else torch.bfloat16)
+        device = device or input.device
+    non_blocking = device is not None and torch.device(device).type == "cuda"
+    bias = getattr(s, "bias", None)
+    if bias is not None:
+        bias = _patched(bias, getattr(s, "bias_function", ()), bias_dtype or dtype, device, non_blocking)
+    weight = _patched(s.weight, getattr(s, "weight_function", ()), dtype, device, non_blocking)
+    return weight, bias
+
+
+def _patched(
+    tensor: torch.Tensor,
+    functions: Iterable[Callable[[torch.Tensor], torch.Tensor]],
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    non_blocking: bool,
+) -> torch.Tensor:
+    functions = tuple(functions)
+    tensor = cast_to(tensor, dtype, device, non_blocking=non_blocking, copy=bool(functions))
+    for function in functions:
+        tensor = function(tensor)
+    return tensor
+
+
+class CastWeightBiasOp:
+    """Mixin: whether weights are cast at each use, and the patches applied to them then."""
+
+    comfy_cast_weights = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight_function: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self.bias_function: list[Callable[[torch.Tensor], torch.Tensor]] = []
+
+    def reset_parameters(self) -> None:
+        """Weights come from a file; initialising them would only cost time."""
+
+    @property
+    def casts(self) -> bool:
+        """Whether the next forward goes through `forward_comfy_cast_weights`."""
+        return bool(self.comfy_cast_weights or self.weight_function or self.bias_function)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """Take tensors as they are stored (memory-mapped, in their dtype) instead of copying them in."""
+        own = dict(self.named_parameters(recurse=False))
+        for name, parameter in own.items():
+            value = state_dict.get(prefix + name)
+            if value is None:
+                continue
+            if value.shape != parameter.shape:
+                errors.append(
+                    f"{prefix}{name} has shape {tuple(value.shape)} in the file but {tuple(parameter.shape)} in the model"
+                )
+                continue
+            if parameter.is_meta or local_metadata.get("assign_to_params_buffers"):
+                setattr(self, name, torch.nn.Parameter(value, requires_grad=False))
+            else:
+                with torch.no_grad():
+                    parameter.copy_(value)
+        if strict:
+            missing.extend(prefix + name for name in own if prefix + name not in state_dict)
+
+
+class disable_weight_init:  # noqa: N801 (ComfyUI's name)
+    """Torch's layers without initialisation; they compute in their weights' dtype."""
+
+    class Linear(CastWeightBiasOp, torch.nn.Linear):
+        def forward_comfy_cast_weights(self, input):
+            weight, bias = cast_bias_weight(self, input)
+            return F.linear(input, weight, bias)
+
+        def forward(self, input, *args, **kwargs):
+            return self.forward_comfy_cast_weights(input) if self.casts else super().forward(input)
+
+    class Conv1d(CastWeightBiasOp, torch.nn.Conv1d):
+        def forward_comfy_cast_weights(self, input):
+            return self._conv_forward(input, *cast_bias_weight(self, input))
+
+        def forward(self, *args, **kwargs):
+            return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
+
+    class Conv2d(CastWeightBiasOp, torch.nn.Conv2d):
+        def forward_comfy_cast_weights(self, input):
+            return self._conv_forward(input, *cast_bias_weight(self, input))
+
+        def forward(self, *args, **kwargs):
+            return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
+
+    class Conv3d(CastWeightBiasOp, torch.nn.Conv3d):
+        def forward_comfy_cast_weights(self, input):
+            return self._conv_forward(input, *cast_bias_weight(self, input))
+
+        def forward(self, *args, **kwargs):
+            return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
+
+    class ConvTranspose1d(CastWeightBiasOp, torch.nn.ConvTranspose1d):
+        def forward_comfy_cast_weights(self, input, output_size=None):
+            padding = self._output_padding(
+                input, output_size, self.stride, self.padding, self.kernel_size, 1, self.dilation
+            )
+            weight, bias = cast_bias_weight(self, input)
+            return F.conv_transpose1d(
+                input, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
+            )
+
+        def forward(self, *args, **kwargs):
+            return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
+
+    class ConvTranspose2d(CastWeightBiasOp, torch.nn.ConvTranspose2d):
+        def forward_comfy_cast_weights(self, input, output_size=None):
+            padding = self._output_padding(
+                input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+            )
+            weight, bias = cast_bias_weight(self, input)
+            return F.conv_transpose2d(
+                input, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
+            )
+
+        def forward(self, *args, **kwargs):
+            return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
+
+    class GroupNorm(CastWeightBiasOp, torch.nn.GroupNorm):
+        def forward_comfy_cast_weights(self, input):
+            weight, bias = cast_bias_weight(self, input)
+            return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+        def forward(self, *args, **kwargs):
+            return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
+
+    class LayerNorm(CastWeightBiasOp, torch.nn.LayerNorm):
+        def forward_comfy_cast_weights(self, input):
+            weight = bias = None
+            if self.weight is not None:
+                weight, bias = cast_bias_weight(self, input)
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+        def forward(self, *args, **kwargs):
+            return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
+
+    class RMSNorm(CastWeightBiasOp, torch.nn.RMSNorm):
+        def forward_comfy_cast_weights(self, input):
+            weight = cast_bias_weight(self, input)[0] if self.weight is not None else None
+            return F.rms_norm(input, self.normalized_shape, weight, self.eps)
+
+        def forward(self, *args, **kwargs):
+            return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
+
+    class Embedding(CastWeightBiasOp, torch.nn.Embedding):
+        def forward_comfy_cast_weights(self, input, out_dtype=None):
+            dtype = out_dtype
+            if self.weight.dtype in (torch.float16, torch.bfloat16):
+                out_dtype = None
+            weight, _ = cast_bias_weight(self, device=input.device, dtype=out_dtype)
+            out = F.embedding(
+                input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+            )
+            return out if dtype is None else out.to(dtype)
+
+        def forward(self, *args, **kwargs):
+            if self.casts:
+                return self.forward_comfy_cast_weights(*args, **kwargs)
+            kwargs.pop("out_dtype", None)
+            return super().forward(*args, **kwargs)
+
+    @classmethod
+    def conv_nd(cls, dims, *args, **kwargs):
+        """A convolution over 2 or 3 axes."""
+        if dims not in (2, 3):
+            raise ValueError(f"convolutions exist over 2 or 3 axes here, not {dims}")
+        return (cls.Conv2d if dims == 2 else cls.Conv3d)(*args, **kwargs)
+
+
+class manual_cast(disable_weight_init):  # noqa: N801 (ComfyUI's name)
+    """`disable_weight_init` with every weight cast to the input at use."""
+
+    class Linear(disable_weight_init.Linear):
+        comfy_cast_weights = True
+
+    class Conv1d(disable_weight_init.Conv1d):
+        comfy_cast_weights = True
+
+    class Conv2d(disable_weight_init.Conv2d):
+        comfy_cast_weights = True
+
+    class Conv3d(disable_weight_init.Conv3d):
+        comfy_cast_weights = True
+
+    class ConvTranspose1d(disable_weight_init.ConvTranspose1d):
+        comfy_cast_weights = True
+
+    class ConvTranspose2d(disable_weight_init.ConvTranspose2d):
+        comfy_cast_weights = True
+
+    class GroupNorm(disable_weight_init.GroupNorm):
+        comfy_cast_weights = True
+
+    class LayerNorm(disable_weight_init.LayerNorm):
+        comfy_cast_weights = True
+
+    class RMSNorm(disable_weight_init.RMSNorm):
+        comfy_cast_weights = True
+
+    class Embedding(disable_weight_init.Embedding):
+        comfy_cast_weights = True
+
+
+def fp8_linear(layer: torch.nn.Module, input: torch.Tensor) -> torch.Tensor | None:
+    """The layer's product computed in fp8 by tensor cores, or None where shapes or dtypes do not allow it.
+
+    Activations are scaled by row to the range of e4m3, weights by `layer.scale_weight` where the file has one.
+    input: [..., in] bf16 or fp16, weight: [out, in] fp8. Returns [..., out] in the input's dtype.
+    """
+    weight = layer.weight
+    if not input.is_cuda or weight.dtype not in FP8_DTYPES or input.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if weight.shape[0] % 16 or weight.shape[1] % 16 or getattr(layer, "weight_function", None):
+        return None
+    rows = input.reshape(-1, input.shape[-1])
+    amax = rows.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-12)
+    scale_in = amax / torch.finfo(torch.float8_e4m3fn).max
+    quantised = (rows / scale_in.to(rows.dtype)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale_weight = getattr(layer, "scale_weight", None)
+    one = torch.ones((), device=input.device, dtype=torch.float32)
+    scale_w = one if scale_weight is None else scale_weight.to(input.device, torch.float32).reshape(())
+    product = torch._scaled_mm(
+        quantised,
+        weight.to(input.device).t(),
+        scale_a=scale_in,
+        scale_b=scale_w.expand(1, weight.shape[0]).contiguous(),
+        out_dtype=torch.bfloat16,
+    ).to(input.dtype)
+    if layer.bias is not None:
+        product = product + layer.bias.to(input.device, input.dtype)
+    return product.reshape(*input.shape[:-1], weight.shape[0])
+
+
+class fp8_ops(manual_cast):  # noqa: N801 (ComfyUI's name)
+    """`manual_cast` whose linears multiply in fp8 where weights are fp8 and the GPU can."""
+
+    class Linear(manual_cast.Linear):
+        def forward_comfy_cast_weights(self, input):
+            out = fp8_linear(self, input) if not self.bias_function else None
+            return super().forward_comfy_cast_weights(input) if out is None else out
+
+
+def scaled_fp8_ops(
+    fp8_matrix_mult: bool = False, scale_input: bool = False, override_dtype: torch.dtype | None = None
+) -> type[manual_cast]:
+    """Operations for files whose fp8 linears carry `scale_weight` (and `scale_input`): weight = stored * scale."""
+
+    class scaled(manual_cast):  # noqa: N801
+        class Linear(manual_cast.Linear):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                device = kwargs.get("device")
+                self.scale_weight = torch.nn.Parameter(
+                    torch.ones((), device=device, dtype=torch.float32), requires_grad=False
+                )
+                self.scale_input = (
+                    torch.nn.Parameter(torch.ones((), device=device, dtype=torch.float32), requires_grad=False)
+                    if scale_input
+                    else None
+                )
+
+            def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+                # Layers kept in high precision have no scale in the file.
+                for name in ("scale_weight", "scale_input"):
+                    scale = state_dict.get(prefix + name)
+                    if scale is not None:
+                        state_dict[prefix + name] = scale.reshape(())
+                    elif getattr(self, name, None) is not None:
+                        state_dict[prefix + name] = torch.ones((), dtype=torch.float32)
+                super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+            def forward_comfy_cast_weights(self, input):
+                if fp8_matrix_mult and not self.bias_function:
+                    out = fp8_linear(self, input)
+                    if out is not None:
+                        return out
+                weight, bias = cast_bias_weight(self, input)
+                scale = self.scale_weight.to(weight.device, weight.dtype)
+                if not self.weight_function:
+                    weight = weight * scale
+                return F.linear(input, weight, bias)
+
+            def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: Any) -> torch.Tensor:
+                """Stored weight -> real weight, for patching."""
+                return weight.to(torch.float32) * self.scale_weight.to(weight.device, torch.float32)
+
+            def set_weight(self, weight: torch.Tensor, inplace_update: bool = False, seed: int | None = None, **_: Any):
+                """Real weight -> stored weight."""
+                from comfy.float import stochastic_rounding
+
+                stored = weight / self.scale_weight.to(weight.device, weight.dtype)
+                stored = stochastic_rounding(stored, self.weight.dtype, seed=seed or 0)
+                if inplace_update:
+                    self.weight.data.copy_(stored)
+                else:
+                    self.weight = torch.nn.Parameter(stored, requires_grad=False)
+
+    return scaled
+
+
+def pick_operations(
+    weight_dtype: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
+    load_device: torch.device | None = None,
+    disable_fast_fp8: bool = False,
+    fp8_optimizations: bool = False,
+    scaled_fp8: torch.dtype | None = None,
+) -> type[disable_weight_init]:
+    """The layer classes for weights stored as `weight_dtype` and computed as `compute_dtype` (None: as stored)."""
+    from comfy.model_management import supports_fp8_compute
+
+    can_multiply = supports_fp8_compute(load_device)
+    fast = PerformanceFeature.Fp8MatrixMultiplication in args.fast or fp8_optimizations
+    if scaled_fp8 is not None:
+        return scaled_fp8_ops(fp8_matrix_mult=can_multiply and fast and not disable_fast_fp8, scale_input=True)
+    if can_multiply and fast and not disable_fast_fp8 and weight_dtype in FP8_DTYPES:
+        return fp8_ops
+    if compute_dtype is None or weight_dtype == compute_dtype:
+        return disable_weight_init
+    return manual_cast
