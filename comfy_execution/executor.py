@@ -1,0 +1,385 @@
+"""`PromptExecutor`: a whole prompt, from the first decision to the report of how it went."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from comfy_execution.caching import CacheSet, CacheType, Signer, fingerprint
+from comfy_execution.graph import DependencyCycleError, DynamicPrompt, ExecutionList, NodeNotFoundError, node_class
+from comfy_execution.inputs import get_input_data, has_function, is_v3
+from comfy_execution.lockstep import Lockstep, RankError
+from comfy_execution.progress import (
+    WebUIProgressHandler,
+    add_progress_handler,
+    get_progress_state,
+    reset_progress_state,
+)
+from comfy_execution.ranks import Ranks
+
+RUN, INTERRUPT, CYCLE = "run", "interrupt", "cycle"
+
+
+class Executed(dict[str, None]):
+    """Ids of nodes in the order they ran; `add` like a set's."""
+
+    def add(self, node_id: str) -> None:
+        self[node_id] = None
+
+
+class IsChangedCache:
+    """What IS_CHANGED / fingerprint_inputs says about nodes, each asked once a prompt, with its constants only."""
+
+    def __init__(self, prompt_id: str, dynprompt: DynamicPrompt, outputs_cache: Any = None) -> None:
+        self.prompt_id = prompt_id
+        self.dynprompt = dynprompt
+        self.is_changed: dict[str, Any] = {}
+
+    async def get(self, node_id: str) -> Any:
+        """A list with an answer per call; False when the class has no such function; NaN when it failed."""
+        if node_id not in self.is_changed:
+            node = self.dynprompt.get_node(node_id)
+            class_def = node_class(node["class_type"])
+            name = has_function(class_def, "IS_CHANGED", "fingerprint_inputs")
+            if name is None:
+                return False
+            self.is_changed[node_id] = await self._ask(node_id, node, class_def, name)
+        return self.is_changed[node_id]
+
+    async def _ask(self, node_id: str, node: Mapping[str, Any], class_def: Any, name: str) -> Any:
+        import execution
+
+        try:
+            values, _, v3_data = get_input_data(node["inputs"], class_def, node_id, None, self.dynprompt)
+            answers = await execution._async_map_node_over_list(
+                self.prompt_id, node_id, class_def, values, name, v3_data=v3_data
+            )
+            answers = await execution.resolve_map_node_over_list_results(answers)
+            return [None if isinstance(answer, execution.ExecutionBlocker) else answer for answer in answers]
+        except Exception as error:  # noqa: BLE001 - a node that cannot say is run again
+            logging.warning("node %s (%s): %s failed, so it counts as changed: %s",
+                            node_id, node["class_type"], name, error)
+            return float("nan")
+
+
+def id_matters(class_type: str) -> bool:
+    """Whether equal inputs do not mean equal results: the class asks for its id or says it is not idempotent."""
+    class_def: Any = node_class(class_type)
+    if getattr(class_def, "NOT_IDEMPOTENT", False):
+        return True
+    hidden = class_def.INPUT_TYPES().get("hidden", {})
+    return isinstance(hidden, Mapping) and "UNIQUE_ID" in [kind for kind in hidden.values() if isinstance(kind, str)]
+
+
+class PromptRun(ExecutionList):
+    """The execution list of one prompt, together with its signatures and with what the ranks have to agree on."""
+
+    def __init__(self, prompt_id: str, dynprompt: DynamicPrompt, caches: CacheSet, lockstep: Lockstep) -> None:
+        super().__init__(dynprompt, caches.outputs)
+        self.caches = caches
+        self.ranks = Ranks(lockstep, dynprompt)
+        self.ui: dict[str, dict[str, Any]] = {}
+        self.pending_ui: dict[str, dict[str, Any]] = {}
+        self.background: list[asyncio.Task[None]] = []
+        self._is_changed = IsChangedCache(prompt_id, dynprompt, caches.outputs)
+        self._changed: dict[str, bytes] = {}
+        self._id_matters: dict[str, bool] = {}
+        self._signer = Signer(dynprompt, self._changed, self._memo_id_matters)
+
+    def _memo_id_matters(self, class_type: str) -> bool:
+        if class_type not in self._id_matters:
+            self._id_matters[class_type] = id_matters(class_type)
+        return self._id_matters[class_type]
+
+    async def prepare(self) -> list[str]:
+        """Sign the prompt's nodes and tell the cache; the ids whose results every rank has."""
+        nodes = [(node_id, node["class_type"]) for node_id, node in self.dynprompt.original_prompt.items()]
+        signatures = await self._sign([node_id for node_id, _ in nodes])
+        self.caches.objects.begin(self.dynprompt, nodes)
+        self.caches.outputs.begin(signatures, set(nodes))
+        return self._agree([node_id for node_id, _ in nodes])
+
+    async def grow(self, new_nodes: Mapping[str, Mapping[str, Any]], parent_id: str) -> None:
+        """Take note of the ephemeral nodes `parent_id` expanded into, before any of them is added."""
+        self.ranks.add_links(new_nodes)
+        signatures = await self._sign(list(new_nodes))
+        real = self.dynprompt.get_real_node_id(parent_id)
+        self.output_cache.grow(signatures, (real, self.dynprompt.get_node(real)["class_type"]))
+        self._agree(list(new_nodes))
+
+    async def _sign(self, node_ids: list[str]) -> dict[str, bytes]:
+        if not self.output_cache.signed:
+            return {}
+        asked = [
+            node_id for node_id in node_ids
+            if has_function(node_class(self.dynprompt.get_node(node_id)["class_type"]),
+                            "IS_CHANGED", "fingerprint_inputs")
+        ]
+        if asked:
+
+            async def ask() -> dict[str, bytes]:
+                return {node_id: fingerprint(await self._is_changed.get(node_id)) for node_id in asked}
+
+            self._changed.update(await self.ranks.decide_async("IS_CHANGED", ask))
+        return {node_id: self._signer.sign(node_id) for node_id in node_ids}
+
+    def _agree(self, node_ids: list[str]) -> list[str]:
+        mine = [node_id for node_id in node_ids if self.output_cache.get(node_id) is not None]
+        if not self.ranks.several:
+            return mine
+        agreed = set(mine)
+        for theirs in self.ranks.lockstep.gather("cached nodes", mine):
+            agreed &= set(theirs)
+        for node_id in mine:
+            if node_id not in agreed:
+                self.output_cache.discard(node_id)
+        return [node_id for node_id in mine if node_id in agreed]
+
+    def keep_ui(self, node_id: str, entry: Any) -> None:
+        """Remember what the history shows for a node."""
+        if entry is not None and entry.ui is not None:
+            self.ui[node_id] = entry.ui
+
+    def cancel(self) -> None:
+        """Stop the asynchronous calls that are still under way."""
+        for task in asyncio.all_tasks():
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    async def next_node(self) -> tuple[str, Any]:
+        """Rank 0's choice: `(RUN, node)`, `(INTERRUPT, node)` or `(CYCLE, nodes)`."""
+        self.ranks.lockstep.check()
+
+        async def choose() -> tuple[str, Any]:
+            import comfy.model_management
+
+            node_id = await self.choose()
+            if node_id is None:
+                return CYCLE, self.get_nodes_in_cycle() or list(self.pendingNodes)
+            if comfy.model_management.processing_interrupted():
+                return INTERRUPT, node_id
+            return RUN, node_id
+
+        return await self.ranks.decide_async("node", choose)
+
+
+class PromptExecutor:
+    """Runs prompts one after the other and keeps results between them.
+
+    `cache_type` and `cache_args` choose what is kept (see `CacheType`); `lockstep` connects the ranks. After `execute`,
+    `success`, `status_messages` and `history_result` (`{"outputs", "meta"}`) say how it went.
+    """
+
+    def __init__(
+        self,
+        server: Any,
+        cache_type: CacheType | bool | None = None,
+        cache_args: Mapping[str, Any] | None = None,
+        lockstep: Lockstep | None = None,
+    ) -> None:
+        self.cache_args = cache_args
+        self.cache_type = cache_type if isinstance(cache_type, CacheType) else CacheType.CLASSIC
+        self.server = server
+        self.lockstep = lockstep or Lockstep()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every result and node instance."""
+        self.caches = CacheSet(cache_type=self.cache_type, cache_args=self.cache_args)
+        self.status_messages: list[tuple[str, dict[str, Any]]] = []
+        self.history_result: dict[str, Any] = {}
+        self.success = True
+
+    def add_message(self, event: str, data: dict[str, Any], broadcast: bool) -> None:
+        """Send an event to the client (or to all when there is none and `broadcast`) and note it for the history."""
+        data = {**data, "timestamp": int(time.time() * 1000)}
+        self.status_messages.append((event, data))
+        if self.server.client_id is not None or broadcast:
+            self.server.send_sync(event, data, self.server.client_id)
+
+    def execute(
+        self,
+        prompt: dict[str, Any],
+        prompt_id: str,
+        extra_data: Mapping[str, Any] | None = None,
+        execute_outputs: Iterable[str] = (),
+    ) -> None:
+        """Run a validated prompt. Never raises because of what a node, or another rank, does."""
+        asyncio.run(self.execute_async(prompt, prompt_id, extra_data, execute_outputs))
+
+    async def execute_async(
+        self,
+        prompt: dict[str, Any],
+        prompt_id: str,
+        extra_data: Mapping[str, Any] | None = None,
+        execute_outputs: Iterable[str] = (),
+    ) -> None:
+        import torch
+
+        import comfy.model_management
+
+        extra_data = extra_data or {}
+        comfy.model_management.interrupt_current_processing(False)
+        self.server.client_id = extra_data.get("client_id")
+        self.server.last_prompt_id = prompt_id
+        self.status_messages = []
+        self.history_result = {"outputs": {}, "meta": {}}
+        self.success = True
+        self.add_message("execution_start", {"prompt_id": prompt_id}, broadcast=False)
+        dynprompt = DynamicPrompt(prompt)
+        if self.lockstep.is_first:
+            reset_progress_state(prompt_id, dynprompt)
+            add_progress_handler(WebUIProgressHandler(self.server))
+        run = PromptRun(prompt_id, dynprompt, self.caches, self.lockstep)
+        executed = Executed()
+        try:
+            with torch.inference_mode():
+                self.lockstep.begin(prompt_id)
+                problem = await self._run_nodes(run, prompt_id, extra_data, list(execute_outputs), executed)
+                problem = self._close(problem)
+        finally:
+            run.cancel()
+            if self.lockstep.is_first:
+                get_progress_state().reset_handlers()
+            self.server.last_node_id = None
+        self._report(run, prompt_id, prompt, executed, problem)
+        if comfy.model_management.DISABLE_SMART_MEMORY:
+            comfy.model_management.unload_all_models()
+
+    async def _run_nodes(
+        self, run: PromptRun, prompt_id: str, extra_data: Mapping[str, Any], outputs: list[str], executed: Executed
+    ) -> tuple[dict[str, Any], BaseException] | None:
+        """Run until nothing is left; the report and exception of the first failure, None when there was none."""
+        import execution
+
+        current: str = outputs[0] if outputs else ""
+        try:
+            cached = await run.prepare()
+            self.add_message("execution_cached", {"nodes": cached, "prompt_id": prompt_id}, broadcast=False)
+            pending_subgraph_results: dict[str, Any] = {}
+            pending_async_nodes: dict[str, Any] = {}
+            for node_id in outputs:
+                current = node_id
+                run.add_node(node_id)
+            run.start()
+            while not run.is_empty():
+                action, chosen = await run.next_node()
+                if action == CYCLE:
+                    raise DependencyCycleError(f"Dependency cycle detected: {', '.join(chosen)} wait for each other")
+                current = chosen
+                run.stage(current)
+                if action == INTERRUPT:
+                    self._raise_interrupt()
+                result, error, exception = await execution.execute(
+                    self.server, run.dynprompt, self.caches, current, extra_data, executed, prompt_id, run,
+                    pending_subgraph_results, pending_async_nodes,
+                )
+                if result is execution.ExecutionResult.FAILURE:
+                    assert error is not None and exception is not None
+                    return error, exception
+                if result is execution.ExecutionResult.PENDING:
+                    run.unstage_node_execution()
+                else:
+                    run.complete_node_execution()
+                run.start()
+        except Exception as error:  # noqa: BLE001 - the next prompt must always work
+            return self._executor_failure(run, current, error)
+        return None
+
+    def _raise_interrupt(self) -> None:
+        import comfy.model_management
+
+        comfy.model_management.interrupt_current_processing(False)
+        raise comfy.model_management.InterruptProcessingException()
+
+    def _executor_failure(
+        self, run: PromptRun, node_id: str, error: BaseException
+    ) -> tuple[dict[str, Any], BaseException]:
+        from comfy_execution.node_call import failure
+
+        node_id = run.dynprompt.get_real_node_id(node_id)
+        if not isinstance(error, RankError):
+            self.lockstep.fail(error, node_id)
+        return failure(node_id, error, None), error
+
+    def _close(self, problem: tuple[dict[str, Any], BaseException] | None) -> Any:
+        from comfy_execution.node_call import failure
+
+        try:
+            self.lockstep.end()
+        except RankError as error:
+            if problem is None:
+                return failure(error.node_id or "", error, None), error
+        return problem
+
+    # ---- reports ---------------------------------------------------------------------------------------------------
+
+    def _report(
+        self, run: PromptRun, prompt_id: str, prompt: Mapping[str, Any], executed: Executed,
+        problem: tuple[dict[str, Any], BaseException] | None,
+    ) -> None:
+        self._keep_cached_ui(run)
+        self.history_result = {
+            "outputs": {node_id: ui["output"] for node_id, ui in run.ui.items()},
+            "meta": {node_id: ui["meta"] for node_id, ui in run.ui.items()},
+        }
+        if problem is None:
+            self.add_message("execution_success", {"prompt_id": prompt_id}, broadcast=False)
+        else:
+            self.success = False
+            self.handle_execution_error(prompt_id, prompt, list(executed), list(executed), *problem)
+
+    def _keep_cached_ui(self, run: PromptRun) -> None:
+        for node_id in run.dynprompt.all_node_ids():
+            run.keep_ui(node_id, self.caches.outputs.get(node_id))
+
+    def handle_execution_error(
+        self, prompt_id: str, prompt: Mapping[str, Any], current_outputs: Iterable[str], executed: Iterable[str],
+        error: dict[str, Any], ex: BaseException,
+    ) -> None:
+        """Tell the client how the prompt failed; after an out-of-memory, free what can be freed."""
+        import comfy.model_management
+
+        node_id = error["node_id"]
+        if isinstance(ex, RankError) and ex.node_id:
+            node_id = ex.node_id
+        message = {
+            "prompt_id": prompt_id,
+            "node_id": node_id,
+            "node_type": prompt.get(node_id, {}).get("class_type"),
+            "executed": list(executed),
+        }
+        interrupted = comfy.model_management.InterruptProcessingException
+        if isinstance(ex, interrupted) or (isinstance(ex, RankError) and ex.cause == interrupted.__name__):
+            logging.info("Processing interrupted")
+            self.add_message("execution_interrupted", message, broadcast=True)
+            return
+        details = dict(error)
+        details.pop("node_id")
+        if _out_of_memory(ex):
+            details["exception_message"] += (
+                "\nThis error means you ran out of memory on your GPU.\n\nTIPS: use a smaller size or batch; if the "
+                "workflow worked before, load the diffusion model in a smaller weight type or add a GPU."
+            )
+        logging.error("!!! Exception during processing !!! node %s (%s): %s", node_id, message["node_type"],
+                      details["exception_message"].rstrip(), exc_info=None if isinstance(ex, RankError) else ex)
+        self.add_message("execution_error", {**message, **details, "current_outputs": list(current_outputs)},
+                         broadcast=False)
+        if _out_of_memory(ex):
+            logging.error("Got an OOM, unloading all loaded models.")
+            comfy.model_management.unload_all_models()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether this rank or another one ran out of memory; every rank gives the same answer."""
+    import comfy.model_management
+
+    if isinstance(error, RankError):
+        return error.cause.rsplit(".", 1)[-1] in ("OutOfMemoryError", comfy.model_management.OOM_EXCEPTION.__name__)
+    return isinstance(error, comfy.model_management.OOM_EXCEPTION)
+
+
+__all__ = ["CacheType", "IsChangedCache", "NodeNotFoundError", "PromptExecutor", "PromptRun", "id_matters", "is_v3"]

@@ -1,0 +1,70 @@
+"""Who runs a node when several ranks execute the same prompt, and what they have to agree on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from comfy_execution.caching import CacheEntry
+from comfy_execution.graph import DynamicPrompt, node_class
+from comfy_execution.graph_utils import is_link
+from comfy_execution.lockstep import Lockstep
+
+DONE, EXPAND, PENDING = "done", "expand", "pending"
+
+
+class Ranks:
+    """The rank rules of one running prompt.
+
+    A node class may say `TACO_RANKS = "all" | "first"`. Otherwise nodes with side effects (API nodes, nodes that are
+    not idempotent, output nodes whose outputs nobody uses) run on rank 0 only, all others on every rank.
+    """
+
+    def __init__(self, lockstep: Lockstep, dynprompt: DynamicPrompt) -> None:
+        self.lockstep = lockstep
+        self.dynprompt = dynprompt
+        self.several = lockstep.world_size > 1
+        self._used: set[str] = set()
+        self.add_links(dynprompt.original_prompt)
+
+    def add_links(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Remember which nodes' outputs are used by these."""
+        if self.several:
+            for node in nodes.values():
+                self._used.update(value[0] for value in node["inputs"].values() if is_link(value))
+
+    def first_only(self, node_id: str) -> bool:
+        """Whether a node runs on rank 0 alone; never when there is only one rank."""
+        if not self.several:
+            return False
+        class_def = node_class(self.dynprompt.get_node(node_id)["class_type"])
+        said = getattr(class_def, "TACO_RANKS", None)
+        if said is not None:
+            if said not in ("all", "first"):
+                raise ValueError(f"{class_def.__name__}.TACO_RANKS is {said!r}; allowed are 'all' and 'first'")
+            return said == "first"
+        if getattr(class_def, "API_NODE", False) or getattr(class_def, "NOT_IDEMPOTENT", False):
+            return True
+        return bool(getattr(class_def, "OUTPUT_NODE", False)) and node_id not in self._used
+
+    def share_inputs(self, node_id: str, get_cache: Callable[[str], CacheEntry | None]) -> None:
+        """Give every rank the results that only rank 0 has and this node is linked to. Call it on all ranks."""
+        if not self.several:
+            return
+        for value in self.dynprompt.get_node(node_id)["inputs"].values():
+            entry = get_cache(value[0]) if is_link(value) else None
+            if entry is not None and entry.first_only:
+                entry.outputs = self.lockstep.share(f"outputs of node {value[0]}", lambda e=entry: e.outputs)
+                entry.first_only = False
+
+    async def decide(self, topic: str, choose: Callable[[], Any]) -> Any:
+        """`Lockstep.decide` without stopping the asynchronous nodes of this rank while it waits."""
+        if self.several and not self.lockstep.is_first and len(asyncio.all_tasks()) > 1:
+            return await asyncio.to_thread(self.lockstep.decide, topic, choose)
+        return self.lockstep.decide(topic, choose)
+
+    async def decide_async(self, topic: str, choose: Callable[[], Awaitable[Any]]) -> Any:
+        """Like `decide` for a choice that has to be awaited."""
+        value = await choose() if self.lockstep.is_first else None
+        return await self.decide(topic, lambda: value)

@@ -1,0 +1,1 @@
+"""The core nodes, by topic. `nodes` is where they are looked up."""

@@ -1,0 +1,258 @@
+"""Nodes that load models from the model folders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import comfy.utils
+import folder_paths
+from comfy_nodes.fields import number
+
+DEVICES = (["default", "cpu"], {"advanced": True})
+
+# tiny VAEs in models/vae_approx: name -> (scale, shift) of the latents they work on
+TINY_VAES = {
+    "taesd": (0.18215, 0.0),
+    "taesdxl": (0.13025, 0.0),
+    "taesd3": (1.5305, 0.0609),
+    "taef1": (0.3611, 0.1159),
+}
+
+
+def files(kind: str) -> list[str]:
+    return folder_paths.get_filename_list(kind)
+
+
+def embeddings() -> list[str]:
+    return folder_paths.get_folder_paths("embeddings")
+
+
+class CheckpointLoaderSimple:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"ckpt_name": (files("checkpoints"), {"tooltip": "The checkpoint to load."})}}
+
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    OUTPUT_TOOLTIPS = (
+        "The model that denoises latents.",
+        "The text encoder.",
+        "The VAE between pictures and latents.",
+    )
+    FUNCTION = "load_checkpoint"
+    CATEGORY = "loaders"
+    DESCRIPTION = "Loads a checkpoint: diffusion model, text encoder and VAE."
+
+    def load_checkpoint(self, ckpt_name: str):
+        import comfy.sd
+
+        path = folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)
+        loaded = comfy.sd.load_checkpoint_guess_config(
+            path, output_vae=True, output_clip=True, embedding_directory=embeddings()
+        )
+        return loaded[:3]
+
+
+class UNETLoader:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "unet_name": (files("diffusion_models"),),
+                "weight_dtype": (["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"],),
+            }
+        }
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load_unet"
+    CATEGORY = "advanced/loaders"
+
+    def load_unet(self, unet_name: str, weight_dtype: str):
+        import comfy.sd
+
+        options: dict[str, Any] = {}
+        if weight_dtype.startswith("fp8_e4m3fn"):
+            options["dtype"] = torch.float8_e4m3fn
+            if weight_dtype.endswith("_fast"):
+                options["fp8_optimizations"] = True
+        elif weight_dtype == "fp8_e5m2":
+            options["dtype"] = torch.float8_e5m2
+        path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+        return (comfy.sd.load_diffusion_model(path, model_options=options),)
+
+
+def load_text_encoders(names: list[str], family: str, device: str = "default") -> tuple[Any]:
+    """A CLIP from one to four files of models/text_encoders, for a model family (`flux`, `sd3`, ...)."""
+    import comfy.sd
+
+    options: dict[str, Any] = {}
+    if device == "cpu":
+        options["load_device"] = options["offload_device"] = torch.device("cpu")
+    kind = getattr(comfy.sd.CLIPType, family.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
+    paths = [folder_paths.get_full_path_or_raise("text_encoders", name) for name in names]
+    clip = comfy.sd.load_clip(
+        ckpt_paths=paths, embedding_directory=embeddings(), clip_type=kind, model_options=options
+    )
+    return (clip,)
+
+
+class CLIPLoader:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "clip_name": (files("text_encoders"),),
+                "type": (
+                    [
+                        "stable_diffusion", "stable_cascade", "sd3", "stable_audio", "mochi", "ltxv", "pixart",
+                        "cosmos", "lumina2", "wan", "hidream", "chroma", "ace", "omnigen2", "qwen_image",
+                        "hunyuan_image",
+                    ],
+                ),
+            },
+            "optional": {"device": DEVICES},
+        }
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "load_clip"
+    CATEGORY = "advanced/loaders"
+    DESCRIPTION = "Loads one text encoder file for the chosen model family."
+
+    def load_clip(self, clip_name: str, type: str = "stable_diffusion", device: str = "default"):
+        return load_text_encoders([clip_name], type, device)
+
+
+class DualCLIPLoader:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "clip_name1": (files("text_encoders"),),
+                "clip_name2": (files("text_encoders"),),
+                "type": (["sdxl", "sd3", "flux", "hunyuan_video", "hidream", "hunyuan_image"],),
+            },
+            "optional": {"device": DEVICES},
+        }
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "load_clip"
+    CATEGORY = "advanced/loaders"
+    DESCRIPTION = "Loads two text encoder files, in any order, for the chosen model family."
+
+    def load_clip(self, clip_name1: str, clip_name2: str, type: str, device: str = "default"):
+        return load_text_encoders([clip_name1, clip_name2], type, device)
+
+
+class VAELoader:
+    @staticmethod
+    def vae_list() -> list[str]:
+        """Files of models/vae, the tiny VAEs that are complete, and `pixel_space` (no VAE at all)."""
+        present = files("vae_approx")
+        tiny = [
+            name for name in TINY_VAES
+            if all(any(file.startswith(f"{name}_{part}.") for file in present) for part in ("encoder", "decoder"))
+        ]
+        return [*files("vae"), *tiny, "pixel_space"]
+
+    @staticmethod
+    def load_taesd(name: str) -> dict[str, torch.Tensor]:
+        """State dict of a tiny VAE out of its two files in models/vae_approx."""
+        sd: dict[str, torch.Tensor] = {}
+        for part in ("encoder", "decoder"):
+            found = [file for file in files("vae_approx") if file.startswith(f"{name}_{part}.")]
+            if not found:
+                raise FileNotFoundError(f"{name}_{part} not found in models/vae_approx; put it there to use {name}")
+            weights = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("vae_approx", found[0]))
+            sd.update({f"taesd_{part}.{key}": value for key, value in weights.items()})
+        scale, shift = TINY_VAES[name]
+        return {**sd, "vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(shift)}
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae_name": (cls.vae_list(),)}}
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "load_vae"
+    CATEGORY = "loaders"
+
+    def load_vae(self, vae_name: str):
+        import comfy.sd
+
+        if vae_name == "pixel_space":
+            sd = {"pixel_space_vae": torch.tensor(1.0)}
+        elif vae_name in TINY_VAES:
+            sd = self.load_taesd(vae_name)
+        else:
+            sd = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("vae", vae_name))
+        vae = comfy.sd.VAE(sd=sd)
+        vae.throw_exception_if_invalid()
+        return (vae,)
+
+
+class LoraLoader:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The diffusion model it is applied to."}),
+                "clip": ("CLIP", {"tooltip": "The text encoder it is applied to."}),
+                "lora_name": (files("loras"), {"tooltip": "The adapter file."}),
+                "strength_model": number(1.0, -100.0, 100.0, 0.01, tooltip="Strength on the diffusion model."),
+                "strength_clip": number(1.0, -100.0, 100.0, 0.01, tooltip="Strength on the text encoder."),
+            }
+        }
+
+    RETURN_TYPES = ("MODEL", "CLIP")
+    OUTPUT_TOOLTIPS = ("The changed diffusion model.", "The changed text encoder.")
+    FUNCTION = "load_lora"
+    CATEGORY = "loaders"
+    DESCRIPTION = "Applies an adapter (LoRA) to diffusion model and text encoder; several can follow each other."
+
+    def __init__(self) -> None:
+        self.loaded_lora: tuple[str, Any] | None = None
+
+    def load_lora(self, model: Any, clip: Any, lora_name: str, strength_model: float, strength_clip: float):
+        import comfy.sd
+
+        if strength_model == 0 and strength_clip == 0:
+            return (model, clip)
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        if self.loaded_lora is None or self.loaded_lora[0] != path:
+            self.loaded_lora = (path, comfy.utils.load_torch_file(path, safe_load=True))
+        return comfy.sd.load_lora_for_models(model, clip, self.loaded_lora[1], strength_model, strength_clip)
+
+
+class LoraLoaderModelOnly(LoraLoader):
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "lora_name": (files("loras"),),
+                "strength_model": number(1.0, -100.0, 100.0, 0.01),
+            }
+        }
+
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_TOOLTIPS = ("The changed diffusion model.",)
+    FUNCTION = "load_lora_model_only"
+    DESCRIPTION = "Applies an adapter (LoRA) to a diffusion model."
+
+    def load_lora_model_only(self, model: Any, lora_name: str, strength_model: float):
+        return (self.load_lora(model, None, lora_name, strength_model, 0)[0],)
+
+
+NODE_CLASS_MAPPINGS = {
+    cls.__name__: cls
+    for cls in (
+        CheckpointLoaderSimple, UNETLoader, CLIPLoader, DualCLIPLoader, VAELoader, LoraLoader, LoraLoaderModelOnly,
+    )
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "CheckpointLoaderSimple": "Load Checkpoint",
+    "UNETLoader": "Load Diffusion Model",
+    "CLIPLoader": "Load CLIP",
+    "VAELoader": "Load VAE",
+    "LoraLoader": "Load LoRA",
+}
