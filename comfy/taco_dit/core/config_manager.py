@@ -1,0 +1,240 @@
+"""Configuration of the parallel core: a YAML file's explicit values, else what is detected.
+
+Everything is parsed and checked before weights are loaded, into frozen dataclasses that are handed down. `None` means
+"not said": the planner chooses. An unknown key, a value of the wrong kind, or degrees that cannot be laid out over the
+ranks raise `ConfigError`, which names the key and the allowed values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+DEFAULT_FILE = "taco_dit_config.yaml"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the reason and the allowed values."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """`parallel:` - which strategies may be used, and fixed degrees. Degrees are numbers of ranks."""
+
+    enabled: bool = True
+    auto_detect: bool = True
+    sequence_parallel: bool = True
+    sequence_parallel_degree: int | None = None
+    ulysses_degree: int | None = None
+    ring_degree: int | None = None
+    pipeline_parallel: bool = False
+    pipeline_parallel_degree: int | None = None
+    tensor_parallel: bool = False
+    tensor_parallel_degree: int | None = None
+    cfg_parallel: bool = True
+    data_parallel: bool = True
+    data_parallel_degree: int | None = None
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """`optimization:` - how a rank computes."""
+
+    engine: str = "native"
+    use_flash_attention: bool = True
+    use_torch_compile: bool = False
+    use_cuda_graph: bool = False
+    use_cache: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """`memory:` - what may leave the GPU."""
+
+    enable_offload: bool = True
+    offload_device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class TacoConfig:
+    """The whole configuration; `source` says where it came from."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    source: str = "defaults"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested dict, for JSON."""
+        return dataclasses.asdict(self)
+
+
+_SECTIONS: dict[str, type[Any]] = {
+    "parallel": ParallelConfig,
+    "optimization": OptimizationConfig,
+    "memory": MemoryConfig,
+}
+_CHOICES = {
+    "optimization.engine": ("native", "xfuser"),
+    "memory.offload_device": ("cpu",),
+}
+# Strategies whose names are promised but which this version cannot run yet: only "off" is accepted.
+_NOT_YET = {
+    "parallel.ring_degree": 1,
+    "parallel.pipeline_parallel": False,
+    "parallel.pipeline_parallel_degree": 1,
+    "parallel.tensor_parallel": False,
+    "parallel.tensor_parallel_degree": 1,
+    "optimization.use_cache": False,
+}
+
+
+def _closest(name: str, known: list[str]) -> str:
+    import difflib
+
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def _checked(key: str, value: Any, kind: Any) -> Any:
+    """`value` if it is of the field's kind. Raises ConfigError."""
+    arguments = typing.get_args(kind)
+    optional = type(None) in arguments
+    wanted = next((a for a in arguments if a is not type(None)), kind)
+    if value is None or (optional and value == "auto"):
+        if optional:
+            return None
+        raise ConfigError(f"{key} must not be empty")
+    if wanted is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{key} is {value!r}; allowed: true, false")
+    elif wanted is int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{key} is {value!r}; allowed: auto, or a whole number of at least 1")
+    elif key in _CHOICES and value not in _CHOICES[key]:
+        raise ConfigError(f"{key} is {value!r}; allowed: {', '.join(_CHOICES[key])}")
+    if key in _NOT_YET and value != _NOT_YET[key]:
+        off = str(_NOT_YET[key]).lower()
+        raise ConfigError(f"{key} is {value!r}, but this version cannot do that yet; allowed: {off}")
+    return value
+
+
+def parse_config(content: Any, source: str) -> TacoConfig:
+    """A configuration from a YAML file's content. Raises ConfigError."""
+    if content is None:
+        return TacoConfig(source=source)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source} must hold sections ({', '.join(_SECTIONS)}), not {type(content).__name__}")
+    sections: dict[str, Any] = {}
+    for name, values in content.items():
+        if name not in _SECTIONS:
+            raise ConfigError(
+                f"{source}: unknown section {name!r}{_closest(str(name), list(_SECTIONS))} "
+                f"(allowed: {', '.join(_SECTIONS)})"
+            )
+        kinds = typing.get_type_hints(_SECTIONS[name])
+        if values is not None and not isinstance(values, dict):
+            raise ConfigError(f"{source}: {name} must hold keys ({', '.join(kinds)}), not {values!r}")
+        for key in values or {}:
+            if key not in kinds:
+                raise ConfigError(
+                    f"{source}: unknown key {name}.{key}{_closest(str(key), list(kinds))} (allowed: {', '.join(kinds)})"
+                )
+        try:
+            checked = {key: _checked(f"{name}.{key}", value, kinds[key]) for key, value in (values or {}).items()}
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+        sections[name] = _SECTIONS[name](**checked)
+    return TacoConfig(**sections, source=source)
+
+
+def load_config(path: str) -> TacoConfig:
+    """Read and check a YAML file. Raises ConfigError, also for a missing or malformed file."""
+    import yaml
+
+    if not os.path.isfile(path):
+        raise ConfigError(f"configuration file {path} does not exist; give another with --taco-config")
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" in line {mark.line + 1}" if mark is not None else ""
+            raise ConfigError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+    return parse_config(content, path)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def validate_for(config: TacoConfig, world_size: int) -> TacoConfig:
+    """Check fixed degrees against the number of ranks. Raises ConfigError."""
+    parallel = config.parallel
+    allowed = ", ".join(str(d) for d in divisors(world_size))
+    fixed = {
+        "sequence_parallel_degree": parallel.sequence_parallel_degree,
+        "ulysses_degree": parallel.ulysses_degree,
+        "data_parallel_degree": parallel.data_parallel_degree,
+    }
+    for name, degree in fixed.items():
+        if degree is not None and world_size % degree:
+            raise ConfigError(
+                f"{config.source}: parallel.{name} is {degree}, which does not divide the {world_size} ranks; "
+                f"allowed: auto, {allowed}"
+            )
+    sequence, ulysses = parallel.sequence_parallel_degree, parallel.ulysses_degree
+    if sequence is not None and ulysses is not None and sequence != ulysses:
+        raise ConfigError(
+            f"{config.source}: parallel.ulysses_degree is {ulysses} but parallel.sequence_parallel_degree is "
+            f"{sequence}; without ring they must be equal"
+        )
+    degree = sequence or ulysses or 1
+    if not parallel.sequence_parallel and degree > 1:
+        raise ConfigError(
+            f"{config.source}: parallel.sequence_parallel is false but its degree is {degree}; allowed: auto, 1"
+        )
+    data = parallel.data_parallel_degree or 1
+    if world_size % (degree * data):
+        raise ConfigError(
+            f"{config.source}: parallel.data_parallel_degree {data} times sequence degree {degree} is "
+            f"{degree * data}, which does not divide the {world_size} ranks; set one of them to auto"
+        )
+    return config
+
+
+class TACODiTConfigManager:
+    """The configuration in force: `TACODiTConfigManager().config`.
+
+    Reads `path`, else the running program's configuration, else `taco_dit_config.yaml` beside main.py, else defaults.
+    With `world_size` the degrees are checked against that number of ranks.
+    """
+
+    def __init__(self, path: str | None = None, world_size: int | None = None) -> None:
+        if path is not None:
+            config = load_config(path)
+        else:
+            config = self._running() or self._beside_main()
+        self._config = config if world_size is None else validate_for(config, world_size)
+
+    @staticmethod
+    def _running() -> TacoConfig | None:
+        from comfy.taco_dit import runtime
+
+        current = runtime.active()
+        return None if current is None else current.config
+
+    @staticmethod
+    def _beside_main() -> TacoConfig:
+        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+        path = os.path.join(root, DEFAULT_FILE)
+        return load_config(path) if os.path.isfile(path) else TacoConfig()
+
+    @property
+    def config(self) -> TacoConfig:
+        """The configuration."""
+        return self._config

@@ -1,0 +1,66 @@
+"""The patcher of every diffusion model: a ModelPatcher whose denoiser calls go through the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import comfy.model_management
+import comfy.patcher_extension
+from comfy.model_patcher import ModelPatcher
+from comfy.taco_dit import runtime
+
+from .agreement import agree_on
+from .config_manager import ParallelConfig
+
+WRAPPER_KEY = "taco_dit"
+
+
+class TACODiTModelPatcher(ModelPatcher):
+    """ModelPatcher that spreads denoiser calls over the ranks. Clones, patches, LoRA and hooks work as in any other.
+
+    `taco_parallel` overrides the configuration's `parallel` section for this model; None uses it as it is.
+    """
+
+    taco_parallel: ParallelConfig | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _sample_together)
+
+    def clone(self, *args: Any, **kwargs: Any) -> TACODiTModelPatcher:
+        other: Any = super().clone(*args, **kwargs)
+        other.taco_parallel = self.taco_parallel
+        return other
+
+    def evaluate_batches(self, model: Any, batches: list[Any], model_options: dict[str, Any]) -> list[torch.Tensor]:
+        """See `TACODiTExecutionEngine.evaluate`."""
+        return runtime.current().engine.evaluate(model, batches, model_options, self.taco_parallel)
+
+    def denoiser_memory_budget(self, device: torch.device) -> int:
+        """Rank 0's free memory decides for all how many conditionings run together; see `_sample_together`."""
+        budget = getattr(self.model, "taco_memory_budget", None)
+        if runtime.current().lockstep.world_size == 1 or budget is None:
+            return comfy.model_management.get_free_memory(device)
+        return budget
+
+
+def _sample_together(
+    executor: Any, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Around a whole sampling run: agree on the inputs and the memory budget, keep the statistics."""
+    current = runtime.current()
+    guider = executor.class_obj
+    patcher = guider.model_patcher
+    if current.lockstep.world_size > 1:
+        inputs = {"noise": noise, "latent": latent_image, "sigmas": sigmas, "conditioning": guider.conds,
+                  "others": [a for a in args if isinstance(a, torch.Tensor)]}  # fmt: skip
+        agree_on(current.lockstep, inputs, patcher)
+        free = comfy.model_management.get_free_memory(patcher.load_device)
+        patcher.model.taco_memory_budget = min(current.lockstep.gather("memory", free))
+    current.engine.begin_run()
+    result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    current.engine.end_run()
+    return result

@@ -1,0 +1,91 @@
+"""Moving attention heads between ranks: tokens of all heads on one side, all tokens of some heads on the other.
+
+Layout of everything that travels is token-major, [tokens, B, parts, heads, D]: what arrives from the ranks in order is
+then the whole sequence, contiguous, and attention kernels take it as a strided view without another copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from comfy.taco_dit.core.plan import share
+
+
+class Exchange(Protocol):
+    """A transport of heads and tokens within one token group."""
+
+    size: int
+    index: int
+
+    def to_heads(self, parts: Sequence[torch.Tensor], layout: Sequence[int]) -> list[torch.Tensor]:
+        """Each part [B, H, L_local, D] -> [B, h, L, D] of this rank's heads, all tokens in rank order."""
+
+    def to_tokens(self, out: torch.Tensor, heads: int, layout: Sequence[int]) -> torch.Tensor:
+        """[B, h, L, D] -> [B, H, L_local, D]."""
+
+    def gather(self, local: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
+        """Shards along `dim`, concatenated in rank order."""
+
+
+def head_counts(heads: int, size: int) -> list[int]:
+    """Heads per rank, dealt as evenly as possible."""
+    return [stop - start for start, stop in (share(heads, size, i) for i in range(size))]
+
+
+class CollectiveExchange:
+    """Exchange by all-to-all and all-gather of a process group (NCCL, gloo). Heads and tokens may be uneven."""
+
+    def __init__(self, group: Any, clock: Any = None) -> None:
+        self._group = group
+        self.size = group.size
+        self.index = group.index
+        self._clock = clock
+
+    def _all_to_all(self, send: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        """Flat exchange; counts are elements per rank."""
+        out = send.new_empty(sum(received))
+        if self._clock is None:
+            self._group.all_to_all(out, send, received, sent)
+        else:
+            with self._clock.exchange():
+                self._group.all_to_all(out, send, received, sent)
+        return out
+
+    def to_heads(self, parts: Sequence[torch.Tensor], layout: Sequence[int]) -> list[torch.Tensor]:
+        batch, heads, local, size = parts[0].shape
+        if local != layout[self.index]:
+            raise ValueError(f"rank {self.index} holds {local} tokens where the layout says {layout[self.index]}")
+        counts = head_counts(heads, self.size)
+        stacked = torch.stack([p.permute(2, 0, 1, 3) for p in parts], dim=2)  # [L_local, B, parts, H, D]
+        send = torch.cat([block.reshape(-1) for block in stacked.split(counts, dim=3)])
+        unit = batch * len(parts) * size
+        mine = counts[self.index]
+        received = self._all_to_all(
+            send, [local * c * unit for c in counts], [tokens * mine * unit for tokens in layout]
+        )
+        whole = received.view(sum(layout), batch, len(parts), mine, size)
+        return [whole[:, :, i].permute(1, 2, 0, 3) for i in range(len(parts))]
+
+    def to_tokens(self, out: torch.Tensor, heads: int, layout: Sequence[int]) -> torch.Tensor:
+        batch, mine, _, size = out.shape
+        counts = head_counts(heads, self.size)
+        local, unit = layout[self.index], batch * size
+        send = out.permute(2, 0, 1, 3).reshape(-1)  # token-major: each rank's tokens are one run
+        received = self._all_to_all(
+            send, [tokens * mine * unit for tokens in layout], [local * c * unit for c in counts]
+        )
+        blocks = [
+            block.view(local, batch, count, size)
+            for block, count in zip(received.split([local * c * unit for c in counts]), counts)
+        ]
+        return torch.cat(blocks, dim=2).permute(1, 2, 0, 3)
+
+    def gather(self, local: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
+        rows = local.movedim(dim, 0)
+        if self._clock is None:
+            return self._group.all_gather(rows, lengths).movedim(0, dim)
+        with self._clock.exchange():
+            return self._group.all_gather(rows, lengths).movedim(0, dim)
