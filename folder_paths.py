@@ -1,8 +1,8 @@
 """Where files live: model folders, input, output, temp and user directories.
 
-Custom nodes import this module and read or change its plain names directly, so it stays a flat list of functions over a
-few module variables. `folder_names_and_paths[kind]` is `([directories], {extensions})`; entries may be added, replaced or
-lengthened at any time and the next listing sees it. An empty extension set means "every file".
+Custom nodes import this module and read or change its plain names directly, so it stays a flat list of functions over
+a few module variables. `folder_names_and_paths[kind]` is `([directories], {extensions})`; entries may be added,
+replaced or lengthened at any time and the next listing sees it. An empty extension set means "every file".
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def get_input_subfolders() -> list[str]:
 
 
 def annotated_filepath(name: str) -> tuple[str, str | None]:
-    """Split `name [output|input|temp]` into the bare name and the directory meant (None when there is no annotation)."""
+    """Split `name [output|input|temp]` into the bare name and the directory meant (None without annotation)."""
     for kind in _ANNOTATIONS:
         if name.endswith(f"[{kind}]"):
             return name[: -len(kind) - 2].rstrip(" "), get_directory_by_type(kind)

@@ -136,9 +136,8 @@ class WebUIProgressHandler(ProgressHandler):
         self._changed()
         if image is None or self.server_instance is None:
             return
-        from server import BinaryEventTypes
-
         from comfy_api import feature_flags
+        from server import BinaryEventTypes
 
         server = self.server_instance
         if feature_flags.supports_feature(server.sockets_metadata, server.client_id, "supports_preview_metadata"):
@@ -308,9 +307,8 @@ def install_progress_hook(server: Any, may_interrupt: bool = True) -> None:
         message = {"value": value, "max": total, "prompt_id": prompt_id, "node": node_id}
         server.send_sync("progress", message, server.client_id)
         if preview is not None:
-            from server import BinaryEventTypes
-
             from comfy_api import feature_flags
+            from server import BinaryEventTypes
 
             if not feature_flags.supports_feature(
                 server.sockets_metadata, server.client_id, "supports_preview_metadata"

@@ -6,7 +6,7 @@ import math
 import time
 
 import pytest
-from conftest import CALLS, CHANGED, Runner, node
+from fakes import CALLS, CHANGED, Runner, node
 
 import comfy.model_management
 import nodes

@@ -1,0 +1,1 @@
+"""The HTTP side: routes by topic, users, settings, front end and logs. `server.PromptServer` puts them together."""

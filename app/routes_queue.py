@@ -1,0 +1,183 @@
+"""Routes about prompts: queueing, what runs, what ran, stopping."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from typing import Any
+
+from aiohttp import web
+
+from app.responses import json_body, json_response
+from comfy_execution import jobs
+
+
+def _number(value: str | None, name: str, default: int | None) -> int | None:
+    if value is None:
+        return default
+    try:
+        return int(value)
+    except ValueError:
+        raise web.HTTPBadRequest(text=f"{name} must be a whole number, not {value!r}") from None
+
+
+async def _queue_prompt(server: Any, body: Any) -> web.Response:
+    import execution
+
+    body = server.trigger_on_prompt(body)
+    if not isinstance(body, dict) or "prompt" not in body:
+        error = {"type": "no_prompt", "message": "No prompt provided", "details": "No prompt provided",
+                 "extra_info": {}}
+        return json_response({"error": error, "node_errors": {}}, 400)
+    if not isinstance(body["prompt"], dict):
+        error = {"type": "invalid_prompt", "message": "The prompt is not an object of nodes", "details": "",
+                 "extra_info": {}}
+        return json_response({"error": error, "node_errors": {}}, 400)
+    if "number" in body:
+        number = float(body["number"])
+    else:
+        number = -server.number if body.get("front") else server.number
+        server.number += 1
+    prompt_id = str(body.get("prompt_id") or uuid.uuid4())
+    valid, error, outputs, node_errors = await execution.validate_prompt(
+        prompt_id, body["prompt"], body.get("partial_execution_targets")
+    )
+    if not valid:
+        logging.warning("invalid prompt: %s", error)
+        return json_response({"error": error, "node_errors": node_errors}, 400)
+    extra_data = dict(body.get("extra_data") or {})
+    if "client_id" in body:
+        extra_data["client_id"] = body["client_id"]
+    extra_data["create_time"] = int(time.time() * 1000)
+    server.prompt_queue.put((number, prompt_id, body["prompt"], extra_data, outputs))
+    return json_response({"prompt_id": prompt_id, "number": number, "node_errors": node_errors})
+
+
+def _add_queue(routes: web.RouteTableDef, server: Any) -> None:
+    @routes.get("/prompt")
+    async def get_prompt(request: web.Request) -> web.Response:
+        return json_response(server.get_queue_info())
+
+    @routes.post("/prompt")
+    async def post_prompt(request: web.Request) -> web.Response:
+        return await _queue_prompt(server, await json_body(request))
+
+    @routes.get("/queue")
+    async def get_queue(request: web.Request) -> web.Response:
+        running, waiting = server.prompt_queue.get_current_queue_volatile()
+        return json_response({"queue_running": running, "queue_pending": waiting})
+
+    @routes.post("/queue")
+    async def post_queue(request: web.Request) -> web.Response:
+        body = await json_body(request)
+        if body.get("clear"):
+            server.prompt_queue.wipe_queue()
+        for prompt_id in body.get("delete", ()):
+            server.prompt_queue.delete_queue_item(lambda item, wanted=prompt_id: item[1] == wanted)
+        return web.Response()
+
+
+def _add_history(routes: web.RouteTableDef, server: Any) -> None:
+    def same(entry: dict[str, Any]) -> dict[str, Any]:
+        return entry
+
+    @routes.get("/history")
+    async def get_history(request: web.Request) -> web.Response:
+        max_items = _number(request.query.get("max_items"), "max_items", None)
+        offset = _number(request.query.get("offset"), "offset", -1)
+        return json_response(server.prompt_queue.get_history(max_items=max_items, offset=offset, map_function=same))
+
+    @routes.get("/history/{prompt_id}")
+    async def get_history_item(request: web.Request) -> web.Response:
+        prompt_id = request.match_info["prompt_id"]
+        return json_response(server.prompt_queue.get_history(prompt_id=prompt_id, map_function=same))
+
+    @routes.post("/history")
+    async def post_history(request: web.Request) -> web.Response:
+        body = await json_body(request)
+        if body.get("clear"):
+            server.prompt_queue.wipe_history()
+        for prompt_id in body.get("delete", ()):
+            server.prompt_queue.delete_history_item(prompt_id)
+        return web.Response()
+
+
+def _interrupt(server: Any, prompt_id: str | None) -> bool:
+    """Stop the running prompt, if it is `prompt_id` (None: whichever runs); whether one was asked to stop."""
+    import nodes
+
+    running, _ = server.prompt_queue.get_current_queue_volatile()
+    if prompt_id is not None and all(item[1] != prompt_id for item in running):
+        logging.info("prompt %s is not running, so it is not interrupted", prompt_id)
+        return False
+    nodes.interrupt_processing()
+    return True
+
+
+def _add_control(routes: web.RouteTableDef, server: Any) -> None:
+    @routes.post("/interrupt")
+    async def post_interrupt(request: web.Request) -> web.Response:
+        body = await json_body(request, required=False)
+        _interrupt(server, body.get("prompt_id") if isinstance(body, dict) else None)
+        return web.Response()
+
+    @routes.post("/free")
+    async def post_free(request: web.Request) -> web.Response:
+        body = await json_body(request)
+        for flag in ("unload_models", "free_memory"):
+            if body.get(flag):
+                server.prompt_queue.set_flag(flag, True)
+        return web.Response()
+
+
+def _cancel(server: Any, prompt_id: str) -> bool:
+    """Take a waiting prompt out of the queue or stop it when it runs."""
+    if server.prompt_queue.delete_queue_item(lambda item: item[1] == prompt_id):
+        return True
+    running, _ = server.prompt_queue.get_current_queue_volatile()
+    return any(item[1] == prompt_id for item in running) and _interrupt(server, prompt_id)
+
+
+def _add_jobs(routes: web.RouteTableDef, server: Any) -> None:
+    def every_job() -> list[dict[str, Any]]:
+        running, waiting = server.prompt_queue.get_current_queue_volatile()
+        return jobs.all_jobs(running, waiting, server.prompt_queue.get_history(map_function=lambda entry: entry))
+
+    @routes.get("/jobs")
+    async def get_jobs(request: web.Request) -> web.Response:
+        query = request.query
+        status = {word for word in query.get("status", "").split(",") if word}
+        unknown = status - set(jobs.STATUSES)
+        if unknown:
+            raise web.HTTPBadRequest(text=f"unknown status {sorted(unknown)[0]!r}; use {', '.join(jobs.STATUSES)}")
+        limit = _number(query.get("limit"), "limit", None)
+        offset = _number(query.get("offset"), "offset", 0) or 0
+        chosen = jobs.select(every_job(), status, query.get("workflow_id"), query.get("sort_by", "created_at"),
+                             query.get("sort_order", "desc"))
+        return json_response(jobs.page(chosen, limit, max(offset, 0)))
+
+    @routes.get("/jobs/{job_id}")
+    async def get_job(request: web.Request) -> web.Response:
+        job = next((job for job in every_job() if job["id"] == request.match_info["job_id"]), None)
+        if job is None:
+            return json_response({"error": "Job not found"}, 404)
+        return json_response(jobs.detailed(job))
+
+    @routes.post("/jobs/{job_id}/cancel")
+    async def cancel_job(request: web.Request) -> web.Response:
+        job_id = request.match_info["job_id"]
+        return json_response({"id": job_id, "cancelled": _cancel(server, job_id)})
+
+    @routes.post("/jobs/cancel")
+    async def cancel_jobs(request: web.Request) -> web.Response:
+        body = await json_body(request)
+        return json_response({"cancelled": [job_id for job_id in body.get("job_ids", ()) if _cancel(server, job_id)]})
+
+
+def add_routes(routes: web.RouteTableDef, server: Any) -> None:
+    """/prompt, /queue, /history, /interrupt, /free and /jobs."""
+    _add_queue(routes, server)
+    _add_history(routes, server)
+    _add_control(routes, server)
+    _add_jobs(routes, server)

@@ -1,0 +1,42 @@
+"""The page itself and the folders that are served as they are."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from aiohttp import web
+
+from app import frontend_management as frontend
+
+_NEVER_KEPT = {"Cache-Control": "no-cache", "Pragma": "no-cache", "Expires": "0"}
+
+
+def add_page(routes: web.RouteTableDef, server: Any) -> None:
+    """`/`: the page, or how to install it."""
+
+    @routes.get("/")
+    async def index(request: web.Request) -> web.StreamResponse:
+        if server.web_root is None:
+            return web.Response(text=frontend.MISSING_PAGE, content_type="text/html", headers=_NEVER_KEPT)
+        return web.FileResponse(os.path.join(server.web_root, "index.html"), headers=_NEVER_KEPT)
+
+    @routes.get("/templates/{name:.*}")
+    async def template(request: web.Request) -> web.StreamResponse:
+        path = frontend.template_file(request.match_info["name"])
+        if path is None:
+            raise web.HTTPNotFound()
+        return web.FileResponse(path)
+
+
+def add_static(app: web.Application, server: Any) -> None:
+    """Web folders of node packs, node help, and last of all the page's own files."""
+    import nodes
+
+    for name, folder in nodes.EXTENSION_WEB_DIRS.items():
+        app.add_routes([web.static(f"/extensions/{name}", folder)])
+    docs = frontend.docs_folder()
+    if docs is not None:
+        app.add_routes([web.static("/docs", docs)])
+    if server.web_root is not None:
+        app.add_routes([web.static("/", server.web_root)])

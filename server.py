@@ -1,0 +1,282 @@
+"""`PromptServer`: the HTTP and WebSocket side of rank 0.
+
+The routes live in `app/`, one module per topic. Node packs add their own through `PromptServer.instance.routes` while
+they are imported; `add_routes` freezes them. On ranks that follow, the same object exists (`listening=False`), so that
+packs find what they import, but it never opens a port and sends nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import ssl
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from aiohttp import WSMsgType, web
+
+from app import messages as frames
+from app import routes_files, routes_info, routes_internal, routes_models, routes_queue, static_files
+from app.custom_node_manager import CustomNodeManager
+from app.frontend_management import frontend_folder
+from app.messages import BinaryEventTypes
+from app.middlewares import cache_control, compress_body, create_cors_middleware, create_origin_only_middleware
+from app.responses import dumps
+from app.user_manager import UserManager
+from comfy.cli_args import args
+from comfy_api import feature_flags
+from comfy_execution.utils import get_executing_context
+
+__all__ = ["BinaryEventTypes", "PromptServer", "uuid", "web"]
+
+# a page that takes nothing for so long is disconnected, so that it cannot hold up the others
+SEND_TIMEOUT_S = 30.0
+
+
+def single_rank_status() -> dict[str, Any]:
+    """What /taco_dit/status answers when nothing spreads over GPUs."""
+    return {"enabled": False, "world_size": 1, "ranks": [{"rank": 0}]}
+
+
+class PromptServer:
+    """State shared by routes, executor and node packs.
+
+    `client_id`: page of the running prompt; `last_node_id`: node shown as running; `number`: number of the next
+    prompt; `sockets`: open pages by id; `taco_status`: called for /taco_dit/status, may be replaced.
+    """
+
+    instance: ClassVar[PromptServer]
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, listening: bool = True) -> None:
+        PromptServer.instance = self
+        self.loop = loop
+        self.listening = listening
+        self.user_manager = UserManager()
+        self.custom_node_manager = CustomNodeManager()
+        self.supports = ["custom_nodes_from_web"]
+        self.prompt_queue: Any = None
+        self.messages: asyncio.Queue[tuple[Any, Any, str | None]] = asyncio.Queue()
+        self.number = 0
+        self.port = args.port
+        self.address = args.listen
+        self.client_id: str | None = None
+        self.last_node_id: str | None = None
+        self.last_prompt_id: str | None = None
+        self.sockets: dict[str, web.WebSocketResponse] = {}
+        self.sockets_metadata: dict[str, dict[str, Any]] = {}
+        self.on_prompt_handlers: list[Callable[[Any], Any]] = []
+        self.taco_status: Callable[[], dict[str, Any]] = single_rank_status
+        self.web_root: str | None = frontend_folder(args.front_end_root) if listening else None
+        self.app = web.Application(
+            client_max_size=round(args.max_upload_size * 1024 * 1024), middlewares=self._middlewares()
+        )
+        self.routes = web.RouteTableDef()
+        self._internal = routes_internal.internal_routes(self)
+        self._add_core_routes()
+
+    @staticmethod
+    def _middlewares() -> list[Any]:
+        chosen: list[Any] = [cache_control]
+        if args.enable_compress_response_body:
+            chosen.append(compress_body)
+        if args.enable_cors_header:
+            chosen.append(create_cors_middleware(args.enable_cors_header))
+        else:
+            chosen.append(create_origin_only_middleware())
+        return chosen
+
+    def _add_core_routes(self) -> None:
+        self.routes.get("/ws")(self.websocket_handler)
+        static_files.add_page(self.routes, self)
+        for topic in (routes_queue, routes_files, routes_models, routes_info):
+            topic.add_routes(self.routes, self)
+        self.user_manager.add_routes(self.routes)
+        self.custom_node_manager.add_routes(self.routes)
+
+    def add_routes(self) -> None:
+        """Register all routes, each also below /api, then the static folders. Call it once, after nodes are loaded."""
+        if self.listening:
+            self.user_manager.start(args.multi_user)
+        twins = web.RouteTableDef()
+        for route in self.routes:
+            if isinstance(route, web.RouteDef):
+                twins.route(route.method, "/api" + route.path)(route.handler, **route.kwargs)
+        self.app.add_routes(twins)
+        self.app.add_routes(self.routes)
+        self.app.add_routes(self._internal)
+        self.custom_node_manager.add_static(self.app)
+        static_files.add_static(self.app, self)
+
+    # ---- WebSocket -------------------------------------------------------------------------------------------------
+
+    async def websocket_handler(self, request: web.Request) -> web.WebSocketResponse:
+        """A page connects; with the id of an older connection it takes that one's place."""
+        ws = web.WebSocketResponse()
+        await ws.prepare(request)
+        sid = request.query.get("clientId", "") or uuid.uuid4().hex
+        self.sockets[sid] = ws
+        self.sockets_metadata[sid] = {"feature_flags": {}}
+        try:
+            await self.send("status", {"status": self.get_queue_info(), "sid": sid}, sid)
+            if self.client_id == sid and self.last_node_id is not None:
+                await self.send("executing", {"node": self.last_node_id}, sid)
+            await self._listen(ws, sid)
+        finally:
+            if self.sockets.get(sid) is ws:
+                del self.sockets[sid]
+                del self.sockets_metadata[sid]
+        return ws
+
+    async def _listen(self, ws: web.WebSocketResponse, sid: str) -> None:
+        first = True
+        async for message in ws:
+            if message.type is WSMsgType.ERROR:
+                logging.warning("ws connection closed with exception %s", ws.exception())
+            elif message.type is WSMsgType.TEXT and first:
+                first = False
+                await self._greet(sid, message.data)
+
+    async def _greet(self, sid: str, text: str) -> None:
+        """The first message of a page may say what it can do; the answer says what we can."""
+        try:
+            greeting = json.loads(text)
+        except ValueError:
+            logging.warning("a page's first message is not JSON: %.200s", text)
+            return
+        if isinstance(greeting, dict) and greeting.get("type") == "feature_flags":
+            flags = greeting.get("data")
+            self.sockets_metadata[sid]["feature_flags"] = flags if isinstance(flags, dict) else {}
+            await self.send("feature_flags", feature_flags.get_server_features(), sid)
+
+    def get_queue_info(self) -> dict[str, Any]:
+        remaining = 0 if self.prompt_queue is None else self.prompt_queue.get_tasks_remaining()
+        return {"exec_info": {"queue_remaining": remaining}}
+
+    async def send(self, event: Any, data: Any, sid: str | None = None) -> None:
+        """Send an event to one page, or to all. `event` is a name or one of BinaryEventTypes."""
+        if event == BinaryEventTypes.UNENCODED_PREVIEW_IMAGE:
+            await self._to_pages(await asyncio.to_thread(frames.image_frame, data), sid)
+        elif event == BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA:
+            await self._to_pages(await asyncio.to_thread(frames.image_with_metadata_frame, *data), sid)
+        elif isinstance(data, bytes | bytearray):
+            await self._to_pages(frames.frame(event, bytes(data)), sid)
+        else:
+            await self._to_pages(dumps({"type": event, "data": data}), sid)
+
+    async def _to_pages(self, content: str | bytes, sid: str | None) -> None:
+        targets = list(self.sockets.values()) if sid is None else [ws for ws in [self.sockets.get(sid)] if ws]
+        for ws in targets:
+            try:
+                sending = ws.send_str(content) if isinstance(content, str) else ws.send_bytes(content)
+                await asyncio.wait_for(sending, SEND_TIMEOUT_S)
+            except TimeoutError:
+                logging.warning("a page took nothing for %.0f s and is disconnected", SEND_TIMEOUT_S)
+                if ws._writer is not None and ws._writer.transport is not None:
+                    ws._writer.transport.abort()
+            except (ConnectionError, RuntimeError) as error:
+                logging.warning("send error: %s", error)
+
+    def send_sync(self, event: Any, data: Any, sid: str | None = None) -> None:
+        """Like `send`, from any thread, without waiting. Does nothing on ranks that follow."""
+        if self.listening:
+            self.loop.call_soon_threadsafe(self.messages.put_nowait, (event, data, sid))
+
+    def send_progress_text(self, text: str | bytes, node_id: str | None = None, sid: str | None = None) -> None:
+        """Show a text on a node (default: the running one)."""
+        if node_id is None:
+            context = get_executing_context()
+            node_id = context.node_id if context else self.last_node_id
+        if node_id is not None:
+            self.send_sync(BinaryEventTypes.TEXT, frames.text_frame(text, node_id), sid)
+
+    def queue_updated(self) -> None:
+        """Tell every page how much is left."""
+        self.send_sync("status", {"status": self.get_queue_info()})
+
+    async def publish_loop(self) -> None:
+        """Send what `send_sync` collected, in order, for ever."""
+        while True:
+            event, data, sid = await self.messages.get()
+            try:
+                await self.send(event, data, sid)
+            except Exception:  # noqa: BLE001 - one message that cannot be encoded must not silence all others
+                logging.exception("message %r could not be sent", event)
+
+    # ---- prompts ---------------------------------------------------------------------------------------------------
+
+    def add_on_prompt_handler(self, handler: Callable[[Any], Any]) -> None:
+        """`handler(json)` gets every posted prompt before it is checked and returns it, changed or not."""
+        self.on_prompt_handlers.append(handler)
+
+    def trigger_on_prompt(self, json_data: Any) -> Any:
+        for handler in self.on_prompt_handlers:
+            try:
+                json_data = handler(json_data)
+            except Exception:  # noqa: BLE001 - a pack's handler must not stop prompts
+                logging.exception("[ERROR] An error occurred during the on_prompt_handler processing")
+        return json_data
+
+    # ---- listening -------------------------------------------------------------------------------------------------
+
+    async def setup(self) -> None:
+        """Kept for callers written for ComfyUI; everything is ready after construction."""
+
+    async def start(
+        self, address: str, port: int, verbose: bool = True, call_on_start: Callable[..., Any] | None = None
+    ) -> None:
+        """Listen on one address."""
+        await self.start_multi_address([(address, port)], call_on_start, verbose)
+
+    async def start_multi_address(
+        self, addresses: Iterable[tuple[str, int]], call_on_start: Callable[..., Any] | None = None,
+        verbose: bool = True,
+    ) -> None:
+        """Listen on `(address, port)` pairs; port 0 takes a free one, `self.port` then says which.
+
+        Raises RuntimeError on a rank that follows, OSError naming the address when it cannot be bound.
+        """
+        if not self.listening:
+            raise RuntimeError("only rank 0 listens; this server was created with listening=False")
+        runner = web.AppRunner(self.app, access_log=None)
+        await runner.setup()
+        context = _tls_context()
+        scheme = "https" if context else "http"
+        last = (self.address, self.port)
+        for position, (address, port) in enumerate(addresses):
+            site = web.TCPSite(runner, address, port, ssl_context=context)
+            try:
+                await site.start()
+            except OSError as error:
+                raise OSError(
+                    f"cannot listen on {address}:{port} ({error.strerror or error}); "
+                    "is another server running? choose another one with --port"
+                ) from error
+            last = (address, _bound_port(site, port))
+            if position == 0:
+                self.address, self.port = last
+            if verbose:
+                shown = f"[{address}]" if ":" in address else address
+                logging.info("To see the GUI go to: %s://%s:%d", scheme, shown, last[1])
+        if call_on_start is not None:
+            call_on_start(scheme, self.address, self.port)
+
+
+def _bound_port(site: web.TCPSite, port: int) -> int:
+    server = site._server
+    sockets: list[socket.socket] = list(getattr(server, "sockets", None) or ())
+    return sockets[0].getsockname()[1] if sockets else port
+
+
+def _tls_context() -> ssl.SSLContext | None:
+    """TLS from --tls-keyfile and --tls-certfile. Raises ValueError when only one is given."""
+    if not args.tls_keyfile and not args.tls_certfile:
+        return None
+    if not args.tls_keyfile or not args.tls_certfile:
+        raise ValueError("TLS needs both --tls-keyfile and --tls-certfile")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certfile=args.tls_certfile, keyfile=args.tls_keyfile)
+    return context
