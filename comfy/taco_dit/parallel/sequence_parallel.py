@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from comfy.ldm import dit
 from comfy.taco_dit.core.plan import share
 
 from .exchange import Exchange
@@ -85,7 +86,8 @@ class UlyssesPlan:
         elif in_order:
             places, inverse = self._order(q.device)
             q, k, v = (t.index_select(2, places) for t in (q, k, v))
-            out = function(q, k, v).index_select(2, inverse)
+            with dit.use_plan(None):  # a foreign function may call ours again: its tokens have met already
+                out = function(q, k, v).index_select(2, inverse)
         else:
             out = function(q, k, v)
         return self.exchange.to_tokens(out, heads, layout), aside

@@ -1,0 +1,45 @@
+"""Tiny random networks for parallel tests, the same on every rank."""
+
+from __future__ import annotations
+
+import torch
+
+from comfy.ldm.flux.model import Flux
+
+CONFIG = {
+    "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 24, "context_in_dim": 40, "hidden_size": 96,
+    "mlp_ratio": 4.0, "num_heads": 4, "depth": 2, "depth_single_blocks": 3, "axes_dim": [4, 10, 10], "theta": 10000,
+    "qkv_bias": True, "guidance_embed": True,
+}  # fmt: skip
+
+
+def tiny_flux(seed: int = 0, **changes: object) -> Flux:
+    """A Flux network with random weights of moderate size, in fp32."""
+    network = Flux(**{**CONFIG, **changes})
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith(".scale"):
+            value = 1 + 0.1 * noise
+        elif parameter.ndim == 1:
+            value = 0.02 * noise
+        else:
+            value = noise / parameter.shape[1] ** 0.5
+        parameter.data.copy_(value)
+    return network.eval().requires_grad_(False)
+
+
+def inputs(height: int, width: int, text: int, batch: int = 1, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Arguments of a call on latents of `height` x `width` with `text` prompt tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return {
+        "x": draw(batch, 16, height, width),
+        "timestep": torch.linspace(0.3, 0.9, batch),
+        "context": draw(batch, text, 40),
+        "y": draw(batch, 24),
+        "guidance": torch.full((batch,), 3.5),
+    }
