@@ -82,7 +82,7 @@ _CHOICES = {
     "memory.offload_device": ("cpu",),
 }
 # Strategies whose names are promised but which this version cannot run yet: only "off" is accepted.
-_NOT_YET = {
+_NOT_YET: dict[str, Any] = {
     "parallel.ring_degree": 1,
     "parallel.pipeline_parallel": False,
     "parallel.pipeline_parallel_degree": 1,

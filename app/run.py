@@ -1,0 +1,206 @@
+"""One rank's life: rank 0 serves, the others follow."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from typing import Any
+
+FORCED_EXIT_S = 3.0
+
+
+def run_rank(args: argparse.Namespace, root: str) -> int:
+    """Set this process up as one rank and run it until it is told to stop.
+
+    Raises ConfigError for a configuration that does not fit the ranks.
+    """
+    from comfy.taco_dit.core.distributed_manager import RankInfo
+
+    info = RankInfo.from_environment(os.environ)
+    _set_up_logging(args, info.rank)
+    _apply_directories(args, root)
+    runtime = _make_runtime(args, root, info)
+    if info.rank == 0:
+        return _serve(args, runtime)
+    return _follow(args, runtime)
+
+
+def _set_up_logging(args: argparse.Namespace, rank: int) -> None:
+    """Rank 0 logs as asked; followers only warnings, each line beginning with the rank."""
+    from app.logger import setup_logger
+
+    if rank == 0:
+        setup_logger(log_level=args.verbose, use_stdout=args.log_stdout)
+        return
+    logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(message)s", force=True)
+
+
+def _apply_directories(args: argparse.Namespace, root: str) -> None:
+    import folder_paths
+    from utils.extra_config import load_extra_path_config
+
+    folder_paths.configure(args)
+    default = os.path.join(root, "extra_model_paths.yaml")
+    files = [default] if os.path.isfile(default) else []
+    files += [path for group in args.extra_model_paths_config or [] for path in group]
+    for path in files:
+        load_extra_path_config(path)
+
+
+def _make_runtime(args: argparse.Namespace, root: str, info: Any) -> Any:
+    import comfy.model_management as management
+    from comfy.taco_dit import runtime
+    from comfy.taco_dit.core.distributed_manager import TACODiTDistributedManager, rank_device
+    from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
+    from comfy.taco_dit.core.launcher import read_config
+    from comfy.taco_dit.core.lockstep import RankLockstep
+    from comfy_execution.lockstep import Lockstep
+
+    config = read_config(args, root, info.world_size)
+    management.configure()
+    device = rank_device(info, args.cpu)
+    management.bind_device(device)
+    manager = TACODiTDistributedManager(info, device)
+    lockstep: Lockstep = Lockstep()
+    if info.world_size > 1:
+        ranked = RankLockstep(manager)
+        management.set_interrupt_check(ranked.interrupt_check)
+        lockstep = ranked
+    current = runtime.Runtime(config, manager, lockstep, TACODiTExecutionEngine(config, manager, lockstep))
+    runtime.activate(current)
+    return current
+
+
+def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEventLoop) -> None:
+    import nodes
+
+    loop.run_until_complete(
+        nodes.init_extra_nodes(
+            init_custom_nodes=not args.disable_all_custom_nodes or bool(args.whitelist_custom_nodes),
+            init_api_nodes=not args.disable_api_nodes,
+        )
+    )
+    server.add_routes()
+
+
+def _serve(args: argparse.Namespace, current: Any) -> int:
+    import comfy.model_management as management
+    from comfy_execution.worker import PromptWorker, cache_choice
+    from execution import PromptQueue
+    from server import PromptServer
+
+    _clean_temp()
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    server = PromptServer(loop)
+    server.taco_status = lambda: status_report(current)
+    queue = PromptQueue(server)
+    _load_nodes(args, server, loop)
+    announce = getattr(current.lockstep, "announce", None)
+    cache_type, cache_args = cache_choice(args)
+    worker = PromptWorker(
+        queue, server, lockstep=current.lockstep, announce=announce, cache_type=cache_type, cache_args=cache_args
+    )
+    infos = current.lockstep.gather("ranks", current.manager.describe())
+    current.rank_infos = infos
+    _say_hello(current, infos)
+    if args.quick_test_for_ci:
+        if announce is not None:
+            announce({"kind": "stop"})
+        return 0
+
+    def work() -> None:
+        management.enter_device_thread()
+        worker.run()
+
+    threading.Thread(target=work, daemon=True, name="prompt worker").start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, loop.stop)
+    try:
+        loop.create_task(server.publish_loop())
+        addresses = [(address.strip(), args.port) for address in args.listen.split(",") if address.strip()]
+        loop.run_until_complete(server.start_multi_address(addresses, call_on_start=_opener(args)))
+        loop.run_forever()
+    except OSError as error:
+        logging.error("%s", error)
+        return 2
+    finally:
+        management.interrupt_current_processing()
+        if announce is not None and not queue.currently_running:
+            announce({"kind": "stop"})
+        _clean_temp()
+    _exit_soon()
+    return 0
+
+
+def _exit_soon() -> None:
+    """End the process even if a computation is stuck in the worker thread."""
+    logging.info("Stopped")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _opener(args: argparse.Namespace) -> Any:
+    if not args.auto_launch:
+        return None
+
+    def open_browser(scheme: str, address: str, port: int) -> None:
+        import webbrowser
+
+        host = "127.0.0.1" if address in ("0.0.0.0", "::") else address
+        webbrowser.open(f"{scheme}://{host}:{port}")
+
+    return open_browser
+
+
+def _follow(args: argparse.Namespace, current: Any) -> int:
+    from comfy_execution.worker import PromptWorker, cache_choice
+    from server import PromptServer
+
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    server = PromptServer(loop, listening=False)
+    _load_nodes(args, server, loop)
+    cache_type, cache_args = cache_choice(args)
+    worker = PromptWorker(None, server, lockstep=current.lockstep, cache_type=cache_type, cache_args=cache_args)
+    current.lockstep.gather("ranks", current.manager.describe())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # blocked in the store, Python could not handle it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    worker.follow(current.lockstep.commands())
+    return 0
+
+
+def _clean_temp() -> None:
+    import folder_paths
+
+    shutil.rmtree(folder_paths.get_temp_directory(), ignore_errors=True)
+
+
+def _say_hello(current: Any, infos: list[dict[str, Any]]) -> None:
+    import torch
+
+    logging.info("TACO-DiT on torch %s, configuration: %s", torch.__version__, current.config.source)
+    for info in infos:
+        free, total = info["memory_free"] / 2**30, info["memory_total"] / 2**30
+        logging.info("rank %d: %s %s, %.1f of %.1f GiB free", info["rank"], info["device"], info["name"], free, total)
+
+
+def status_report(current: Any) -> dict[str, Any]:
+    """`GET /taco_dit/status`: ranks with device and memory, configuration, plan, last run."""
+    ranks = [dict(info) for info in getattr(current, "rank_infos", [])]
+    if ranks:
+        ranks[0].update(current.manager.describe())
+    enabled = current.config.parallel.enabled and current.manager.world_size > 1
+    return {
+        "enabled": enabled,
+        "world_size": current.manager.world_size,
+        "ranks": ranks,
+        **current.engine.status(),
+    }

@@ -1,0 +1,50 @@
+"""Start: read flags, decide devices and ranks, become N ranks (through torchrun's launcher), then serve or follow.
+
+python main.py                                  one rank per visible GPU, http://127.0.0.1:8188
+python main.py --gpus 3,4,5 --port 12215        three GPUs
+python main.py --cpu --taco-ranks 2             two ranks on the CPU
+torchrun --nproc-per-node 4 main.py             started by torchrun directly, also on several hosts
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+
+def main(argv: list[str]) -> int:
+    """Run the program; returns the exit status (2 for a command line or configuration that cannot work)."""
+    from comfy.cli_args import parse_command_line
+    from comfy.taco_dit.core import launcher
+
+    args = parse_command_line(argv)
+    args.original_argv = list(argv)
+    try:
+        if launcher.is_worker(os.environ):
+            from app.run import run_rank
+
+            launcher.die_with_parent()
+            return run_rank(args, ROOT)
+        plan = launcher.plan_launch(args, os.environ, launcher.count_gpus())
+        launcher.read_config(args, ROOT, plan.ranks)  # a mistake in it should show before ranks start
+        for message in plan.messages:
+            print(f"TACO-DiT: {message}", flush=True)
+        if plan.cpu and not args.cpu:
+            argv = [*argv, "--cpu"]
+            args.cpu = True
+        if plan.ranks > 1:
+            return launcher.launch(plan, os.path.join(ROOT, "main.py"), argv)
+        os.environ.update(launcher.worker_environment(plan, os.environ))
+        from app.run import run_rank
+
+        return run_rank(args, ROOT)
+    except (launcher.LaunchError, launcher.ConfigError) as error:
+        print(f"TACO-DiT: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, ROOT)
+    sys.exit(main(sys.argv[1:]))
