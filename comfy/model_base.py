@@ -78,6 +78,7 @@ class BaseModel(torch.nn.Module):
         self.manual_cast_dtype = model_config.manual_cast_dtype
         self.device = device
         self.current_patcher: Any = None
+        self.network_runner: Any = None  # called instead of the network when an engine has a faster way
         unet_config = model_config.unet_config
         if not unet_config.get("disable_unet_model_creation", False):
             operations = model_config.custom_operations or comfy.ops.pick_operations(
@@ -142,7 +143,7 @@ class BaseModel(torch.nn.Module):
                 value = [convert_tensor(v, dtype, network_input.device) if torch.is_tensor(v) else v for v in value]
             extra[name] = value
         timestep = self.process_timestep(timestep, x=x, **extra)
-        output = self.diffusion_model(
+        output = (self.network_runner or self.diffusion_model)(
             network_input, timestep, context=context, control=control, transformer_options=transformer_options, **extra
         ).float()
         return self.model_sampling.calculate_denoised(sigma, output, x)

@@ -88,6 +88,7 @@ def _prepare_network(model: Any) -> None:
         "lowvram_patch_counter": 0,
         "model_lowvram": False,
         "current_weight_patches_uuid": None,
+        "weights_version": 0,
     }
     for name, value in defaults.items():
         if not hasattr(model, name):
@@ -303,6 +304,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
 
     def _place_weight(self, key: str, value: torch.Tensor) -> None:
         """Let the network use `value` for a weight, remembering the original."""
+        self.model.weights_version += 1
         original = self._host_weight(key)
         if not isinstance(value, torch.nn.Parameter) and isinstance(original, torch.nn.Parameter):
             value = torch.nn.Parameter(value, requires_grad=False)
@@ -311,6 +313,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
 
     def _restore_weight(self, key: str) -> None:
         known = self.model.host_weights.get(key)
+        self.model.weights_version += 1
         if known is not None and comfy.utils.get_attr(self.model, key) is known[1]:
             comfy.utils.set_attr(self.model, key, known[0])
             self.model.host_weights[key] = (known[0], known[0])

@@ -84,6 +84,37 @@ def use_plan(plan: TokenPlan | None) -> Iterator[None]:
         _active.reset(token)
 
 
+_compiled: dict[Any, Callable[..., Any]] = {}
+_compile_stages: contextvars.ContextVar[bool] = contextvars.ContextVar("compile_stages", default=False)
+
+
+@contextlib.contextmanager
+def compiled_stages(enabled: bool = True) -> Iterator[None]:
+    """Inside, `stage` functions run compiled by torch.compile."""
+    token = _compile_stages.set(enabled)
+    try:
+        yield
+    finally:
+        _compile_stages.reset(token)
+
+
+def stage(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a part of a block in which no tokens meet: pure, without communication, worth compiling as one piece.
+
+    Each stage is compiled once and serves all blocks of its kind.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not _compile_stages.get():
+            return function(*args, **kwargs)
+        if function not in _compiled:
+            _compiled[function] = torch.compile(function, dynamic=False)
+        return _compiled[function](*args, **kwargs)
+
+    return wrapper
+
+
 @contextlib.contextmanager
 def _marked(sharded: bool, layout: tuple[int, ...]) -> Iterator[None]:
     plan = _active.get()
@@ -127,6 +158,8 @@ class DiTState:
     lengths: dict[str, int] = field(default_factory=dict)
     starts: dict[str, int] = field(default_factory=dict)
     plan: TokenPlan | None = None
+    _joint: tuple[torch.Tensor, ...] | None = None
+    _pe: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, tokens in self.streams.items():
@@ -138,8 +171,23 @@ class DiTState:
     @property
     def pe(self) -> torch.Tensor:
         """Rotary table of all streams, concatenated in stream order."""
-        tables = [self.rotary[name] for name in self.streams]
-        return torch.cat(tables, dim=2) if len(tables) > 1 else tables[0]
+        if self._pe is None:
+            tables = [self.rotary[name] for name in self.streams]
+            self._pe = torch.cat(tables, dim=2) if len(tables) > 1 else tables[0]
+        return self._pe
+
+    def joint(self) -> torch.Tensor:
+        """This rank's tokens of all streams in stream order, [B, sum of L, C]."""
+        streams = tuple(self.streams.values())
+        if self._joint is not None and all(a is b for a, b in zip(self._joint[1:], streams)):
+            return self._joint[0]
+        return torch.cat(streams, dim=1)
+
+    def set_joint(self, tokens: torch.Tensor) -> None:
+        """Replace all streams by parts of `tokens`, as long as they are now."""
+        parts = tokens.split([stream.shape[1] for stream in self.streams.values()], dim=1)
+        self.streams.update(zip(self.streams, parts))
+        self._joint = (tokens, *parts)
 
     def shard(self, plan: TokenPlan | None) -> DiTState:
         """This rank's part of every tensor with a token axis; the state itself without a plan."""

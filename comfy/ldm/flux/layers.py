@@ -154,15 +154,17 @@ def _heads_first(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Ten
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+@dit.stage
+def _joined(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of two streams as one sequence: [B, H, L1, D] and [B, H, L2, D] -> [B, H, L1+L2, D]."""
+    return tuple(torch.cat(pair, dim=2) for pair in zip(first, second))
+
+
 def _meet(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pe: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    options: dict[str, Any] | None,
+    qkv: tuple[torch.Tensor, ...], pe: torch.Tensor | None, mask: torch.Tensor | None, options: dict[str, Any] | None
 ) -> torch.Tensor:
     """This module's `attention`, which custom nodes replace; a replacement sees all tokens of its heads in order."""
+    q, k, v = qkv
     plan = dit.active_plan()
     if attention is _OUR_ATTENTION or plan is None or not plan.sharded:
         return attention(q, k, v, pe=pe, mask=mask, **({"transformer_options": options} if options else {}))
@@ -205,6 +207,7 @@ class DoubleStreamBlock(nn.Module):
             setattr(self, f"{stream}_norm2", norms[1])
             setattr(self, f"{stream}_mlp", mlp())
 
+    @dit.stage
     def _into_attention(self, stream: str, x: torch.Tensor, mod: ModulationOut, dims: Any) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values of one stream: x [B, L, C] -> three [B, H, L, D]."""
         attn = getattr(self, f"{stream}_attn")
@@ -212,6 +215,7 @@ class DoubleStreamBlock(nn.Module):
         q, k, v = _heads_first(attn.qkv(normed), self.num_heads)
         return (*attn.norm(q, k, v), v)
 
+    @dit.stage
     def _after_attention(self, stream: str, x: torch.Tensor, out: torch.Tensor, mods: Any, dims: Any) -> torch.Tensor:
         """Add the attention's output [B, L, C] and the MLP's to x [B, L, C]."""
         first, second = mods
@@ -225,8 +229,7 @@ class DoubleStreamBlock(nn.Module):
         image = self._into_attention("img", img, img_mods[0], modulation_dims_img)
         text = self._into_attention("txt", txt, txt_mods[0], modulation_dims_txt)
         order = (image, text) if self.flipped_img_txt else (text, image)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*order))
-        out = _meet(q, k, v, pe, attn_mask, transformer_options)
+        out = _meet(_joined(*order), pe, attn_mask, transformer_options)
         split = img.shape[1] if self.flipped_img_txt else txt.shape[1]
         head, tail = out[:, :split], out[:, split:]
         img_out, txt_out = (head, tail) if self.flipped_img_txt else (tail, head)
@@ -273,19 +276,31 @@ class SingleStreamBlock(nn.Module):
         self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = Modulation(hidden_size, double=False, operations=operations, **place)
 
-    @dit.shards_own_tokens("x")
-    def _forward(self, x, vec, pe, attn_mask, modulation_dims, transformer_options):
-        mod, _ = self.modulation(vec)
-        normed = apply_mod(self.pre_norm(x), 1 + mod.scale, mod.shift, modulation_dims)
+    @dit.stage
+    def _into_attention(self, x: torch.Tensor, mod: ModulationOut, dims: Any) -> tuple[torch.Tensor, ...]:
+        """x [B, L, C] -> q, k, v [B, H, L, D] and the MLP's input [B, L, M]."""
+        normed = apply_mod(self.pre_norm(x), 1 + mod.scale, mod.shift, dims)
         qkv, mlp = self.linear1(normed).split([3 * self.hidden_size, self.mlp_hidden_dim], dim=-1)
         q, k, v = _heads_first(qkv, self.num_heads)
-        q, k = self.norm(q, k, v)
-        out = _meet(q, k, v, pe, attn_mask, transformer_options)
+        return (*self.norm(q, k, v), v, mlp)
+
+    @dit.stage
+    def _after_attention(
+        self, x: torch.Tensor, out: torch.Tensor, mlp: torch.Tensor, mod: ModulationOut, dims: Any
+    ) -> torch.Tensor:
+        """Add attention [B, L, C] and MLP [B, L, M], projected together, to x [B, L, C]."""
         merged = self.linear2(torch.cat((out, self.mlp_act(mlp)), dim=-1))
-        x = x + apply_mod(merged, mod.gate, None, modulation_dims)
+        x = x + apply_mod(merged, mod.gate, None, dims)
         if x.dtype == torch.float16:
             x = torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504)
         return x
+
+    @dit.shards_own_tokens("x")
+    def _forward(self, x, vec, pe, attn_mask, modulation_dims, transformer_options):
+        mod, _ = self.modulation(vec)
+        q, k, v, mlp = self._into_attention(x, mod, modulation_dims)
+        out = _meet((q, k, v), pe, attn_mask, transformer_options)
+        return self._after_attention(x, out, mlp, mod, modulation_dims)
 
     def forward(
         self,

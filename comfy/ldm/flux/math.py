@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import comfy.ldm.modules.attention
+from comfy.ldm import dit
 
 
 def rope(pos: torch.Tensor, dim: int, theta: int) -> torch.Tensor:
@@ -40,6 +41,7 @@ def apply_rope1(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     )
 
 
+@dit.stage
 def apply_rope(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_rope1` for queries and keys."""
     return apply_rope1(xq, freqs_cis), apply_rope1(xk, freqs_cis)

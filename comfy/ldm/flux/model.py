@@ -351,10 +351,7 @@ def _single_step(
 
     def step(state: dit.DiTState) -> dit.DiTState:
         if replacement is None and _is_ours(block, SingleStreamBlock):
-            txt_tokens = state.streams["txt"].shape[1]
-            x = torch.cat((state.streams["txt"], state.streams["img"]), dim=1)
-            x = _call(block, state, {"x": x, "vec": state.sample["vec"], "pe": state.pe})
-            state.streams["txt"], state.streams["img"] = x[:, :txt_tokens], x[:, txt_tokens:]
+            state.set_joint(_call(block, state, {"x": state.joint(), "vec": state.sample["vec"], "pe": state.pe}))
         else:
             txt_tokens = state.lengths["txt"]
             x = torch.cat((state.whole("txt"), state.whole("img")), dim=1)

@@ -90,9 +90,9 @@ def scaled_dot_product(
     cuDNN is asked for by name on Hopper and newer: torch prefers its flash backend, which reaches less than half of
     cuDNN's rate there.
     """
-    if mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and _prefers_cudnn(q.device.index):
-        if q.dtype in (torch.bfloat16, torch.float16):
-            return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+    fits = mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    if fits and q.dtype in (torch.bfloat16, torch.float16) and _prefers_cudnn(q.device.index):
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -6,10 +6,12 @@ on this rank's tokens, and puts everything together on every rank.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from comfy_execution.lockstep import Lockstep
 
 from .config_manager import ParallelConfig, TacoConfig
 from .distributed_manager import TACODiTDistributedManager
+from .network_runner import NetworkRunner
 from .plan import ParallelDims, Plan, Workload, choose_plan, share
 
 
@@ -61,6 +64,12 @@ class TACODiTExecutionEngine:
         self._started = 0.0
         self._token_plans: dict[Any, UlyssesPlan] = {}
         self._warned: set[str] = set()
+        optimization = config.optimization
+        self.runner = NetworkRunner(
+            optimization.use_torch_compile,
+            optimization.use_cuda_graph,
+            agree=lambda problem: lockstep.gather("capture", problem),
+        )
 
     # --- plan ------------------------------------------------------------------------------------------------------
 
@@ -87,7 +96,7 @@ class TACODiTExecutionEngine:
             tokens=tokens,
             heads=heads,
             hidden_size=hidden,
-            rows_split=not foreign,
+            rows_split=not foreign and _can_cut(batches),
             tokens_split=hasattr(network, "embed_tokens"),
         )
 
@@ -105,7 +114,9 @@ class TACODiTExecutionEngine:
         members = dims.token_group(self.manager.rank)
         key = (data.generation, members)
         if key not in self._token_plans:
-            self._token_plans = {k: v for k, v in self._token_plans.items() if k[0] == data.generation}
+            if any(generation != data.generation for generation, _ in self._token_plans):
+                self._token_plans = {}
+                self.runner.forget()  # captured exchanges belong to groups that are gone
             self._token_plans[key] = UlyssesPlan(self._exchange(members))
         return self._token_plans[key]
 
@@ -128,7 +139,7 @@ class TACODiTExecutionEngine:
         self.total_calls += 1
         parallel = parallel or self.config.parallel
         if self.manager.world_size == 1 or not parallel.enabled:
-            with self.clock.call():
+            with self.clock.call(), self._fast(model, None):
                 return evaluate_serially(model, batches, model_options)
         plan = choose_plan(parallel, self.workload(model, batches, model_options), self.manager.world_size)
         self._plan = plan
@@ -146,11 +157,24 @@ class TACODiTExecutionEngine:
             else batches[i]
             for i, conds, samples in mine
         ]
-        with dit.use_plan(self.token_plan(dims)):
+        token_plan = self.token_plan(dims)
+        with dit.use_plan(token_plan), self._fast(model, token_plan):
             outs = evaluate_serially(model, parts, model_options)
         if dims.cfg_degree * dims.data_degree == 1:
             return outs
         return self._collect(batches, dims, outs)
+
+    @contextlib.contextmanager
+    def _fast(self, model: Any, token_plan: UlyssesPlan | None) -> Iterator[None]:
+        """Inside, the model calls its network compiled and captured, if the configuration asks for it."""
+        if not self.runner.wanted or foreign_parts(model.diffusion_model, {}):
+            yield
+            return
+        model.network_runner = self.runner.bound(model, None if token_plan is None else id(token_plan))
+        try:
+            yield
+        finally:
+            model.network_runner = None
 
     def _collect(self, batches: list[Any], dims: ParallelDims, outs: list[torch.Tensor]) -> list[torch.Tensor]:
         """All rows from all row groups. Rows of a call may differ in size, so they travel flat."""
@@ -206,6 +230,17 @@ class TACODiTExecutionEngine:
             "total_calls": self.total_calls,
             "last_run": None if self.last_run is None else self.last_run.as_dict(),
         }
+
+
+def _can_cut(batches: list[Any]) -> bool:
+    """Whether every tensor of the batches tells its conditionings and pictures apart."""
+    try:
+        for batch in batches:
+            batch.select_conds([0])
+            batch.select_samples(0, 1)
+    except ValueError:
+        return False
+    return True
 
 
 def out_like(batch: Any, flat: torch.Tensor) -> torch.Tensor:

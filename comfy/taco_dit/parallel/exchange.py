@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from comfy.ldm import dit
 from comfy.taco_dit.core.plan import share
 
 
@@ -33,6 +34,25 @@ class Exchange(Protocol):
 def head_counts(heads: int, size: int) -> list[int]:
     """Heads per rank, dealt as evenly as possible."""
     return [stop - start for start, stop in (share(heads, size, i) for i in range(size))]
+
+
+@dit.stage
+def pack_heads(parts: Sequence[torch.Tensor], counts: list[int]) -> torch.Tensor:
+    """Parts [B, H, L, D] -> flat send buffer: for each rank its heads, token-major [L, B, parts, heads, D]."""
+    stacked = torch.stack([p.permute(2, 0, 1, 3) for p in parts], dim=2)
+    if len(set(counts)) == 1:
+        blocks = stacked.unflatten(3, (len(counts), counts[0]))  # [L, B, parts, rank, heads, D]
+        return blocks.movedim(3, 0).reshape(-1)
+    return torch.cat([block.reshape(-1) for block in stacked.split(counts, dim=3)])
+
+
+@dit.stage
+def unpack_heads(received: torch.Tensor, counts: list[int], local: int, batch: int, size: int) -> torch.Tensor:
+    """Flat buffer of [L, B, heads, D] from each rank -> [B, H, L, D] (a view of token-major memory)."""
+    unit = local * batch * size
+    blocks = received.split([unit * count for count in counts])
+    joined = torch.cat([block.view(local, batch, n, size) for block, n in zip(blocks, counts)], dim=2)
+    return joined.permute(1, 2, 0, 3)
 
 
 class CollectiveExchange:
@@ -59,8 +79,7 @@ class CollectiveExchange:
         if local != layout[self.index]:
             raise ValueError(f"rank {self.index} holds {local} tokens where the layout says {layout[self.index]}")
         counts = head_counts(heads, self.size)
-        stacked = torch.stack([p.permute(2, 0, 1, 3) for p in parts], dim=2)  # [L_local, B, parts, H, D]
-        send = torch.cat([block.reshape(-1) for block in stacked.split(counts, dim=3)])
+        send = pack_heads(tuple(parts), counts)
         unit = batch * len(parts) * size
         mine = counts[self.index]
         received = self._all_to_all(
@@ -77,11 +96,7 @@ class CollectiveExchange:
         received = self._all_to_all(
             send, [tokens * mine * unit for tokens in layout], [local * c * unit for c in counts]
         )
-        blocks = [
-            block.view(local, batch, count, size)
-            for block, count in zip(received.split([local * c * unit for c in counts]), counts)
-        ]
-        return torch.cat(blocks, dim=2).permute(1, 2, 0, 3)
+        return unpack_heads(received, counts, local, batch, size)
 
     def gather(self, local: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
         rows = local.movedim(dim, 0)

@@ -1,0 +1,1 @@
+"""Solvers of the sampling equation, under the names that ComfyUI inherited from k-diffusion."""
