@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_management
-from comfy_nodes import conditioning, files, image, latent, loaders, sampling, vae
+from comfy_nodes import conditioning, controlnet, files, image, latent, loaders, sampling, vae, vision
 from comfy_nodes.conditioning import (
     CLIPSetLastLayer,
     CLIPTextEncode,
@@ -19,6 +19,7 @@ from comfy_nodes.conditioning import (
     ConditioningSetTimestepRange,
     ConditioningZeroOut,
 )
+from comfy_nodes.controlnet import ControlNetApply, ControlNetApplyAdvanced, ControlNetLoader, DiffControlNetLoader
 from comfy_nodes.fields import MAX_RESOLUTION
 from comfy_nodes.files import (
     LoadImage,
@@ -70,10 +71,20 @@ from comfy_nodes.vae import (
     VAEEncodeForInpaint,
     VAEEncodeTiled,
 )
+from comfy_nodes.vision import (
+    CLIPVisionEncode,
+    CLIPVisionLoader,
+    GLIGENLoader,
+    GLIGENTextBoxApply,
+    StyleModelApply,
+    StyleModelLoader,
+    unCLIPCheckpointLoader,
+    unCLIPConditioning,
+)
 
 NODE_CLASS_MAPPINGS: dict[str, Any] = {}
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
-for _topic in (sampling, loaders, conditioning, vae, latent, files, image):
+for _topic in (sampling, loaders, conditioning, vae, latent, files, image, controlnet, vision):
     NODE_CLASS_MAPPINGS.update(_topic.NODE_CLASS_MAPPINGS)
     NODE_DISPLAY_NAME_MAPPINGS.update(_topic.NODE_DISPLAY_NAME_MAPPINGS)
 
@@ -89,6 +100,18 @@ def interrupt_processing(value: bool = True) -> None:
 
 
 __all__ = [
+    "ControlNetApply",
+    "ControlNetApplyAdvanced",
+    "ControlNetLoader",
+    "DiffControlNetLoader",
+    "CLIPVisionEncode",
+    "CLIPVisionLoader",
+    "GLIGENLoader",
+    "GLIGENTextBoxApply",
+    "StyleModelApply",
+    "StyleModelLoader",
+    "unCLIPCheckpointLoader",
+    "unCLIPConditioning",
     "CLIPLoader",
     "CLIPSetLastLayer",
     "CLIPTextEncode",

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-import comfy.latent_formats
 import comfy.model_sampling
 import node_helpers
 from comfy_nodes.fields import number, pixels
@@ -187,6 +186,8 @@ class ModelSamplingContinuousEDM:
             model, schedule, prediction, sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data
         )
         if sampling == "edm_playground_v2.5":
+            import comfy.latent_formats
+
             changed.add_object_patch("latent_format", comfy.latent_formats.SDXL_Playground_2_5())
         return (changed,)
 

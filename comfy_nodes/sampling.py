@@ -33,9 +33,8 @@ def common_ksampler(
 ) -> tuple[dict[str, Any]]:
     """Denoise a latent: `({"samples": [B, C, h, w], ...},)` with the other keys of `latent` kept."""
     import comfy.sample
-    import latent_preview
-
     import comfy.utils
+    import latent_preview
 
     samples = check_latent(model, latent)
     if disable_noise:
