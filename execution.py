@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from enum import Enum
 from typing import Any, NamedTuple
 
 from comfy_execution.caching import CacheEntry, CacheSet, CacheType
 from comfy_execution.executor import IsChangedCache, PromptExecutor
-from comfy_execution.graph import DynamicPrompt, ExecutionBlocker, ExecutionList
+from comfy_execution.graph import DynamicPrompt, ExecutionBlocker, ExecutionList, is_async_node
 from comfy_execution.graph_utils import GraphBuilder
 from comfy_execution.inputs import InputData, calls, get_input_data, is_v3
 from comfy_execution.lockstep import RankError
@@ -183,6 +184,7 @@ async def _run(call: NodeCall, executed: Any, pending_async_nodes: dict[str, Any
     """Call the node (or collect a call begun earlier): `(outputs, ui, outcome)`."""
     unique_id = call.unique_id
     collecting = unique_id in pending_async_nodes
+    is_async = is_async_node(call.class_def)
     output, ui, has_subgraph, pending = [], {}, False, False
     if call.skipped:
         pending_async_nodes.pop(unique_id, None)
@@ -198,13 +200,14 @@ async def _run(call: NodeCall, executed: Any, pending_async_nodes: dict[str, Any
         def before(call_index: int) -> None:
             GraphBuilder.set_default_prefix(unique_id, call_index, 0)
 
-        output, ui, has_subgraph, pending = await get_output_data(
-            call.prompt_id, unique_id, call.class_def if is_v3(call.class_def) else call.instance(),
-            call.input_data_all or {}, execution_block_cb=call.blocked(executed), pre_execute_cb=before,
-            v3_data=call.v3_data,
-        )
+        # an asynchronous node is not alone: others run while it waits
+        with call.ranks.lockstep.alone() if call.first_only and not is_async else nullcontext():
+            output, ui, has_subgraph, pending = await get_output_data(
+                call.prompt_id, unique_id, call.class_def if is_v3(call.class_def) else call.instance(),
+                call.input_data_all or {}, execution_block_cb=call.blocked(executed), pre_execute_cb=before,
+                v3_data=call.v3_data,
+            )
     outcome = PENDING if pending else EXPAND if has_subgraph else DONE
-    is_async = inspect.iscoroutinefunction(getattr(call.class_def, call.class_def.FUNCTION, None))
     if not call.ranks.several or not (call.first_only or is_async):
         return output, ui, outcome
     agreed = await call.ranks.decide("outcome", lambda: outcome)

@@ -48,9 +48,9 @@ async def compress_body(request: web.Request, handler: Handler) -> web.StreamRes
     """gzip for JSON and text, where the client takes it."""
     response = await handler(request)
     accepted = request.headers.get("Accept-Encoding", "")
-    if isinstance(response, web.Response) and "gzip" in accepted and response.body is not None:
-        if response.content_type in _COMPRESSIBLE:
-            response.enable_compression()
+    fits = isinstance(response, web.Response) and response.content_type in _COMPRESSIBLE and response.body is not None
+    if fits and "gzip" in accepted:
+        response.enable_compression()
     return response
 
 

@@ -153,7 +153,6 @@ class CacheType(Enum):
     CLASSIC = 0
     LRU = 1
     NONE = 2
-    DEPENDENCY_AWARE = 2
 
 
 class OutputCache:

@@ -156,7 +156,7 @@ class PromptRun(ExecutionList):
         async def choose() -> tuple[str, Any]:
             import comfy.model_management
 
-            node_id = await self.choose()
+            node_id = await self.choose(comfy.model_management.processing_interrupted)
             if node_id is None:
                 return CYCLE, self.get_nodes_in_cycle() or list(self.pendingNodes)
             if comfy.model_management.processing_interrupted():
@@ -237,7 +237,6 @@ class PromptExecutor:
         executed = Executed()
         try:
             with torch.inference_mode():
-                self.lockstep.begin(prompt_id)
                 problem = await self._run_nodes(run, prompt_id, extra_data, list(execute_outputs), executed)
                 problem = self._close(problem)
         finally:
@@ -257,6 +256,7 @@ class PromptExecutor:
 
         current: str = outputs[0] if outputs else ""
         try:
+            self.lockstep.begin(prompt_id)
             cached = await run.prepare()
             self.add_message("execution_cached", {"nodes": cached, "prompt_id": prompt_id}, broadcast=False)
             pending_subgraph_results: dict[str, Any] = {}
@@ -267,12 +267,10 @@ class PromptExecutor:
             run.start()
             while not run.is_empty():
                 action, chosen = await run.next_node()
-                if action == CYCLE:
-                    raise DependencyCycleError(f"Dependency cycle detected: {', '.join(chosen)} wait for each other")
-                current = chosen
+                current = chosen[0] if action == CYCLE else chosen
+                if action != RUN:
+                    raise _agreed_end(action, chosen)
                 run.stage(current)
-                if action == INTERRUPT:
-                    self._raise_interrupt()
                 result, error, exception = await execution.execute(
                     self.server, run.dynprompt, self.caches, current, extra_data, executed, prompt_id, run,
                     pending_subgraph_results, pending_async_nodes,
@@ -289,12 +287,6 @@ class PromptExecutor:
             return self._executor_failure(run, current, error)
         return None
 
-    def _raise_interrupt(self) -> None:
-        import comfy.model_management
-
-        comfy.model_management.interrupt_current_processing(False)
-        raise comfy.model_management.InterruptProcessingException()
-
     def _executor_failure(
         self, run: PromptRun, node_id: str, error: BaseException
     ) -> tuple[dict[str, Any], BaseException]:
@@ -310,9 +302,9 @@ class PromptExecutor:
 
         try:
             self.lockstep.end()
-        except RankError as error:
+        except Exception as error:  # noqa: BLE001 - a rank that failed, or an interrupt that another one saw
             if problem is None:
-                return failure(error.node_id or "", error, None), error
+                return failure(getattr(error, "node_id", None) or "", error, None), error
         return problem
 
     # ---- reports ---------------------------------------------------------------------------------------------------
@@ -371,6 +363,20 @@ class PromptExecutor:
         if _out_of_memory(ex):
             logging.error("Got an OOM, unloading all loaded models.")
             comfy.model_management.unload_all_models()
+
+
+def _agreed_end(action: str, chosen: Any) -> Exception:
+    """The exception that ends a prompt on every rank at once; marked, so that no rank has to tell the others."""
+    import comfy.model_management
+
+    error: Exception
+    if action == INTERRUPT:
+        comfy.model_management.interrupt_current_processing(False)
+        error = comfy.model_management.InterruptProcessingException()
+    else:
+        error = DependencyCycleError(f"Dependency cycle detected: {', '.join(chosen)} wait for each other")
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
 
 
 def _out_of_memory(error: BaseException) -> bool:

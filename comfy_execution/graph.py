@@ -11,6 +11,7 @@ import asyncio
 import heapq
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from comfy_execution.caching import CacheEntry, CacheSet
@@ -134,6 +135,8 @@ def is_async_node(class_def: Any) -> bool:
 
 
 _OTHER = 3
+# how often a prompt that waits for asynchronous nodes looks whether it was cancelled
+STOP_INTERVAL_S = 0.2
 
 
 class TopologicalSort:
@@ -318,14 +321,20 @@ class ExecutionList(TopologicalSort):
                 self._enqueue(node_id)
         self._fresh.clear()
 
-    async def choose(self) -> str | None:
-        """The node to run next, after waiting for outside events if need be; None when the rest wait in a circle."""
+    async def choose(self, stop: Callable[[], bool] = lambda: False) -> str | None:
+        """The node to run next, after waiting for outside events if need be; None when the rest wait in a circle.
+
+        While waiting, `stop` is asked now and then; when it says so, any pending node is the answer.
+        """
         while True:
             node_id = self.pick()
             if node_id is not None or self.externalBlocks == 0:
                 return node_id
+            if stop():
+                return next(iter(self.pendingNodes))
             self.unblockedEvent.clear()
-            await self.unblockedEvent.wait()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.unblockedEvent.wait(), STOP_INTERVAL_S)
 
     def stage(self, node_id: str) -> None:
         """Mark the node that is about to run."""

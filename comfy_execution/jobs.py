@@ -50,7 +50,7 @@ def _from_item(item: Sequence[Any], status: str) -> Job:
 
 def _from_history(entry: Mapping[str, Any]) -> Job:
     status = entry.get("status") or {}
-    messages = {event: data for event, data in status.get("messages", ())}
+    messages = dict(status.get("messages", ()))
     if "execution_interrupted" in messages:
         state = CANCELLED
     else:

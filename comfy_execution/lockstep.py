@@ -11,6 +11,7 @@ All ranks must call the same methods in the same order between `begin` and `end`
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -79,6 +80,10 @@ class Lockstep:
     def share(self, topic: str, produce: Callable[[], Any]) -> Any:
         """Like `decide` for large results: rank 0's `produce()`, tensors included, on every rank (on the CPU)."""
         return produce()
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Inside, this rank works on its own (a node that runs on rank 0 only): it may stop without asking the others."""
+        return nullcontext()
 
     def check(self) -> None:
         """Agreed check point: raises RankError if another rank failed. Cheap; call it once a node."""

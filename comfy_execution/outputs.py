@@ -15,7 +15,8 @@ def _as_tuple(result: Any, obj: Any) -> Any:
     if result is None:
         if count == 0:
             return ()
-        raise ValueError(f"{getattr(obj, '__name__', type(obj).__name__)} returned None; a tuple of {count} output(s) was expected")
+        name = getattr(obj, "__name__", type(obj).__name__)
+        raise ValueError(f"{name} returned None; a tuple of {count} output(s) was expected")
     return result
 
 

@@ -18,7 +18,7 @@ def validate_node_input(received_type: Any, input_type: Any, strict: bool = Fals
     with `strict` every received member must be accepted. Custom nodes use `str` subclasses whose `!=` is always False
     to mean "anything", so `!=` is asked first, with the received type on the left.
     """
-    if not received_type != input_type:
+    if not received_type != input_type:  # noqa: SIM202
         return True
     if isinstance(received_type, list | tuple) or isinstance(input_type, list | tuple):
         # a choice with its options spelled out against a choice that only says it is one

@@ -79,7 +79,10 @@ class PromptWorker:
             if kind == "stop":
                 return
             if kind == "prompt":
-                self._execute(command["item"])
+                try:
+                    self._execute(command["item"])
+                except Exception:  # noqa: BLE001 - a follower that leaves would stop the whole group
+                    logging.exception("prompt %s could not be executed on this rank", command["item"][1])
                 self._gc_due = True
             elif kind == "free":
                 self._free(command["unload_models"], command["free_memory"])

@@ -45,7 +45,7 @@ InputImpl = _InputImpl()
 class ComfyExtension(ABC):
     """A pack of V3 nodes; its module has `async def comfy_entrypoint()` that returns one."""
 
-    async def on_load(self) -> None:
+    async def on_load(self) -> None:  # noqa: B027 - packs may leave it out
         """Called once before the nodes are listed."""
 
     @abstractmethod

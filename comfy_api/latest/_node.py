@@ -17,7 +17,7 @@ from comfy_api.latest._types import Input, Output
 from comfy_execution.graph_utils import ExecutionBlocker
 
 
-class Hidden(str, Enum):
+class Hidden(str, Enum):  # noqa: UP042 - ComfyUI's packs rely on str() of both
     """What a node may get beyond its inputs, as `cls.hidden.<name>`."""
 
     unique_id = "UNIQUE_ID"

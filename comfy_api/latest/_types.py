@@ -10,20 +10,20 @@ from enum import Enum
 from typing import Any, ClassVar
 
 
-class FolderType(str, Enum):
+class FolderType(str, Enum):  # noqa: UP042 - ComfyUI's packs rely on str() of both
     input = "input"
     output = "output"
     temp = "temp"
 
 
-class UploadType(str, Enum):
+class UploadType(str, Enum):  # noqa: UP042 - ComfyUI's packs rely on str() of both
     image = "image_upload"
     audio = "audio_upload"
     video = "video_upload"
     model = "file_upload"
 
 
-class NumberDisplay(str, Enum):
+class NumberDisplay(str, Enum):  # noqa: UP042 - ComfyUI's packs rely on str() of both
     number = "number"
     slider = "slider"
 

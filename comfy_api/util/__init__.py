@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 
-class VideoCodec(str, Enum):
+class VideoCodec(str, Enum):  # noqa: UP042 - ComfyUI's packs rely on str() of both
     AUTO = "auto"
     H264 = "h264"
 
@@ -18,7 +18,7 @@ class VideoCodec(str, Enum):
         return [member.value for member in cls]
 
 
-class VideoContainer(str, Enum):
+class VideoContainer(str, Enum):  # noqa: UP042 - ComfyUI's packs rely on str() of both
     AUTO = "auto"
     MP4 = "mp4"
 
