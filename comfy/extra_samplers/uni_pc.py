@@ -14,8 +14,10 @@ import torch
 
 from comfy.k_diffusion.run import SamplingRun
 
-# The last level when the schedule ends at 0, whose log SNR would be infinite.
-LAST_SIGMA = 0.001
+# The last level when the schedule ends at 0, whose log SNR would be infinite: ComfyUI's 0.001 as its float32 log SNR
+# has it, and the nominal value, by which it rescales the results of flows.
+LAST_SIGMA = 2.0**-10
+NOMINAL_LAST_SIGMA = 0.001
 
 
 def _phi_targets(order: int, h: float, scale: float) -> list[float]:
@@ -91,23 +93,28 @@ def sample_unipc(
         raise ValueError(f"unknown UniPC variant {variant!r}; use 'bh1' or 'bh2'")
     run = SamplingRun(model, noise, sigmas, extra_args, callback, disable)
     levels = list(run.levels)
-    if levels[-1] == 0:
+    ends_at_zero = levels[-1] == 0
+    if ends_at_zero:
         levels[-1] = LAST_SIGMA
     steps = len(levels) - 1
-    order = min(3, len(levels) - 2)
-    history = _History(max(order, 1))
-    x = noise
-    history.add(run.denoise(x, levels[0]), levels[0])
-    run.report(0, x, history.predictions[-1])
-    for i, _, _ in run.steps():
+    order = min(3, max(steps - 1, 1))
+    history = _History(order)
+    x, at = noise, levels[0]
+    for i, sigma, _ in run.steps():
         if i == 0:
-            continue
-        wanted = min(order, i, steps + 1 - i)
-        x, prediction = _update(run, x, history, levels[i], wanted, variant, correct=True)
-        history.add(prediction, levels[i])
+            history.add(run.denoise(x, sigma), sigma)
+        else:
+            wanted = min(order, i, steps + 1 - i)
+            x, prediction = _update(run, x, history, sigma, wanted, variant, correct=True)
+            history.add(prediction, sigma)
+            at = sigma
         if i == steps - 1:
-            x, _ = _update(run, x, history, levels[steps], min(order, 1), variant, correct=False)
-        run.report(i, x, history.predictions[-1])
+            x, _ = _update(run, x, history, levels[steps], 1, variant, correct=False)
+            at = levels[steps]
+        # Callbacks get x at unit variance, the scale of the paper.
+        run.report(i, x / math.sqrt(1 + at**2), history.predictions[-1])
+    if ends_at_zero and run.is_flow:
+        x = x / (1 - NOMINAL_LAST_SIGMA)
     return x
 
 

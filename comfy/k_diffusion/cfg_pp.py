@@ -57,15 +57,14 @@ def sample_dpmpp_2s_ancestral_cfg_pp(
         denoised = run.denoise(x, sigma)
         run.report(i, x, denoised)
         down, up = get_ancestral_step(sigma, sigma_next, eta=eta)
-        uncond = seen["uncond"]
         if down == 0:
             x = denoised
         else:
-            moved = x + (denoised - uncond)
             middle = math.sqrt(sigma * down)
-            halfway = torch.lerp(denoised, moved, middle / sigma)
+            halfway = torch.lerp(denoised, x + (denoised - seen["uncond"]), middle / sigma)
             second = run.denoise(halfway, middle)
-            x = torch.lerp(second, moved, down / sigma)
+            # As in ComfyUI, the full step takes the unconditional prediction of its middle.
+            x = torch.lerp(second, x + (denoised - seen["uncond"]), down / sigma)
         if sigma_next > 0:
             x = x + run.noise(sigma, sigma_next) * (s_noise * up)
     return x

@@ -94,6 +94,9 @@ class SamplingRun:
         self.extra_args = {} if extra_args is None else extra_args
         self.callback = callback
         self.disable = disable
+        # The Brownian path spans the schedule as it was asked for.
+        positive = [sigma for sigma in sigmas.tolist() if sigma > 0]
+        self._lowest, self._highest = (min(positive), max(positive)) if positive else (0.0, 0.0)
         if offset_first:
             sigmas = offset_first_sigma_for_snr(sigmas, self.model_sampling)
         self.sigmas = sigmas
@@ -158,9 +161,8 @@ class SamplingRun:
         if self._noise_sampler is None:
             from comfy.k_diffusion import sampling
 
-            positive = [sigma for sigma in self.levels if sigma > 0]
             self._noise_sampler = sampling.BrownianTreeNoiseSampler(
-                self._x, min(positive), max(positive), seed=self.extra_args.get("seed"), cpu=cpu
+                self._x, self._lowest, self._highest, seed=self.extra_args.get("seed"), cpu=cpu
             )
 
     def churn(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import comfy.conds
-import comfy.hooks
+import comfy.model_patcher
 import comfy.model_sampling as ms
 
 _KINDS = {
@@ -29,10 +29,11 @@ def make_sampling(schedule: type, prediction: type, settings: dict[str, Any] | N
     return Sampling(SimpleNamespace(sampling_settings=settings or {}))
 
 
-class ClosedFormModel:
+class ClosedFormModel(torch.nn.Module):
     """denoised[b, c, ...] = tanh(0.8 x + 0.1 c + m[b]) / (1 + 0.3 sigma), m the mean of the row's text context."""
 
     def __init__(self, kind: str) -> None:
+        super().__init__()
         self.model_sampling = make_sampling(*_KINDS[kind], _SETTINGS.get(kind))
         self.latent_format = SimpleNamespace(latent_channels=4, latent_dimensions=2)
         self.current_patcher: Any = None
@@ -63,44 +64,9 @@ class ClosedFormModel:
     def memory_required(self, input_shape, cond_shapes=None):
         return 0
 
-
-class Patcher:
-    """The part of `ModelPatcher` that sampling uses."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.model_options: dict[str, Any] = {"transformer_options": {}}
-        self.load_device = self.offload_device = torch.device("cpu")
-        self.hook_mode = comfy.hooks.EnumHookMode.MaxSpeed
-        self.wrappers: dict[str, Any] = {}
-        self.callbacks: dict[str, Any] = {}
-
-    def get_model_object(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def model_dtype(self):
-        return torch.float32
-
-    def get_nested_additional_models(self):
-        return []
-
-    def register_all_hook_patches(self, hooks, target, model_options, registered):
-        pass
-
-    def restore_hook_patches(self):
-        pass
-
-    def pre_run(self):
-        self.model.current_patcher = self
-
-    def cleanup(self):
-        self.model.current_patcher = None
-
-    def prepare_state(self, timestep):
-        pass
-
-    def apply_hooks(self, hooks):
-        return comfy.hooks.create_transformer_options_from_hooks(self, hooks)
+    def patcher(self) -> Any:
+        """A patcher of this model on the CPU."""
+        return comfy.model_patcher.ModelPatcher(self, torch.device("cpu"), torch.device("cpu"))
 
 
 def text(mean: float, tokens: int = 3, rows: int = 1) -> torch.Tensor:
