@@ -1,0 +1,158 @@
+"""A faster way to call a network: its stages compiled, the whole call captured in a CUDA graph and replayed.
+
+Both are on only when the configuration says so, and only for calls that are ours from end to end: a patch, a wrapper, a
+ControlNet or weights that wait in host memory make the call run plainly. Results are those of the plain call up to the
+rounding that fusing changes.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from comfy.ldm import dit
+
+MAX_GRAPHS = 4
+WARMUP_CALLS = 2
+_FOREIGN_OPTIONS = ("patches", "patches_replace", "optimized_attention_override")
+
+
+def _signature(value: Any) -> Any:
+    """What must be equal for a captured call to be repeated: shapes of tensors, values of everything else."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(_signature(v) for v in value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(type(value).__name__)
+
+
+Agree = Callable[[str], list[str]]
+
+
+class CaptureError(RuntimeError):
+    """Some rank could not capture the call."""
+
+
+class _Captured:
+    """One captured call: its input buffers, its graph, its output.
+
+    `agree` tells whether every rank captured; a rank alone in having failed would leave the others waiting.
+    """
+
+    def __init__(
+        self, network: Any, x: torch.Tensor, timestep: torch.Tensor, tensors: dict[str, Any], agree: Agree
+    ) -> None:
+        self.inputs = {"x": x.clone(), "timestep": timestep.clone()}
+        for name, value in tensors.items():
+            self.inputs[name] = value.clone() if isinstance(value, torch.Tensor) else value
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP_CALLS):
+                network(**self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        problem = ""
+        try:
+            # NCCL's watchdog queries events from its own thread, which the global mode would forbid.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.output = network(**self.inputs)
+        except (RuntimeError, torch.AcceleratorError) as error:
+            problem = str(error).splitlines()[0]
+            torch.cuda.synchronize()
+        problems = [text for text in agree(problem) if text]
+        if problems:
+            raise CaptureError(problems[0])
+
+    def replay(self, x: torch.Tensor, timestep: torch.Tensor, tensors: dict[str, Any]) -> torch.Tensor:
+        """The call on new values of the same shapes."""
+        for name, value in {"x": x, "timestep": timestep, **tensors}.items():
+            if isinstance(value, torch.Tensor):
+                self.inputs[name].copy_(value, non_blocking=True)
+        self.graph.replay()
+        return self.output.clone()
+
+
+class NetworkRunner:
+    """Calls networks compiled and captured where that is safe. One per engine."""
+
+    def __init__(self, compile_stages: bool, cuda_graph: bool, agree: Agree = lambda problem: [problem]) -> None:
+        self._agree = agree
+        self.compile_stages = compile_stages
+        self.cuda_graph = cuda_graph
+        self._graphs: collections.OrderedDict[Any, _Captured] = collections.OrderedDict()
+        self._refused: set[Any] = set()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the configuration asks for anything here."""
+        return self.compile_stages or self.cuda_graph
+
+    def forget(self) -> None:
+        """Drop all captured calls: weights or process groups changed."""
+        self._graphs.clear()
+
+    def _forget_old_weights(self, network: int, version: int) -> None:
+        """A graph reads weights where they were when it was captured."""
+        for key in [k for k in self._graphs if k[0] == network and k[1] != version]:
+            del self._graphs[key]
+
+    def bound(self, model: Any, context: Any) -> Any:
+        """A callable to stand in for `model.diffusion_model`; `context` identifies plan and process groups."""
+
+        def run(x: torch.Tensor, timestep: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            return self._run(model, context, x, timestep, arguments)
+
+        return run
+
+    def _run(
+        self, model: Any, context: Any, x: torch.Tensor, timestep: torch.Tensor, arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        network = model.diffusion_model
+        options = arguments.get("transformer_options") or {}
+        ours = arguments.get("control") is None and not any(options.get(name) for name in _FOREIGN_OPTIONS)
+        wrappers = options.get("wrappers", {}).get("diffusion_model", {})
+        if not ours or any(wrappers.values()) or getattr(model, "model_lowvram", False):
+            return network(x, timestep, **arguments)
+        with dit.compiled_stages(self.compile_stages):
+            if not self.cuda_graph or x.device.type != "cuda":
+                return network(x, timestep, **arguments)
+            tensors = {k: v for k, v in arguments.items() if k not in ("transformer_options", "control")}
+            try:
+                signature = _signature({"x": x, "t": timestep, **tensors}.items())
+            except TypeError:
+                return network(x, timestep, **arguments)
+            self._forget_old_weights(id(network), model.weights_version)
+            key = (id(network), model.weights_version, context, signature)
+            return self._replay(key, network, x, timestep, tensors, arguments)
+
+    def _replay(
+        self,
+        key: Any,
+        network: Any,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        tensors: dict[str, Any],
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        if key in self._refused:
+            return network(x, timestep, **arguments)
+        captured = self._graphs.get(key)
+        if captured is None:
+            try:
+                captured = _Captured(network, x, timestep, tensors, self._agree)
+            except CaptureError as error:
+                logging.warning("TACO-DiT: this call cannot be captured in a CUDA graph (%s); it runs without", error)
+                self._refused.add(key)
+                return network(x, timestep, **arguments)
+            self._graphs[key] = captured
+            while len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return captured.replay(x, timestep, tensors)
