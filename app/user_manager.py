@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mimetypes
 import os
 import re
 import uuid
@@ -14,7 +15,7 @@ from aiohttp import web
 
 import folder_paths
 from app.app_settings import AppSettings
-from app.paths import UnsafePath, inside
+from app.paths import UnsafePath, inside, served_type
 from app.responses import json_body, json_response
 
 DEFAULT_USER = "default"
@@ -181,10 +182,10 @@ class UserManager:
         async def get_userdata(request: web.Request) -> web.StreamResponse:
             path = self._file(request, "file", must_exist=True)
             # raw data for the page's own use; never to be run when opened by itself
-            headers = {"X-Content-Type-Options": "nosniff"}
-            if path.lower().endswith((".html", ".htm", ".xhtml", ".svg", ".js", ".xml")):
-                headers["Content-Type"] = "application/octet-stream"
-            return web.FileResponse(path, headers=headers)
+            kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+            # user.css is linked as a style sheet
+            kind = kind if kind == "text/css" else served_type(kind)
+            return web.FileResponse(path, headers={"Content-Type": kind, "X-Content-Type-Options": "nosniff"})
 
         @routes.post("/userdata/{file}")
         async def post_userdata(request: web.Request) -> web.Response:

@@ -165,12 +165,12 @@ class Guider_DualCFG(comfy.samplers.CFGGuider):
     def predict_noise(self, x: torch.Tensor, timestep: Any, model_options: Any = None, seed: int | None = None):
         options = model_options or {}
         conds = {name: self.conds.get(name) for name in ("negative", "middle", "positive")}
-        if not self.nested and not options.get("disable_cfg1_optimization", False):
-            # a scale of 1 leaves the other prediction without weight
-            if math.isclose(self.cfg2, 1.0):
-                conds["negative"] = None
-                if math.isclose(self.cfg1, 1.0):
-                    conds["middle"] = None
+        may_skip = not self.nested and not options.get("disable_cfg1_optimization", False)
+        # a scale of 1 leaves the other prediction without weight
+        if may_skip and math.isclose(self.cfg2, 1.0):
+            conds["negative"] = None
+            if math.isclose(self.cfg1, 1.0):
+                conds["middle"] = None
         negative, middle, positive = comfy.samplers.calc_cond_batch(
             self.inner_model, list(conds.values()), x, timestep, options
         )

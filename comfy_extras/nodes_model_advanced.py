@@ -186,9 +186,9 @@ class ModelSamplingContinuousEDM:
             model, schedule, prediction, sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data
         )
         if sampling == "edm_playground_v2.5":
-            import comfy.latent_formats
+            from comfy.latent_formats import SDXL_Playground_2_5
 
-            changed.add_object_patch("latent_format", comfy.latent_formats.SDXL_Playground_2_5())
+            changed.add_object_patch("latent_format", SDXL_Playground_2_5())
         return (changed,)
 
 
