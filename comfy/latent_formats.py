@@ -1,19 +1,20 @@
-"""How each family scales its latents, and the factors that turn them into a rough RGB preview.
-
-The figures are data (`latent_formats.json`); a class per format carries them under ComfyUI's attribute names.
-"""
+"""How a model's latents differ from what its VAE writes: scale, shift, channel statistics, and linear previews."""
 
 from __future__ import annotations
 
-import json
-import os
 from typing import Any
 
 import torch
 
+from comfy.latent_format_tables import PREVIEWS, STATISTICS
+
 
 class LatentFormat:
-    """Scaling between a VAE's latent and the network's: network = (latent - shift) * scale."""
+    """(latent - shift) * scale, by channel where statistics are known.
+
+    `latent_dimensions` is the number of spatial (and time) axes. `latent_rgb_factors` [channels][3] and
+    `latent_rgb_factors_bias` [3] give a small preview in -1..1; `taesd_decoder_name` names a file for a better one.
+    """
 
     scale_factor: float = 1.0
     shift_factor: float | None = None
@@ -23,89 +24,210 @@ class LatentFormat:
     latent_rgb_factors_bias: list[float] | None = None
     latent_rgb_factors_reshape: Any = None
     taesd_decoder_name: str | None = None
+    latents_mean: torch.Tensor | None = None
+    latents_std: torch.Tensor | None = None
+
+    def __init__(self) -> None:
+        name = type(self).__name__
+        if self.latent_rgb_factors is None and name in PREVIEWS:
+            red, green, blue, bias = PREVIEWS[name]
+            self.latent_rgb_factors = [list(cell) for cell in zip(red, green, blue)]
+            self.latent_rgb_factors_bias = bias
+        if name in STATISTICS:
+            shape = (1, self.latent_channels) + (1,) * self.latent_dimensions
+            statistics = torch.tensor(STATISTICS[name])
+            self.latents_mean, self.latents_std = (column.reshape(shape) for column in statistics.unbind(dim=1))
+
+    def _statistics(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.latents_mean is not None and self.latents_std is not None
+        return self.latents_mean.to(latent), self.latents_std.to(latent)
 
     def process_in(self, latent: torch.Tensor) -> torch.Tensor:
-        """VAE latent [B, C, ...] -> the network's."""
+        """The VAE's latent [B, C, ...] as the model knows it."""
+        if self.latents_mean is not None:
+            mean, std = self._statistics(latent)
+            return (latent - mean) * self.scale_factor / std
         if self.shift_factor is not None:
             latent = latent - self.shift_factor
         return latent * self.scale_factor
 
     def process_out(self, latent: torch.Tensor) -> torch.Tensor:
-        """The network's latent -> VAE latent."""
+        """The model's latent [B, C, ...] as the VAE knows it."""
+        if self.latents_mean is not None:
+            mean, std = self._statistics(latent)
+            return latent * std / self.scale_factor + mean
         latent = latent / self.scale_factor
         return latent if self.shift_factor is None else latent + self.shift_factor
 
 
-class _Standardised(LatentFormat):
-    """Formats with a mean and a standard deviation per channel."""
+class SD15(LatentFormat):
+    """Stable Diffusion 1 and 2. Its scale is given by the caller for models that were trained with another one."""
 
-    mean: list[float]
-    std: list[float]
+    taesd_decoder_name = "taesd_decoder"
+
+    def __init__(self, scale_factor: float = 0.18215) -> None:
+        super().__init__()
+        self.scale_factor = scale_factor
+
+
+class SDXL(LatentFormat):
+    """Stable Diffusion XL; also PixArt-Sigma, HunyuanDiT, AuraFlow."""
+
+    scale_factor = 0.13025
+    taesd_decoder_name = "taesdxl_decoder"
+
+
+class SDXL_Playground_2_5(LatentFormat):  # noqa: N801 (ComfyUI's name)
+    """Playground 2.5: SDXL's VAE, normalised by channel to half the standard deviation."""
+
+    scale_factor = 0.5
+    taesd_decoder_name = "taesdxl_decoder"
+
+
+class SD_X4(LatentFormat):  # noqa: N801 (ComfyUI's name)
+    """Stable Diffusion x4 upscaler."""
+
+    scale_factor = 0.08333
+
+
+class SC_Prior(LatentFormat):  # noqa: N801 (ComfyUI's name)
+    """Stable Cascade, stage C."""
+
+    latent_channels = 16
+
+
+class SC_B(LatentFormat):  # noqa: N801 (ComfyUI's name)
+    """Stable Cascade, stage B."""
+
+    scale_factor = 1.0 / 0.43
+
+
+class SD3(LatentFormat):
+    """Stable Diffusion 3 and 3.5."""
+
+    latent_channels = 16
+    scale_factor = 1.5305
+    shift_factor = 0.0609
+    taesd_decoder_name = "taesd3_decoder"
+
+
+class Flux(LatentFormat):
+    """Flux.1 and the models that use its VAE."""
+
+    latent_channels = 16
+    scale_factor = 0.3611
+    shift_factor = 0.1159
+    taesd_decoder_name = "taef1_decoder"
+
+
+class StableAudio1(LatentFormat):
+    """Stable Audio."""
+
+    latent_channels = 64
+    latent_dimensions = 1
+
+
+class ACEAudio(LatentFormat):
+    """ACE-Step music."""
+
+    latent_channels = 8
+
+
+class Mochi(LatentFormat):
+    """Genmo Mochi."""
+
+    latent_channels = 12
+    latent_dimensions = 3
+
+
+class LTXV(LatentFormat):
+    """LTX-Video."""
+
+    latent_channels = 128
+    latent_dimensions = 3
+
+
+class HunyuanVideo(LatentFormat):
+    """HunyuanVideo."""
+
+    latent_channels = 16
+    latent_dimensions = 3
+    scale_factor = 0.476986
+
+
+class Cosmos1CV8x8x8(LatentFormat):
+    """Cosmos 1."""
+
+    latent_channels = 16
+    latent_dimensions = 3
+
+
+class Wan21(LatentFormat):
+    """Wan 2.1, Cosmos Predict2, Qwen-Image."""
+
+    latent_channels = 16
+    latent_dimensions = 3
+
+
+class Wan22(LatentFormat):
+    """Wan 2.2, the 5B model."""
+
+    latent_channels = 48
+    latent_dimensions = 3
+
+
+class HunyuanImage21(LatentFormat):
+    """HunyuanImage 2.1."""
+
+    latent_channels = 64
+    scale_factor = 0.75289
+
+
+class HunyuanImage21Refiner(LatentFormat):
+    """The refiner of HunyuanImage 2.1."""
+
+    latent_channels = 64
+    latent_dimensions = 3
+    scale_factor = 1.03682
+
+
+class Hunyuan3Dv2(LatentFormat):
+    """Hunyuan3D 2."""
+
+    latent_channels = 64
+    latent_dimensions = 1
+    scale_factor = 0.9990943042622529
+
+
+class Hunyuan3Dv2_1(LatentFormat):  # noqa: N801 (ComfyUI's name)
+    """Hunyuan3D 2.1."""
+
+    latent_channels = 64
+    latent_dimensions = 1
+    scale_factor = 1.0039506158752403
+
+
+class Hunyuan3Dv2mini(LatentFormat):
+    """Hunyuan3D 2 mini."""
+
+    latent_channels = 64
+    latent_dimensions = 1
+    scale_factor = 1.0188137142395404
+
+
+class ChromaRadiance(LatentFormat):
+    """Chroma Radiance works on pixels: three channels, red, green and blue."""
+
+    latent_channels = 3
 
     def __init__(self) -> None:
-        shape = (1, self.latent_channels) + (1,) * self.latent_dimensions
-        self.latents_mean = torch.tensor(self.mean).reshape(shape)
-        self.latents_std = torch.tensor(self.std).reshape(shape)
+        super().__init__()
+        self.spacial_downscale_ratio = 1
 
-    def process_in(self, latent: torch.Tensor) -> torch.Tensor:
-        mean, std = self.latents_mean.to(latent), self.latents_std.to(latent)
-        return (latent - mean) * self.scale_factor / std
+    def process_in(self, latent: Any) -> Any:
+        """Pixels stay as they are."""
+        return latent
 
-    def process_out(self, latent: torch.Tensor) -> torch.Tensor:
-        mean, std = self.latents_mean.to(latent), self.latents_std.to(latent)
-        return latent * std / self.scale_factor + mean
-
-
-class _FramePairs(LatentFormat):
-    """HunyuanImage 2.1's refiner: the first frame doubled, then pairs of frames as channels."""
-
-    def process_in(self, latent: torch.Tensor) -> torch.Tensor:
-        frames = latent * self.scale_factor
-        frames = torch.cat((frames[:, :, :1], frames), dim=2).movedim(2, 1)
-        batch, count, channels, *size = frames.shape
-        return frames.reshape(batch, count // 2, channels * 2, *size).movedim(1, 2)
-
-    def process_out(self, latent: torch.Tensor) -> torch.Tensor:
-        frames = (latent / self.scale_factor).movedim(1, 2)
-        batch, pairs, channels, *size = frames.shape
-        return frames.reshape(batch, pairs * 2, channels // 2, *size).movedim(1, 2)[:, :, 1:]
-
-
-def _load() -> dict[str, type[LatentFormat]]:
-    with open(os.path.join(os.path.dirname(__file__), "latent_formats.json"), encoding="utf-8") as file:
-        formats = json.load(file)
-    out = {}
-    for name, values in formats.items():
-        base: type[LatentFormat] = LatentFormat
-        if "latents_mean" in values:
-            base = _Standardised
-            values["mean"], values["std"] = values.pop("latents_mean"), values.pop("latents_std")
-        elif name == "HunyuanImage21Refiner":
-            base = _FramePairs
-        out[name] = type(name, (base,), {**values, "__doc__": f"Latents of {name}.", "__module__": __name__})
-    return out
-
-
-_FORMATS = _load()
-ACEAudio = _FORMATS["ACEAudio"]
-ChromaRadiance = _FORMATS["ChromaRadiance"]
-Cosmos1CV8x8x8 = _FORMATS["Cosmos1CV8x8x8"]
-Flux = _FORMATS["Flux"]
-Hunyuan3Dv2 = _FORMATS["Hunyuan3Dv2"]
-Hunyuan3Dv2_1 = _FORMATS["Hunyuan3Dv2_1"]
-Hunyuan3Dv2mini = _FORMATS["Hunyuan3Dv2mini"]
-HunyuanImage21 = _FORMATS["HunyuanImage21"]
-HunyuanImage21Refiner = _FORMATS["HunyuanImage21Refiner"]
-HunyuanVideo = _FORMATS["HunyuanVideo"]
-LTXV = _FORMATS["LTXV"]
-Mochi = _FORMATS["Mochi"]
-SC_B = _FORMATS["SC_B"]
-SC_Prior = _FORMATS["SC_Prior"]
-SD15 = _FORMATS["SD15"]
-SD3 = _FORMATS["SD3"]
-SDXL = _FORMATS["SDXL"]
-SDXL_Playground_2_5 = _FORMATS["SDXL_Playground_2_5"]
-SD_X4 = _FORMATS["SD_X4"]
-StableAudio1 = _FORMATS["StableAudio1"]
-Wan21 = _FORMATS["Wan21"]
-Wan22 = _FORMATS["Wan22"]
+    def process_out(self, latent: Any) -> Any:
+        """Pixels stay as they are."""
+        return latent
