@@ -48,6 +48,7 @@ class PromptQueue:
         self.currently_running: dict[int, QueueItem] = {}
         self.history: dict[str, dict[str, Any]] = {}
         self.flags: dict[str, Any] = {}
+        server.prompt_queue = self
 
     @property
     def queue(self) -> list[QueueItem]:
