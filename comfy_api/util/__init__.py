@@ -8,29 +8,31 @@ from fractions import Fraction
 from typing import Any
 
 
-class VideoCodec(str, Enum):  # noqa: UP042 - ComfyUI's packs rely on str() of both
-    AUTO = "auto"
-    H264 = "h264"
+class _Choice(str, Enum):  # noqa: UP042 - ComfyUI's packs rely on str() of both
+    """Names a node can offer as a choice."""
 
     @classmethod
     def as_input(cls) -> list[str]:
-        """The names, for a choice."""
         return [member.value for member in cls]
 
 
-class VideoContainer(str, Enum):  # noqa: UP042 - ComfyUI's packs rely on str() of both
+class VideoCodec(_Choice):
+    """How the frames are encoded; AUTO leaves it to the writer."""
+
+    AUTO = "auto"
+    H264 = "h264"
+
+
+class VideoContainer(_Choice):
+    """What kind of file holds the streams; AUTO leaves it to the writer."""
+
     AUTO = "auto"
     MP4 = "mp4"
 
     @classmethod
-    def as_input(cls) -> list[str]:
-        """The names, for a choice."""
-        return [member.value for member in cls]
-
-    @classmethod
-    def get_extension(cls, value: VideoContainer | str) -> str:
-        """File extension without the dot."""
-        return {"mp4": "mp4", "auto": "mp4"}.get(VideoContainer(value).value, "")
+    def get_extension(cls, value: Any) -> str:
+        """File extension, without the dot, of a container or its name."""
+        return "mp4" if cls(value) in (cls.AUTO, cls.MP4) else cls(value).value
 
 
 @dataclass

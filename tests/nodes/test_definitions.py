@@ -1,0 +1,79 @@
+"""Every node says of itself exactly what ComfyUI's says (names, order, types, defaults, bounds, outputs)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+FACTS = Path(__file__).resolve().parents[3] / "shared" / "facts" / "node_definitions.json"
+# ours, unknown to ComfyUI
+OWN = ("TACODiT", "XDiT", "MultiGPU")
+
+
+@pytest.fixture(scope="module")
+def described(all_nodes):
+    from app.node_info import all_node_info
+
+    return json.loads(json.dumps(all_node_info()))
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    if not FACTS.is_file():
+        pytest.skip("the recorded node definitions are not beside this checkout")
+    return json.loads(FACTS.read_text())
+
+
+def normal(info):
+    """Without help texts, and with options always there."""
+    info = copy.deepcopy(info)
+    for key in ("description", "output_tooltips"):
+        info.pop(key, None)
+    for group in info["input"].values():
+        for name, entry in group.items():
+            if isinstance(entry, list) and not (info.get("api_node") is not None and entry[0] in ("PROMPT",)):
+                options = dict(entry[1]) if len(entry) > 1 and isinstance(entry[1], dict) else {}
+                options.pop("tooltip", None)
+                kind = entry[0]
+                # lists of files depend on what is installed
+                if isinstance(kind, list) and name in ("image", "vae_name", "latent"):
+                    kind = "files"
+                if name == "file":
+                    options.pop("options", None)
+                group[name] = [kind, options]
+    return info
+
+
+def test_all_described_nodes_are_as_recorded(described, recorded):
+    wrong = {}
+    for name, info in described.items():
+        if name.startswith(OWN) or name not in recorded:
+            continue
+        if normal(info) != normal(recorded[name]):
+            wrong[name] = (normal(info), normal(recorded[name]))
+    assert wrong == {}
+
+
+def test_there_are_no_unknown_nodes(described, recorded):
+    unknown = [name for name in described if name not in recorded and not name.startswith(OWN)]
+    assert unknown == []
+
+
+def test_every_node_can_be_described(described, all_nodes):
+    assert set(described) == set(all_nodes)
+
+
+def test_functions_take_what_inputs_declare(all_nodes):
+    import inspect
+
+    for name, cls in all_nodes.items():
+        inputs = cls.INPUT_TYPES()
+        declared = [key for group in ("required", "optional") for key in inputs.get(group, {})]
+        function = cls.execute if hasattr(cls, "GET_SCHEMA") else getattr(cls, cls.FUNCTION)
+        spec = inspect.getfullargspec(function)
+        if spec.varkw is None:
+            missing = [key for key in declared if key not in spec.args + spec.kwonlyargs]
+            assert missing == [], f"{name} has inputs its function does not take: {missing}"
