@@ -226,6 +226,13 @@ class BaseModel(torch.nn.Module):
         """The network's range -> VAE latent."""
         return self.latent_format.process_out(latent)
 
+    def scale_latent_inpaint(
+        self, sigma: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """The known picture at noise level sigma [B], for the places an inpaint mask keeps."""
+        column = sigma.reshape([sigma.shape[0]] + [1] * (noise.ndim - 1))
+        return self.model_sampling.noise_scaling(column, noise, latent_image)
+
     def state_dict_for_saving(
         self,
         clip_state_dict: dict[str, torch.Tensor] | None = None,

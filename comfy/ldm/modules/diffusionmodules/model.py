@@ -1,0 +1,167 @@
+"""Encoder and decoder of the image VAE of latent diffusion (Rombach et al. 2022, appendix G)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import comfy.ops
+from comfy.ldm.modules.attention import scaled_dot_product
+
+ops = comfy.ops.manual_cast
+
+
+def normalise(channels: int) -> nn.Module:
+    """Group norm over 32 groups."""
+    return ops.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6, affine=True)
+
+
+class ResnetBlock(nn.Module):
+    """[B, in_channels, H, W] -> [B, out_channels, H, W]."""
+
+    def __init__(self, *, in_channels: int, out_channels: int | None = None) -> None:
+        super().__init__()
+        out_channels = out_channels or in_channels
+        self.norm1 = normalise(in_channels)
+        self.conv1 = ops.Conv2d(in_channels, out_channels, kernel_size=3, stride=1, padding=1)
+        self.norm2 = normalise(out_channels)
+        self.conv2 = ops.Conv2d(out_channels, out_channels, kernel_size=3, stride=1, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = ops.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        if hasattr(self, "nin_shortcut"):
+            x = self.nin_shortcut(x)
+        return x + h
+
+
+class AttnBlock(nn.Module):
+    """Attention of one head over all places of the map."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.norm = normalise(in_channels)
+        for name in ("q", "k", "v", "proj_out"):
+            setattr(self, name, ops.Conv2d(in_channels, in_channels, kernel_size=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        out = scaled_dot_product(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(out)
+
+
+class Downsample(nn.Module):
+    """Halve height and width; the border is padded right and below only."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.conv = ops.Conv2d(in_channels, in_channels, kernel_size=3, stride=2, padding=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.conv = ops.Conv2d(in_channels, in_channels, kernel_size=3, stride=1, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(channels: int) -> nn.Module:
+    mid = nn.Module()
+    mid.block_1 = ResnetBlock(in_channels=channels)
+    mid.attn_1 = AttnBlock(channels)
+    mid.block_2 = ResnetBlock(in_channels=channels)
+    return mid
+
+
+def _through_middle(mid: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    return mid.block_2(mid.attn_1(mid.block_1(h)))
+
+
+class Encoder(nn.Module):
+    """Picture [B, in_channels, H, W] -> moments [B, 2 * z_channels, H / f, W / f]."""
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        in_channels: int,
+        z_channels: int,
+        double_z: bool = True,
+        **ignored: object,
+    ) -> None:
+        super().__init__()
+        self.conv_in = ops.Conv2d(in_channels, ch, kernel_size=3, stride=1, padding=1)
+        self.down = nn.ModuleList()
+        last = ch
+        for level, mult in enumerate(ch_mult):
+            stage = nn.Module()
+            stage.block = nn.ModuleList()
+            stage.attn = nn.ModuleList()
+            for _ in range(num_res_blocks):
+                stage.block.append(ResnetBlock(in_channels=last, out_channels=ch * mult))
+                last = ch * mult
+            if level < len(ch_mult) - 1:
+                stage.downsample = Downsample(last)
+            self.down.append(stage)
+        self.mid = _middle(last)
+        self.norm_out = normalise(last)
+        self.conv_out = ops.Conv2d(last, 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv_in(x)
+        for stage in self.down:
+            for block in stage.block:
+                h = block(h)
+            if hasattr(stage, "downsample"):
+                h = stage.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(_through_middle(self.mid, h))))
+
+
+class Decoder(nn.Module):
+    """Latent [B, z_channels, h, w] -> picture [B, out_ch, h * f, w * f]."""
+
+    def __init__(
+        self, *, ch: int, out_ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int, **ignored: object
+    ) -> None:
+        super().__init__()
+        last = ch * ch_mult[-1]
+        self.conv_in = ops.Conv2d(z_channels, last, kernel_size=3, stride=1, padding=1)
+        self.mid = _middle(last)
+        stages = []
+        for level in reversed(range(len(ch_mult))):
+            stage = nn.Module()
+            stage.block = nn.ModuleList()
+            stage.attn = nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                stage.block.append(ResnetBlock(in_channels=last, out_channels=ch * ch_mult[level]))
+                last = ch * ch_mult[level]
+            if level > 0:
+                stage.upsample = Upsample(last)
+            stages.append(stage)
+        self.up = nn.ModuleList(reversed(stages))  # numbered from the picture's side, as in the files
+        self.norm_out = normalise(last)
+        self.conv_out = ops.Conv2d(last, out_ch, kernel_size=3, stride=1, padding=1)
+
+    def forward(self, z: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        h = _through_middle(self.mid, self.conv_in(z))
+        for stage in reversed(self.up):
+            for block in stage.block:
+                h = block(h)
+            if hasattr(stage, "upsample"):
+                h = stage.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))

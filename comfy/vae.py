@@ -1,0 +1,227 @@
+"""Pictures to latents and back: the `VAE` object of workflows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import comfy.model_management as model_management
+import comfy.model_patcher
+import comfy.utils
+from comfy.ldm.models.autoencoder import AutoencoderKL, config_from_state_dict, convert_diffusers_vae
+
+# Bytes of activations per output pixel and byte of dtype, measured on the 84M-parameter image VAE.
+DECODE_BYTES = 2178
+ENCODE_BYTES = 1767
+
+
+class VAE:
+    """An image VAE, where it computes and waits. Pictures are [B, H, W, 3] in 0..1, latents [B, C, h, w]."""
+
+    def __init__(
+        self,
+        sd: dict[str, torch.Tensor] | None = None,
+        device: torch.device | None = None,
+        config: Any = None,
+        dtype: torch.dtype | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        """Build from a state dict with latent diffusion's or diffusers' keys.
+
+        Raises ValueError when the weights are not those of an image VAE, or incomplete.
+        """
+        if sd is None:
+            raise ValueError("VAE needs a state dict; was the file empty?")
+        if "decoder.up_blocks.0.resnets.0.norm1.weight" in sd:
+            sd = convert_diffusers_vae(sd)
+        ddconfig, embed_dim = config_from_state_dict(sd)
+        self.device = model_management.vae_device() if device is None else device
+        self.vae_dtype = dtype or model_management.vae_dtype(self.device)
+        self.working_dtypes = [torch.bfloat16, torch.float32]
+        self.output_device = model_management.intermediate_device()
+        self.latent_channels = embed_dim or ddconfig["z_channels"]
+        self.latent_dim = 2
+        self.output_channels = ddconfig["out_ch"]
+        self.downscale_ratio: Any = 2 ** (len(ddconfig["ch_mult"]) - 1)
+        self.upscale_ratio: Any = self.downscale_ratio
+        self.crop_input = True
+        self.disable_offload = False
+        self.not_video = True
+        self.process_input: Callable[[torch.Tensor], torch.Tensor] = lambda image: image * 2.0 - 1.0
+        self.process_output: Callable[[torch.Tensor], torch.Tensor] = lambda image: ((image + 1.0) / 2.0).clamp(
+            0.0, 1.0
+        )
+        with torch.device("meta"):
+            network = AutoencoderKL(ddconfig, embed_dim)
+        self.first_stage_model = self._with_weights(network, sd).eval()
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.first_stage_model, load_device=self.device, offload_device=model_management.vae_offload_device()
+        )
+
+    def _with_weights(self, network: AutoencoderKL, sd: dict[str, torch.Tensor]) -> AutoencoderKL:
+        weights = {key: value.to(self.vae_dtype) for key, value in sd.items() if value.is_floating_point()}
+        missing, unexpected = network.load_state_dict(weights, strict=False, assign=True)
+        empty = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+        if empty:
+            raise ValueError(f"the VAE lacks {len(empty)} weights, first {empty[0]}; the file is incomplete")
+        if unexpected:
+            logging.debug("Leftover VAE keys: %s", unexpected)
+        return network
+
+    def throw_exception_if_invalid(self) -> None:
+        """Kept for callers written for ComfyUI: an invalid VAE cannot be constructed here."""
+
+    # --- memory ----------------------------------------------------------------------------------------------------
+
+    def memory_used_decode(self, shape: Any, dtype: torch.dtype) -> float:
+        """Bytes to decode a latent of this shape."""
+        return DECODE_BYTES * shape[2] * shape[3] * self.upscale_ratio**2 * model_management.dtype_size(dtype)
+
+    def memory_used_encode(self, shape: Any, dtype: torch.dtype) -> float:
+        """Bytes to encode pictures of this shape [B, 3, H, W]."""
+        return ENCODE_BYTES * shape[2] * shape[3] * model_management.dtype_size(dtype)
+
+    def _load(self, needed: float) -> int:
+        """Bring the network to its device; returns how many pictures fit at once."""
+        model_management.load_models_gpu([self.patcher], memory_required=needed, force_full_load=self.disable_offload)
+        return max(1, int(model_management.get_free_memory(self.device) / max(needed, 1.0)))
+
+    # --- decoding --------------------------------------------------------------------------------------------------
+
+    def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None) -> torch.Tensor:
+        """Latents [B, C, h, w] -> pictures [B, H, W, 3] in 0..1; in tiles when memory does not suffice.
+
+        Raises ValueError for latents with another number of channels.
+        """
+        if samples_in.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"the latent has {samples_in.shape[1]} channels but this VAE decodes {self.latent_channels}; "
+                "use the VAE that belongs to the model, or its empty latent node"
+            )
+        needed = self.memory_used_decode(samples_in.shape, self.vae_dtype)
+        at_once = self._load(needed)
+        try:
+            pictures = torch.cat([self._decode_batch(part) for part in samples_in.split(at_once)])
+        except model_management.OOM_EXCEPTION:
+            logging.warning("Ran out of memory when regular VAE decoding, retrying with tiled VAE decoding.")
+            pictures = self._decode_tiled(samples_in, 64, 64, 16)
+        return pictures.movedim(1, -1)
+
+    def _decode_batch(self, latents: torch.Tensor) -> torch.Tensor:
+        out = self.first_stage_model.decode(latents.to(self.device, self.vae_dtype))
+        return self.process_output(out.to(self.output_device).float())
+
+    def _decode_tiled(self, samples: torch.Tensor, tile_x: int, tile_y: int, overlap: int) -> torch.Tensor:
+        """The mean of three tilings, so that no seam is at the same place in all of them."""
+
+        def decode(tile: torch.Tensor) -> torch.Tensor:
+            return self.first_stage_model.decode(tile.to(self.device, self.vae_dtype)).float()
+
+        tilings = ((tile_x // 2, tile_y * 2), (tile_x * 2, tile_y // 2), (tile_x, tile_y))
+        bar = self._bar(samples, tilings, overlap)
+        parts = [
+            comfy.utils.tiled_scale(
+                samples, decode, width, height, overlap, upscale_amount=self.upscale_ratio,
+                out_channels=self.output_channels, output_device=self.output_device, pbar=bar,
+            )
+            for width, height in tilings
+        ]  # fmt: skip
+        return self.process_output(sum(parts[1:], parts[0]) / 3.0)
+
+    @staticmethod
+    def _bar(samples: torch.Tensor, tilings: Any, overlap: int) -> comfy.utils.ProgressBar:
+        height, width = samples.shape[-2:]
+        steps = sum(comfy.utils.get_tiled_scale_steps(width, height, x, y, overlap) for x, y in tilings)
+        return comfy.utils.ProgressBar(samples.shape[0] * steps)
+
+    def decode_tiled(
+        self,
+        samples: torch.Tensor,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        overlap: int | None = None,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+    ) -> torch.Tensor:
+        """`decode` in tiles of `tile_x` x `tile_y` latent cells."""
+        self._load(self.memory_used_decode(samples.shape, self.vae_dtype))
+        pictures = self._decode_tiled(samples, tile_x or 64, tile_y or 64, 16 if overlap is None else overlap)
+        return pictures.movedim(1, -1)
+
+    # --- encoding --------------------------------------------------------------------------------------------------
+
+    def vae_encode_crop_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Cut pictures [B, H, W, C] about the centre to multiples of the VAE's factor, and to three channels."""
+        ratio = self.spacial_compression_encode()
+        for axis in (1, 2):
+            size = (pixels.shape[axis] // ratio) * ratio
+            pixels = pixels.narrow(axis, (pixels.shape[axis] % ratio) // 2, size)
+        return pixels[..., :3]
+
+    def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, H, W, 3] in 0..1 -> latents [B, C, h, w]; in tiles when memory does not suffice."""
+        pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
+        at_once = self._load(self.memory_used_encode(pixels.shape, self.vae_dtype))
+        try:
+            return torch.cat([self._encode_batch(part) for part in pixels.split(at_once)])
+        except model_management.OOM_EXCEPTION:
+            logging.warning("Ran out of memory when regular VAE encoding, retrying with tiled VAE encoding.")
+            return self._encode_tiled(pixels, 512, 512, 64)
+
+    def _encode_batch(self, pixels: torch.Tensor) -> torch.Tensor:
+        inputs = self.process_input(pixels).to(self.device, self.vae_dtype)
+        return self.first_stage_model.encode(inputs).to(self.output_device).float()
+
+    def _encode_tiled(self, pixels: torch.Tensor, tile_x: int, tile_y: int, overlap: int) -> torch.Tensor:
+        def encode(tile: torch.Tensor) -> torch.Tensor:
+            return self.first_stage_model.encode(self.process_input(tile).to(self.device, self.vae_dtype)).float()
+
+        tilings = ((tile_x, tile_y), (tile_x * 2, tile_y // 2), (tile_x // 2, tile_y * 2))
+        bar = self._bar(pixels, tilings, overlap)
+        parts = [
+            comfy.utils.tiled_scale(
+                pixels, encode, width, height, overlap, upscale_amount=1 / self.downscale_ratio,
+                out_channels=self.latent_channels, output_device=self.output_device, pbar=bar,
+            )
+            for width, height in tilings
+        ]  # fmt: skip
+        return sum(parts[1:], parts[0]) / 3.0
+
+    def encode_tiled(
+        self,
+        pixel_samples: torch.Tensor,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        overlap: int | None = None,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+    ) -> torch.Tensor:
+        """`encode` in tiles of `tile_x` x `tile_y` pixels."""
+        pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
+        self._load(self.memory_used_encode(pixels.shape, self.vae_dtype))
+        return self._encode_tiled(pixels, tile_x or 512, tile_y or 512, 64 if overlap is None else overlap)
+
+    # --- facts about this VAE --------------------------------------------------------------------------------------
+
+    def get_sd(self) -> dict[str, torch.Tensor]:
+        """The weights."""
+        return self.first_stage_model.state_dict()
+
+    def spacial_compression_decode(self) -> int:  # ComfyUI's spelling
+        """Pixels per latent cell and side."""
+        return self.upscale_ratio
+
+    def spacial_compression_encode(self) -> int:
+        """Pixels per latent cell and side."""
+        return self.downscale_ratio
+
+    def temporal_compression_decode(self) -> None:
+        """Frames per latent frame; None for image VAEs."""
+        return
+
+    def is_dynamic(self) -> bool:
+        """Whether weights are paged in on demand; they are not."""
+        return False
