@@ -33,8 +33,17 @@ class TokenPlan(Protocol):
     stream_lengths: tuple[int, ...]
     """Tokens of each whole stream in joint attention, in order, while `sharded`."""
 
+    size: int
+    """Number of ranks."""
+
     def bounds(self, length: int) -> tuple[int, int]:
         """[start, stop) of this rank's tokens in a stream of `length` tokens."""
+
+    def share_bounds(self, length: int, rank: int) -> tuple[int, int]:
+        """`bounds` of any rank."""
+
+    def gather_lengths(self, local: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
+        """Parts of all ranks, `lengths[rank]` entries of `dim` each, concatenated."""
 
     def lengths(self, length: int) -> tuple[int, ...]:
         """Tokens per rank of a stream of `length` tokens."""
@@ -113,6 +122,46 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         return _compiled[function](*args, **kwargs)
 
     return wrapper
+
+
+_prepared: contextvars.ContextVar[dict[int, torch.Tensor] | None] = contextvars.ContextVar("prepared", default=None)
+
+
+def prepared(module: Any) -> torch.Tensor | None:
+    """The output of a per-sample layer if it was computed beforehand, together with those of other blocks."""
+    ready = _prepared.get()
+    return None if ready is None else ready.get(id(module))
+
+
+@contextlib.contextmanager
+def with_prepared(results: dict[int, torch.Tensor] | None) -> Iterator[None]:
+    """Make results known to `prepared`, by the id of their module."""
+    token = _prepared.set(results)
+    try:
+        yield
+    finally:
+        _prepared.reset(token)
+
+
+def prepare_together(
+    modules: Sequence[Any], widths: Sequence[int], compute: Callable[[Any], torch.Tensor]
+) -> dict[int, torch.Tensor] | None:
+    """Outputs [B, 1, width] of small per-sample layers, each computed on one rank only and gathered; None without a plan.
+
+    All blocks' modulations depend on nothing but the conditioning vector, and reading their weights is what they cost:
+    n ranks read a share of them each instead of all of them n times.
+    """
+    plan = _active.get()
+    if plan is None or not modules:
+        return None
+    start, stop = plan.bounds(len(modules))
+    mine = [compute(module).flatten(1) for module in modules[start:stop]]
+    flat = torch.cat(mine, dim=1) if mine else compute(modules[0]).flatten(1)[:, :0]
+    ends = [plan.share_bounds(len(modules), rank) for rank in range(plan.size)]
+    lengths = [sum(widths[a:b]) for a, b in ends]
+    whole = plan.gather_lengths(flat, 1, lengths)
+    parts = whole.split(list(widths), dim=1)
+    return {id(module): part.unsqueeze(1) for module, part in zip(modules, parts)}
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from torch import nn
 import comfy.ldm.common_dit
 import comfy.ops
 from comfy.ldm import dit
+from comfy.ldm.modules.fused import mlp_gelu
 
-from .math import attention, rope
+from .math import apply_rope, attention, rope
 
 __all__ = [
     "DoubleStreamBlock", "EmbedND", "LastLayer", "MLPEmbedder", "Modulation", "ModulationOut", "QKNorm", "RMSNorm",
@@ -128,7 +129,8 @@ class Modulation(nn.Module):
         """vec [B, C] or [B, n, C] -> one or two `ModulationOut`."""
         if vec.ndim == 2:
             vec = vec.unsqueeze(1)
-        parts = self.lin(nn.functional.silu(vec)).chunk(self.multiplier, dim=-1)
+        ready = dit.prepared(self)
+        parts = (self.lin(nn.functional.silu(vec)) if ready is None else ready).chunk(self.multiplier, dim=-1)
         return ModulationOut(*parts[:3]), ModulationOut(*parts[3:]) if self.is_double else None
 
 
@@ -155,9 +157,21 @@ def _heads_first(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @dit.stage
-def _joined(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values of two streams as one sequence: [B, H, L1, D] and [B, H, L2, D] -> [B, H, L1+L2, D]."""
-    return tuple(torch.cat(pair, dim=2) for pair in zip(first, second))
+def _joined(
+    first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], pe: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of two streams as one sequence, q and k rotated by `pe` if it is given.
+
+    [B, H, L1, D] and [B, H, L2, D] -> [B, H, L1 + L2, D].
+    """
+    q, k, v = (torch.cat(pair, dim=2) for pair in zip(first, second))
+    return (q, k, v) if pe is None else (*apply_rope(q, k, pe), v)
+
+
+def _early(pe: torch.Tensor | None) -> torch.Tensor | None:
+    """The rotary table for rotating before `attention` is called, in the pass that norms; None when `attention` was
+    replaced: a replacement rotates for itself."""
+    return pe if attention is _OUR_ATTENTION else None
 
 
 def _meet(
@@ -165,9 +179,12 @@ def _meet(
 ) -> torch.Tensor:
     """This module's `attention`, which custom nodes replace; a replacement sees all tokens of its heads in order."""
     q, k, v = qkv
+    more = {"transformer_options": options} if options else {}
+    if attention is _OUR_ATTENTION:
+        return attention(q, k, v, pe=None, mask=mask, **more)  # rotated already, see _early
     plan = dit.active_plan()
-    if attention is _OUR_ATTENTION or plan is None or not plan.sharded:
-        return attention(q, k, v, pe=pe, mask=mask, **({"transformer_options": options} if options else {}))
+    if plan is None or not plan.sharded:
+        return attention(q, k, v, pe=pe, mask=mask, **more)
     whole_pe = None if pe is None else plan.gather_in_order(pe, 2)
 
     def replaced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -221,7 +238,7 @@ class DoubleStreamBlock(nn.Module):
         first, second = mods
         x = x + apply_mod(getattr(self, f"{stream}_attn").proj(out), first.gate, None, dims)
         normed = apply_mod(getattr(self, f"{stream}_norm2")(x), 1 + second.scale, second.shift, dims)
-        return x + apply_mod(getattr(self, f"{stream}_mlp")(normed), second.gate, None, dims)
+        return x + apply_mod(mlp_gelu(getattr(self, f"{stream}_mlp"), normed), second.gate, None, dims)
 
     @dit.shards_own_tokens("txt", "img")
     def _forward(self, txt, img, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options):
@@ -229,7 +246,7 @@ class DoubleStreamBlock(nn.Module):
         image = self._into_attention("img", img, img_mods[0], modulation_dims_img)
         text = self._into_attention("txt", txt, txt_mods[0], modulation_dims_txt)
         order = (image, text) if self.flipped_img_txt else (text, image)
-        out = _meet(_joined(*order), pe, attn_mask, transformer_options)
+        out = _meet(_joined(*order, _early(pe)), pe, attn_mask, transformer_options)
         split = img.shape[1] if self.flipped_img_txt else txt.shape[1]
         head, tail = out[:, :split], out[:, split:]
         img_out, txt_out = (head, tail) if self.flipped_img_txt else (tail, head)
@@ -277,12 +294,17 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(hidden_size, double=False, operations=operations, **place)
 
     @dit.stage
-    def _into_attention(self, x: torch.Tensor, mod: ModulationOut, dims: Any) -> tuple[torch.Tensor, ...]:
-        """x [B, L, C] -> q, k, v [B, H, L, D] and the MLP's input [B, L, M]."""
+    def _into_attention(
+        self, x: torch.Tensor, mod: ModulationOut, dims: Any, pe: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """x [B, L, C] -> q, k, v [B, H, L, D], q and k rotated by `pe` if given, and the MLP's input [B, L, M]."""
         normed = apply_mod(self.pre_norm(x), 1 + mod.scale, mod.shift, dims)
         qkv, mlp = self.linear1(normed).split([3 * self.hidden_size, self.mlp_hidden_dim], dim=-1)
         q, k, v = _heads_first(qkv, self.num_heads)
-        return (*self.norm(q, k, v), v, mlp)
+        q, k = self.norm(q, k, v)
+        if pe is not None:
+            q, k = apply_rope(q, k, pe)
+        return q, k, v, mlp
 
     @dit.stage
     def _after_attention(
@@ -298,7 +320,7 @@ class SingleStreamBlock(nn.Module):
     @dit.shards_own_tokens("x")
     def _forward(self, x, vec, pe, attn_mask, modulation_dims, transformer_options):
         mod, _ = self.modulation(vec)
-        q, k, v, mlp = self._into_attention(x, mod, modulation_dims)
+        q, k, v, mlp = self._into_attention(x, mod, modulation_dims, _early(pe))
         out = _meet((q, k, v), pe, attn_mask, transformer_options)
         return self._after_attention(x, out, mlp, mod, modulation_dims)
 

@@ -41,10 +41,12 @@ def apply_rope1(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     )
 
 
-@dit.stage
 def apply_rope(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_rope1` for queries and keys."""
     return apply_rope1(xq, freqs_cis), apply_rope1(xk, freqs_cis)
+
+
+_rotated = dit.stage(apply_rope)
 
 
 def attention(
@@ -58,7 +60,7 @@ def attention(
 ) -> Any:
     """Rotate q and k [B, H, L, D] by `pe` [B or 1, 1, L, D/2, 2, 2] and attend: [B, L, H*D]."""
     if pe is not None:
-        q, k = apply_rope(q, k, pe)
+        q, k = _rotated(q, k, pe)
     return comfy.ldm.modules.attention.attention(
         q, k, v, q.shape[1], mask, transformer_options=transformer_options, beside=beside
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,7 +16,15 @@ import comfy.patcher_extension
 from comfy.ldm import dit
 
 from .keys import diffusers_key_map
-from .layers import DoubleStreamBlock, EmbedND, LastLayer, MLPEmbedder, SingleStreamBlock, timestep_embedding
+from .layers import (
+    DoubleStreamBlock,
+    EmbedND,
+    LastLayer,
+    MLPEmbedder,
+    Modulation,
+    SingleStreamBlock,
+    timestep_embedding,
+)
 
 
 @dataclass
@@ -131,6 +140,17 @@ class Flux(nn.Module):
         for i, block in enumerate(self.single_blocks):
             yield _single_step(block, i, replace.get(("single_block", i)), _at(control.get("output"), i))
 
+    def _modulations(self, state: dit.DiTState) -> dict[int, torch.Tensor] | None:
+        """All blocks' modulation parameters, dealt over the ranks; None when tokens are not spread."""
+        if state.plan is None:
+            return None
+        ours = [m for m in self.modules() if type(m) is Modulation and "forward" not in vars(m)]
+        # Wide and narrow ones in turn, so that equal shares of the list are equal shares of the weights.
+        wide, narrow = [m for m in ours if m.is_double], [m for m in ours if not m.is_double]
+        modules = [m for pair in itertools.zip_longest(wide, narrow) for m in pair if m is not None]
+        vec = nn.functional.silu(state.sample["vec"])
+        return dit.prepare_together(modules, [m.lin.out_features for m in modules], lambda module: module.lin(vec))
+
     def head(self, state: dit.DiTState) -> torch.Tensor:
         """Picture tokens of the state -> [B, L_img, patch^2 * out_channels], whole."""
         img = self.final_layer(state.streams["img"], state.sample["vec"])
@@ -153,7 +173,7 @@ class Flux(nn.Module):
         state = self.embed_tokens(
             img, img_ids, txt, txt_ids, timesteps, y, guidance, transformer_options, attn_mask
         ).shard(dit.active_plan())
-        with dit.blocks_on(state):
+        with dit.blocks_on(state), dit.with_prepared(self._modulations(state)):
             for step in self.blocks(control, transformer_options):
                 state = step(state)
             return self.head(state)

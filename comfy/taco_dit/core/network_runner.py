@@ -125,7 +125,7 @@ class NetworkRunner:
                 return network(x, timestep, **arguments)
             tensors = {k: v for k, v in arguments.items() if k not in ("transformer_options", "control")}
             try:
-                signature = _signature({"x": x, "t": timestep, **tensors}.items())
+                signature = _signature([x, timestep, *(item for pair in sorted(tensors.items()) for item in pair)])
             except TypeError:
                 return network(x, timestep, **arguments)
             self._forget_old_weights(id(network), model.weights_version)

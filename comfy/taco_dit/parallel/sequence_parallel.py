@@ -6,7 +6,7 @@ Nothing is padded, so no mask is needed to hide padding, and masks that exist ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class UlyssesPlan:
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
+        self.size = exchange.size
         self.sharded = False
         self.layout: tuple[int, ...] = ()
         self.stream_lengths: tuple[int, ...] = ()
@@ -30,6 +31,14 @@ class UlyssesPlan:
     def bounds(self, length: int) -> tuple[int, int]:
         """[start, stop) of this rank's tokens in a stream."""
         return share(length, self.exchange.size, self.exchange.index)
+
+    def share_bounds(self, length: int, rank: int) -> tuple[int, int]:
+        """[start, stop) of any rank's share."""
+        return share(length, self.exchange.size, rank)
+
+    def gather_lengths(self, local: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
+        """Parts of all ranks, of the given lengths, concatenated."""
+        return self.exchange.gather(local, dim, lengths)
 
     def lengths(self, length: int) -> tuple[int, ...]:
         """Tokens per rank of a stream."""
