@@ -61,3 +61,33 @@ def with_skipped_layers(
     model = model.clone()
     model.set_model_sampler_post_cfg_function(guide)
     return model
+
+
+def with_weak_negative(
+    model: Any, layers: dict[str, list[int]], start_percent: float, end_percent: float
+) -> Any:
+    """A clone of a model whose negative prediction leaves those layers out, in a part of the schedule."""
+    import comfy.samplers
+
+    if not any(layers.values()):
+        return model
+    sampling = model.get_model_object("model_sampling")
+    first, last = sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
+
+    def predict(arguments: dict[str, Any]) -> Any:
+        positive, negative = arguments["conds"]
+        sigma, options = arguments["sigma"], arguments["model_options"]
+
+        def batch(conds: list[Any], with_options: dict[str, Any]) -> Any:
+            return comfy.samplers.calc_cond_batch(
+                arguments["model"], conds, arguments["input"], sigma, with_options
+            )
+
+        if negative is None or not last <= sigma[0].item() <= first:
+            return batch([positive, negative], options)
+        weak = batch([None, negative], without_layers(options.copy(), layers))[1]
+        return [batch([positive, None], options)[0], weak]
+
+    model = model.clone()
+    model.set_model_sampler_calc_cond_batch_function(predict)
+    return model
