@@ -45,9 +45,9 @@ class CheckpointLoaderSimple:
     DESCRIPTION = "Loads a checkpoint: diffusion model, text encoder and VAE."
 
     def load_checkpoint(self, ckpt_name: str):
+        path = folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)
         import comfy.sd
 
-        path = folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)
         loaded = comfy.sd.load_checkpoint_guess_config(
             path, output_vae=True, output_clip=True, embedding_directory=embeddings()
         )

@@ -1,0 +1,163 @@
+"""What is found wrong with a prompt before it is queued."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from fakes import make, node
+
+import execution
+import nodes
+from comfy_execution.validation import validate_node_input
+
+
+def check(prompt, targets=None):
+    return asyncio.run(execution.validate_prompt("id", prompt, targets))
+
+
+def kinds(result, node_id):
+    return [error["type"] for error in result[3][node_id]["errors"]]
+
+
+@pytest.fixture
+def register(monkeypatch):
+    def add(name, inputs, returns=("INT",), **attributes):
+        cls = make(name, inputs, returns, lambda self, **values: (0,), **attributes)
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, cls)
+
+    return add
+
+
+def out(source):
+    return node("Show", value=[source, 0])
+
+
+def test_values_are_converted_in_place():
+    prompt = {"v": node("Value", value="7"), "out": out("v"), "w": node("Show", value={"__value__": "8"})}
+    valid, error, outputs, node_errors = check(prompt)
+    assert (valid, error, outputs, node_errors) == (True, None, ["out", "w"], {})
+    assert prompt["v"]["inputs"]["value"] == 7
+    assert prompt["w"]["inputs"]["value"] == 8
+
+
+@pytest.mark.parametrize(("inputs", "kind"), [
+    ({}, "required_input_missing"),
+    ({"value": "x"}, "invalid_input_type"),
+    ({"value": None}, "invalid_input_type"),
+    ({"value": ["nowhere", 0]}, "bad_linked_input"),
+    ({"value": ["v"]}, "bad_linked_input"),
+    ({"value": ["v", 3]}, "bad_linked_input"),
+    ({"value": ["text", 0]}, "return_type_mismatch"),
+])
+def test_errors_name_their_kind_and_input(register, inputs, kind):
+    register("Text", {}, ("STRING",))
+    prompt = {"v": node("Value", value=1), "text": node("Text"), "out": node("Show", **inputs)}
+    result = check(prompt)
+    assert not result[0]
+    assert result[1]["type"] == "prompt_outputs_failed_validation"
+    error = result[3]["out"]["errors"][0]
+    assert error["type"] == kind
+    assert error["extra_info"]["input_name"] == "value"
+    assert "value" in error["details"]
+
+
+def test_bounds_and_choices(register):
+    register("Bounded", {"n": ("FLOAT", {"min": 0, "max": 1}), "c": (["a", "b"],), "d": ("COMBO", {"options": ["x"]})},
+             OUTPUT_NODE=True)
+    prompt = {"o": node("Bounded", n=2, c="c", d="y"), "p": node("Bounded", n=-1, c="a", d="x")}
+    result = check(prompt)
+    assert kinds(result, "o") == ["value_bigger_than_max", "value_not_in_list", "value_not_in_list"]
+    assert kinds(result, "p") == ["value_smaller_than_min"]
+    assert result[3]["o"]["errors"][1]["details"] == "c: 'c' not in ['a', 'b']"
+
+
+def test_a_long_choice_is_not_spelled_out(register):
+    register("Long", {"c": ([str(i) for i in range(100)],)}, OUTPUT_NODE=True)
+    assert "(list of length 100)" in check({"o": node("Long", c="x")})[3]["o"]["errors"][0]["details"]
+
+
+def test_a_node_may_check_itself(register):
+    seen = []
+
+    def validate(cls, n, input_types):
+        seen.append((n, input_types))
+        return True if n == 5 else "must be five"
+
+    register("Own", {"n": ("INT", {"max": 1}), "x": ("FLOAT", {})}, OUTPUT_NODE=True,
+             VALIDATE_INPUTS=classmethod(validate))
+    prompt = {"v": node("Value", value=1), "o": node("Own", n=5, x=["v", 0])}
+    assert check(prompt)[0]
+    assert seen == [(5, {"x": "INT"})]
+    prompt["o"]["inputs"]["n"] = 6
+    error = check(prompt)[3]["o"]["errors"][0]
+    assert error["type"] == "custom_validation_failed"
+    assert error["details"] == "n - must be five"
+
+
+def test_an_exception_in_a_node_is_reported(register):
+    def validate(cls, n):
+        raise RuntimeError("broken")
+
+    register("Broken", {"n": ("INT", {})}, VALIDATE_INPUTS=classmethod(validate))
+    register("BrokenOut", {"n": ("INT", {})}, VALIDATE_INPUTS=classmethod(validate), OUTPUT_NODE=True)
+    prompt = {"b": node("Broken", n=1), "out": out("b"), "o": node("BrokenOut", n=1)}
+    result = check(prompt)
+    assert kinds(result, "b") == ["exception_during_inner_validation"]
+    assert kinds(result, "o") == ["exception_during_validation"]
+
+
+def test_good_outputs_run_though_others_are_bad():
+    prompt = {"v": node("Value"), "bad": out("v"), "bad2": out("v"), "w": node("Value", value=1), "good": out("w")}
+    valid, _, outputs, node_errors = check(prompt)
+    assert valid
+    assert outputs == ["good"]
+    assert node_errors["v"]["dependent_outputs"] == ["bad", "bad2"]
+    assert list(node_errors) == ["v"]
+
+
+def test_a_cycle_is_found():
+    prompt = {"a": node("Add", a=["b", 0], b=1), "b": node("Add", a=["a", 0], b=1), "out": out("a")}
+    result = check(prompt)
+    assert not result[0]
+    assert "Dependency cycle" in str(result[3])
+
+
+@pytest.mark.parametrize("prompt", [{"1": {"inputs": {}}}, {"1": {"class_type": "No such", "inputs": {}}},
+                                    {"1": {"class_type": "Value"}}, {"1": 5}])
+def test_a_prompt_has_nodes_of_known_classes(prompt):
+    assert check(prompt)[1]["type"] == "invalid_prompt"
+
+
+def test_a_thousand_nodes_take_less_than_50_ms():
+    prompt = {"0": node("Value", value=1)}
+    for i in range(1, 1000):
+        prompt[str(i)] = node("Add", a=[str(i - 1), 0], b=i)
+    prompt["out"] = out("999")
+    check(prompt)
+    times = []
+    for _ in range(5):
+        before = time.perf_counter()
+        assert check(prompt)[0]
+        times.append(time.perf_counter() - before)
+    assert min(times) < 0.05
+
+
+class _Any(str):
+    def __ne__(self, other):
+        return False
+
+
+@pytest.mark.parametrize(("received", "wanted", "fits"), [
+    ("INT", "INT", True), ("INT", "FLOAT", False), ("INT", "FLOAT,INT", True), ("INT,STRING", "FLOAT,INT", True),
+    ("*", "MODEL", True), ("MODEL", "*", True), (_Any("*"), "MODEL", True), (["a"], ["a"], True),
+    (["a"], ["b"], False), ("COMBO", ["a"], True), (["a"], "COMBO", True), (["a"], "INT", False),
+])
+def test_types_fit(received, wanted, fits):
+    assert validate_node_input(received, wanted) is fits
+
+
+def test_types_fit_strictly():
+    assert not validate_node_input("INT,STRING", "INT", strict=True)
+    assert validate_node_input("INT", "INT,STRING", strict=True)
