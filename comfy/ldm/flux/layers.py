@@ -142,7 +142,7 @@ def apply_mod(
 ) -> torch.Tensor:
     """tensor * m_mult + m_add; `modulation_dims` lists (start, stop, row of m) for token ranges."""
     if modulation_dims is None:
-        return tensor * m_mult if m_add is None else torch.addcmul(m_add, tensor, m_mult)
+        return tensor * m_mult if m_add is None else tensor * m_mult + m_add
     out = tensor.clone()
     for start, stop, row in modulation_dims:
         out[:, start:stop] *= m_mult[:, row : row + 1]
@@ -164,7 +164,7 @@ def _joined(
 
     [B, H, L1, D] and [B, H, L2, D] -> [B, H, L1 + L2, D].
     """
-    q, k, v = (torch.cat(pair, dim=2) for pair in zip(first, second))
+    q, k, v = (torch.cat([t.transpose(1, 2) for t in pair], dim=1).transpose(1, 2) for pair in zip(first, second))
     return (q, k, v) if pe is None else (*apply_rope(q, k, pe), v)
 
 

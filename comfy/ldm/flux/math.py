@@ -25,20 +25,14 @@ def rope(pos: torch.Tensor, dim: int, theta: int) -> torch.Tensor:
 
 def apply_rope1(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     """Rotate neighbouring pairs of the last axis: x [B, H, L, D], freqs_cis [B or 1, 1, L, D/2, 2, 2]."""
-    pairs = x.to(freqs_cis.dtype).unflatten(-1, (-1, 2))
+    # Computed and stored with tokens before heads, as the linears wrote them: attention kernels keep the layout of
+    # their queries, so that their output needs no copy before the next linear.
+    table = freqs_cis.transpose(1, 2)
+    pairs = x.transpose(1, 2).to(freqs_cis.dtype).unflatten(-1, (-1, 2))
     even, odd = pairs[..., 0], pairs[..., 1]
-    table = freqs_cis
-    return (
-        torch.stack(
-            [
-                table[..., 0, 0] * even + table[..., 0, 1] * odd,
-                table[..., 1, 0] * even + table[..., 1, 1] * odd,
-            ],
-            dim=-1,
-        )
-        .flatten(-2)
-        .to(x.dtype)
-    )
+    first = table[..., 0, 0] * even + table[..., 0, 1] * odd
+    second = table[..., 1, 0] * even + table[..., 1, 1] * odd
+    return torch.stack([first, second], dim=-1).flatten(-2).to(x.dtype).transpose(1, 2)
 
 
 def apply_rope(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
