@@ -185,7 +185,9 @@ async def _run(call: NodeCall, executed: Any, pending_async_nodes: dict[str, Any
     unique_id = call.unique_id
     collecting = unique_id in pending_async_nodes
     is_async = is_async_node(call.class_def)
-    output, ui, has_subgraph, pending = [], {}, False, False
+    output: Any = []
+    ui: dict[str, Any] = {}
+    has_subgraph = pending = False
     if call.skipped:
         pending_async_nodes.pop(unique_id, None)
     elif collecting:
@@ -273,11 +275,13 @@ async def execute(
     extra_data: Mapping[str, Any],
     executed: Any,
     prompt_id: str,
-    execution_list: ExecutionList,
+    execution_list: Any,
     pending_subgraph_results: dict[str, Any],
     pending_async_nodes: dict[str, Any],
 ) -> tuple[ExecutionResult, dict[str, Any] | None, BaseException | None]:
     """Run the staged node: `(result, error report, exception)`; PENDING when it waits for other nodes or tasks.
+
+    `execution_list` is the prompt's `comfy_execution.executor.PromptRun`.
 
     A node that fails here is announced to the other ranks. A node's own failure never raises.
     """
@@ -302,4 +306,4 @@ async def execute(
         real_node_id = dynprompt.get_real_node_id(unique_id)
         if not isinstance(error, RankError):
             execution_list.ranks.lockstep.fail(error, real_node_id)
-        return ExecutionResult.FAILURE, failure(real_node_id, error, call and call.input_data_all), error
+        return ExecutionResult.FAILURE, failure(real_node_id, error, call.input_data_all if call else None), error

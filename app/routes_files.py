@@ -52,10 +52,10 @@ def _preview(path: str, wanted: str) -> tuple[bytes, str]:
     form = parts[0] if parts[0] in _FORMATS else "webp"
     quality = int(parts[-1]) if parts[-1].isdigit() else _DEFAULT_QUALITY
     with Image.open(path) as image:
-        if form == "jpeg" or image.mode not in ("RGB", "RGBA"):
-            image = image.convert("RGB")
+        plain = form == "jpeg" or image.mode not in ("RGB", "RGBA")
+        shown = image.convert("RGB") if plain else image
         buffer = io.BytesIO()
-        image.save(buffer, format=form, quality=quality)
+        shown.save(buffer, format=form, quality=quality)
     return buffer.getvalue(), _FORMATS[form]
 
 

@@ -40,12 +40,12 @@ async def _queue_prompt(server: Any, body: Any) -> web.Response:
         number = -server.number if body.get("front") else server.number
         server.number += 1
     prompt_id = str(body.get("prompt_id") or uuid.uuid4())
-    valid, error, outputs, node_errors = await execution.validate_prompt(
+    valid, problem, outputs, node_errors = await execution.validate_prompt(
         prompt_id, body["prompt"], body.get("partial_execution_targets")
     )
     if not valid:
-        logging.warning("invalid prompt: %s", error)
-        return json_response({"error": error, "node_errors": node_errors}, 400)
+        logging.warning("invalid prompt: %s", problem)
+        return json_response({"error": problem, "node_errors": node_errors}, 400)
     extra_data = dict(body.get("extra_data") or {})
     if "client_id" in body:
         extra_data["client_id"] = body["client_id"]

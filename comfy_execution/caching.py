@@ -12,6 +12,7 @@ import itertools
 import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -171,7 +172,7 @@ class OutputCache:
         self._generation = 0
         self._grown: dict[tuple[str, str], int] = {}
 
-    def begin(self, signatures: Mapping[str, Signature], owners: set[tuple[str, str]]) -> None:
+    def begin(self, signatures: Mapping[str, Signature], owners: AbstractSet[tuple[str, str]]) -> None:
         """Start a prompt with these static nodes; forget what no longer belongs."""
         self._generation += 1
         self._keys = dict(signatures)
@@ -223,12 +224,12 @@ class OutputCache:
     def _touch(self, key: Signature, entry: CacheEntry) -> None:
         entry.used = self._generation
 
-    def _belongs(self, entry: CacheEntry, owners: set[tuple[str, str]]) -> bool:
+    def _belongs(self, entry: CacheEntry, owners: AbstractSet[tuple[str, str]]) -> bool:
         if entry.owner is None or entry.owner not in owners:
             return False
         return entry.used >= self._grown.get(entry.owner, 0)
 
-    def _forget(self, kept: set[Signature], owners: set[tuple[str, str]]) -> None:
+    def _forget(self, kept: AbstractSet[Signature], owners: AbstractSet[tuple[str, str]]) -> None:
         for key in [key for key, entry in self._entries.items()
                     if key not in kept and not self._belongs(entry, owners)]:
             del self._entries[key]
@@ -245,7 +246,7 @@ class LRUCache(OutputCache):
         super()._touch(key, entry)
         self._entries.move_to_end(key)
 
-    def _forget(self, kept: set[Signature], owners: set[tuple[str, str]]) -> None:
+    def _forget(self, kept: AbstractSet[Signature], owners: AbstractSet[tuple[str, str]]) -> None:
         excess = len(self._entries) - self.max_size
         for key in [key for key in self._entries if key not in kept][: max(excess, 0)]:
             del self._entries[key]
@@ -256,7 +257,7 @@ class NoCache(OutputCache):
 
     signed = False
 
-    def begin(self, signatures: Mapping[str, Signature], owners: set[tuple[str, str]]) -> None:
+    def begin(self, signatures: Mapping[str, Signature], owners: AbstractSet[tuple[str, str]]) -> None:
         self._current = {}
 
     def grow(self, signatures: Mapping[str, Signature], owner: tuple[str, str]) -> None:

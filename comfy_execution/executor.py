@@ -369,13 +369,13 @@ def _agreed_end(action: str, chosen: Any) -> Exception:
     """The exception that ends a prompt on every rank at once; marked, so that no rank has to tell the others."""
     import comfy.model_management
 
-    error: Exception
+    error: Any
     if action == INTERRUPT:
         comfy.model_management.interrupt_current_processing(False)
         error = comfy.model_management.InterruptProcessingException()
     else:
         error = DependencyCycleError(f"Dependency cycle detected: {', '.join(chosen)} wait for each other")
-    error.agreed = True  # type: ignore[attr-defined]
+    error.agreed = True
     return error
 
 

@@ -365,8 +365,8 @@ class ExecutionList(TopologicalSort):
     def get_nodes_in_cycle(self) -> list[str]:
         """Pending nodes that wait, directly or not, for themselves."""
         waiting: dict[str, list[str]] = {node_id: [] for node_id in self.pendingNodes}
-        for source, blocked in self.blocking.items():
-            for node_id in blocked:
+        for source, consumers in self.blocking.items():
+            for node_id in consumers:
                 waiting[node_id].append(source)
         # take away, again and again, the nodes that wait for nobody left
         free = [node_id for node_id, sources in waiting.items() if not sources]

@@ -54,12 +54,6 @@ class ProgressHandler(ABC):  # noqa: B024 - handlers override the events they ca
     def reset(self) -> None:  # noqa: B027
         """The prompt is over."""
 
-    def enable(self) -> None:
-        self.enabled = True
-
-    def disable(self) -> None:
-        self.enabled = False
-
 
 class WebUIProgressHandler(ProgressHandler):
     """Sends `progress_state` messages and previews to the page that queued the prompt."""
@@ -209,18 +203,18 @@ class ProgressRegistry:
     def unregister_handler(self, handler_name: str) -> None:
         self.handlers.pop(handler_name, None)
 
-    def enable_handler(self, handler_name: str) -> None:
-        if handler_name in self.handlers:
-            self.handlers[handler_name].enable()
+    def enable_handler(self, handler_name: str, enabled: bool = True) -> None:
+        """Let a handler hear events again; nothing happens when there is none of that name."""
+        handler = self.handlers.get(handler_name)
+        if handler is not None:
+            handler.enabled = enabled
 
     def disable_handler(self, handler_name: str) -> None:
-        if handler_name in self.handlers:
-            self.handlers[handler_name].disable()
+        self.enable_handler(handler_name, enabled=False)
 
     def ensure_entry(self, node_id: str) -> NodeProgressState:
-        if node_id not in self.nodes:
-            self.nodes[node_id] = NodeProgressState(state=NodeState.Pending, value=0, max=1)
-        return self.nodes[node_id]
+        """State of a node; new ones are pending."""
+        return self.nodes.setdefault(node_id, NodeProgressState(state=NodeState.Pending, value=0, max=1))
 
     def _tell(self, event: str, *args: Any) -> None:
         for handler in list(self.handlers.values()):
@@ -229,17 +223,17 @@ class ProgressRegistry:
 
     def start_progress(self, node_id: str) -> None:
         entry = self.ensure_entry(node_id)
-        entry.update(state=NodeState.Running, value=0, max=1)
+        entry.update({"state": NodeState.Running, "value": 0, "max": 1})
         self._tell("start_handler", node_id, entry, self.prompt_id)
 
     def update_progress(self, node_id: str, value: float, max_value: float, image: Any = None) -> None:
         entry = self.ensure_entry(node_id)
-        entry.update(state=NodeState.Running, value=value, max=max_value)
+        entry.update({"state": NodeState.Running, "value": value, "max": max_value})
         self._tell("update_handler", node_id, value, max_value, entry, self.prompt_id, image)
 
     def finish_progress(self, node_id: str) -> None:
         entry = self.ensure_entry(node_id)
-        entry.update(state=NodeState.Finished, value=entry["max"])
+        entry.update({"state": NodeState.Finished, "value": entry["max"], "max": entry["max"]})
         self._tell("finish_handler", node_id, entry, self.prompt_id)
 
     def reset_handlers(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from comfy_execution.caching import CacheEntry
@@ -55,7 +56,7 @@ class Ranks:
         for value in self.dynprompt.get_node(node_id)["inputs"].values():
             entry = get_cache(value[0]) if is_link(value) else None
             if entry is not None and entry.first_only:
-                entry.outputs = self.lockstep.share(f"outputs of node {value[0]}", lambda e=entry: e.outputs)
+                entry.outputs = self.lockstep.share(f"outputs of node {value[0]}", partial(getattr, entry, "outputs"))
                 entry.first_only = False
 
     async def decide(self, topic: str, choose: Callable[[], Any]) -> Any:

@@ -131,9 +131,9 @@ class VideoFromComponents(VideoInput):
                 target.mux(video.encode(frame.reformat(format="yuv420p")))
             target.mux(video.encode(None))
             if audio is not None and sound is not None:
-                frame = av.AudioFrame.from_ndarray(sound[0], format="fltp", layout=sound[2])
-                frame.sample_rate, frame.pts = sound[1], 0
-                target.mux(audio.encode(frame))
+                samples = av.AudioFrame.from_ndarray(sound[0], format="fltp", layout=sound[2])
+                samples.sample_rate, samples.pts = sound[1], 0
+                target.mux(audio.encode(samples))
                 target.mux(audio.encode(None))
 
 

@@ -161,6 +161,7 @@ class ComfyNode(ABC):
 
     hidden: ClassVar[HiddenHolder] = HiddenHolder()
     RELATIVE_PYTHON_MODULE: ClassVar[str | None] = None
+    _static_schema: ClassVar[Schema]
 
     @classmethod
     @abstractmethod

@@ -256,6 +256,46 @@ def test_an_interrupt_ends_the_prompt_at_the_next_node(run, server, monkeypatch)
     assert not comfy.model_management.processing_interrupted()
 
 
+def test_an_interrupt_ends_a_prompt_that_waits_for_something_outside(run, server, monkeypatch):
+    import asyncio
+
+    async def endless(self, value):
+        nodes.interrupt_processing()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(nodes.NODE_CLASS_MAPPINGS["Slow"], "run", endless)
+    run({"s": node("Slow", value=4), "out": node("Show", value=["s", 0])})
+    assert server.of("execution_interrupted")
+    assert run(chain(2)) == {"out": {"value": [2]}}
+
+
+def test_a_progress_bar_is_told_of(run, server, monkeypatch):
+    import comfy.utils
+    from comfy_execution.progress import install_progress_hook
+
+    def slow(self, value):
+        comfy.utils.ProgressBar(4).update_absolute(3, 4)
+        return (value,)
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
+    install_progress_hook(server)
+    monkeypatch.setattr(nodes.NODE_CLASS_MAPPINGS["Value"], "run", slow)
+    run(chain(2))
+    message = server.of("progress")[0]
+    assert (message["value"], message["max"], message["node"]) == (3, 4, "0")
+    states = [data["nodes"]["0"]["state"] for data in server.of("progress_state")]
+    assert states[0] == "running"
+    assert states[-1] == "finished"
+
+
+def test_the_last_state_of_many_nodes_is_never_lost(run, server):
+    run(chain(300))
+    messages = server.of("progress_state")
+    assert len(messages) < 100
+    assert len(messages[-1]["nodes"]) == 301
+    assert {state["state"] for state in messages[-1]["nodes"].values()} == {"finished"}
+
+
 def test_out_of_memory_unloads_the_models(run, server, monkeypatch):
     unloaded = []
     monkeypatch.setattr(comfy.model_management, "unload_all_models", lambda: unloaded.append(True))
