@@ -105,7 +105,13 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     announce = getattr(current.lockstep, "announce", None)
     cache_type, cache_args = cache_choice(args)
     worker = PromptWorker(
-        queue, server, lockstep=current.lockstep, announce=announce, cache_type=cache_type, cache_args=cache_args
+        queue,
+        server,
+        lockstep=current.lockstep,
+        announce=announce,
+        cache_type=cache_type,
+        cache_args=cache_args,
+        summary=current.engine.summary,
     )
     infos = current.lockstep.gather("ranks", current.manager.describe())
     current.rank_infos = infos
@@ -164,6 +170,9 @@ def _follow(args: argparse.Namespace, current: Any) -> int:
     from comfy_execution.worker import PromptWorker, cache_choice
     from server import PromptServer
 
+    import comfy.utils
+
+    comfy.utils.set_progress_bar_enabled(False)  # one bar on the console: rank 0's
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     server = PromptServer(loop, listening=False)

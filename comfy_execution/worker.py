@@ -42,7 +42,9 @@ class PromptWorker:
         announce: Callable[[dict[str, Any]], None] | None = None,
         cache_type: CacheType | None = None,
         cache_args: Mapping[str, Any] | None = None,
+        summary: Callable[[], str] = str,
     ) -> None:
+        self.summary = summary  # what else to say of a prompt that is done, on its line of the console
         self.queue = queue
         self.server = server
         self.lockstep = lockstep or Lockstep()
@@ -121,7 +123,7 @@ class PromptWorker:
         self.queue.task_done(task_id, executor.history_result, status)
         if self.server.client_id is not None:
             self.server.send_sync("executing", {"node": None, "prompt_id": prompt_id}, self.server.client_id)
-        logging.info("Prompt executed in %.2f seconds", time.perf_counter() - before)
+        logging.info("Prompt executed in %.2f seconds%s", time.perf_counter() - before, self.summary())
 
     def _obey_flags(self) -> None:
         assert self.queue is not None

@@ -59,6 +59,7 @@ class TACODiTExecutionEngine:
         self.lockstep = lockstep
         self.clock = Clock(manager.device)
         self.last_run: RunStatistics | None = None
+        self._unsaid: RunStatistics | None = None
         self.total_calls = 0
         self._plan: Plan | None = None
         self._started = 0.0
@@ -218,7 +219,15 @@ class TACODiTExecutionEngine:
             seconds=time.perf_counter() - self._started,
             ranks=ranks,
         )
+        self._unsaid = self.last_run
         return self.last_run
+
+    def summary(self) -> str:
+        """What the console says of the sampling since it was last asked; empty when there was none."""
+        run, self._unsaid = self._unsaid, None
+        if run is None:
+            return ""
+        return f"; {run.calls} steps of {run.mean_call_ms:.1f} ms, {run.plan}, about {run.speedup:.2f} times one rank"
 
     def status(self) -> dict[str, Any]:
         """For `/taco_dit/status`."""

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Set up and run the checks and tests.
+#   ./run_tests.sh              everything that runs without a GPU
+#   ./run_tests.sh goldens      compare with recorded figures and print a table by topic
+#   ./run_tests.sh gpu          the tests that need NVIDIA GPUs, with the current Python
+#   ./run_tests.sh -k flux      further arguments go to pytest
+set -euo pipefail
+cd "$(dirname "$(readlink -f "$0")")"
+
+if [ "${1:-}" = gpu ]; then
+  shift
+  exec python3 -m pytest tests/gpu -m "gpu or multigpu" "$@"
+fi
+./setup_environment.sh tests
+export PYTHONHASHSEED=${PYTHONHASHSEED:-random}
+if [ "${1:-}" = goldens ]; then
+  shift
+  exec .venv/bin/python -m tests.goldens.report "$@"
+fi
+.venv/bin/ruff check .
+.venv/bin/ruff format --check comfy/taco_dit comfy/ldm benchmarks tests/parallel tests/e2e main.py
+.venv/bin/mypy
+exec .venv/bin/python -m pytest "$@"

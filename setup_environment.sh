@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Make .venv and install what is needed, once per change of the requirement files.
+#   ./setup_environment.sh runtime    what the program needs (CUDA extras too where there is an NVIDIA driver)
+#   ./setup_environment.sh tests      also what the tests need
+set -euo pipefail
+cd "$(dirname "$(readlink -f "$0")")"
+
+kind=${1:-runtime}
+files=(requirements.txt)
+if [ "$kind" = tests ]; then files+=(requirements_tests.txt); fi
+# xfuser and other CUDA-only packages are optional engines: a failure to install them is said, not fatal.
+cuda=no
+if [ "$kind" = runtime ] && command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then cuda=yes; fi
+
+if [ ! -x .venv/bin/python ]; then
+  python=${TACO_PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "TACO-DiT needs Python 3.11 or newer; set TACO_PYTHON to one" >&2
+    exit 1
+  }
+  echo "TACO-DiT: first run, making .venv (this takes a few minutes)"
+  "$python" -m venv .venv
+fi
+
+stamp=.venv/installed-$kind
+current=$(cat "${files[@]}" requirements_taco_dit.txt | cksum)-$cuda
+if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$current" ]; then
+  # torch first and alone: with it in place nothing else asks for another build of it
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+  for file in "${files[@]}"; do
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
+  done
+  if [ "$cuda" = yes ]; then
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements_taco_dit.txt ||
+      echo "TACO-DiT: optional CUDA packages could not be installed; the native engine works without them"
+  fi
+  echo "$current" >"$stamp"
+fi

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Start ComfyUI on several GPUs for one picture. The first run sets everything up.
+#
+#   ./start_comfyui_gpu345.sh                      GPUs 3, 4, 5 on port 12215
+#   TACO_GPUS=0,1 ./start_comfyui_gpu345.sh        other GPUs
+#   TACO_LISTEN=127.0.0.1 ./start_comfyui_gpu345.sh    only this machine may connect
+#   ./start_comfyui_gpu345.sh --cpu --taco-ranks 2     every further argument goes to main.py
+set -euo pipefail
+cd "$(dirname "$(readlink -f "$0")")"
+
+./setup_environment.sh runtime
+
+listen=${TACO_LISTEN:-0.0.0.0}
+case " $* " in
+  *" --listen "* | *" --listen="*) ;;
+  *)
+    if [ "$listen" = 0.0.0.0 ]; then
+      echo "TACO-DiT: listening on all addresses: anyone on your network can use this server; TACO_LISTEN=127.0.0.1 restricts it to this machine"
+    fi
+    set -- --listen "$listen" "$@"
+    ;;
+esac
+case " $* " in
+  *" --port "* | *" --port="*) ;;
+  *) set -- --port 12215 "$@" ;;
+esac
+case " $* " in
+  *" --gpus "* | *" --gpus="* | *" --cpu "* | *" --cuda-device "*) ;;
+  *) set -- --gpus "${TACO_GPUS:-3,4,5}" "$@" ;;
+esac
+exec .venv/bin/python main.py "$@"
