@@ -171,10 +171,10 @@ class CLIPTextModel_(torch.nn.Module):  # noqa: N801 (ComfyUI's name)
             embeds = self.embeddings.token_embedding(input_tokens, out_dtype=dtype)
         x = self.embeddings(embeds)
         length = x.shape[1]
-        mask = torch.full((length, length), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device).triu_(1)
+        lowest = torch.finfo(x.dtype).min
+        mask = torch.full((length, length), lowest, dtype=x.dtype, device=x.device).triu_(1)
         if attention_mask is not None:
-            # A sum of two lowest values would overflow, and a row of only -inf give NaN.
-            mask = torch.maximum(mask + padding_bias(attention_mask, x.dtype), mask.new_tensor(torch.finfo(x.dtype).min))
+            mask = (mask + padding_bias(attention_mask, x.dtype)).clamp_(min=lowest)
         x, hidden = self.encoder(x, mask, intermediate_output)
         x = self.final_layer_norm(x)
         if hidden is not None and final_layer_norm_intermediate:

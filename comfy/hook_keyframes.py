@@ -91,6 +91,12 @@ class HookKeyframeGroup:
         started = [frame for frame in self.keyframes if frame.start_percent <= percent]
         return started[-1] if started else self.keyframes[0]
 
+    def select(self, keyframe: HookKeyframe | None) -> None:
+        """Let one keyframe hold, whatever the progress; None leaves the current one."""
+        if keyframe is not None:
+            self._current = keyframe
+            self._index = self.keyframes.index(keyframe)
+
     def clone(self) -> HookKeyframeGroup:
         """A group of the same keyframes, at its beginning."""
         other = HookKeyframeGroup()

@@ -143,7 +143,7 @@ class T5Stack(torch.nn.Module):
             if block.attention.relative_attention_bias is not None:
                 bias = block.attention.bias(x.shape[1], x.device, x.dtype)
                 if padding is not None:
-                    bias = torch.maximum(bias + padding, padding)
+                    bias = (bias + padding).clamp_(min=torch.finfo(x.dtype).min)
             assert bias is not None
             x = block(x, bias)
             collector.see(i, x)
