@@ -167,10 +167,9 @@ def _opener(args: argparse.Namespace) -> Any:
 
 
 def _follow(args: argparse.Namespace, current: Any) -> int:
+    import comfy.utils
     from comfy_execution.worker import PromptWorker, cache_choice
     from server import PromptServer
-
-    import comfy.utils
 
     comfy.utils.set_progress_bar_enabled(False)  # one bar on the console: rank 0's
     loop = asyncio.new_event_loop()

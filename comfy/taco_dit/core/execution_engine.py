@@ -24,7 +24,7 @@ from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
 from comfy_execution.lockstep import Lockstep
 
-from .config_manager import ParallelConfig, TacoConfig
+from .config_manager import ConfigError, ParallelConfig, TacoConfig
 from .distributed_manager import TACODiTDistributedManager
 from .network_runner import NetworkRunner
 from .plan import ParallelDims, Plan, Workload, choose_plan, share
@@ -56,6 +56,8 @@ class TACODiTExecutionEngine:
     def __init__(self, config: TacoConfig, manager: TACODiTDistributedManager, lockstep: Lockstep) -> None:
         self.config = config
         self.manager = manager
+        if config.optimization.engine == "xfuser" and manager.device.type != "cuda":
+            raise ConfigError("optimization.engine is 'xfuser', which needs NVIDIA GPUs; allowed here: native")
         self.lockstep = lockstep
         self.clock = Clock(manager.device)
         self.last_run: RunStatistics | None = None
@@ -118,12 +120,19 @@ class TACODiTExecutionEngine:
             if any(generation != data.generation for generation, _ in self._token_plans):
                 self._token_plans = {}
                 self.runner.forget()  # captured exchanges belong to groups that are gone
-            self._token_plans[key] = UlyssesPlan(self._exchange(members))
+            self._token_plans[key] = self._new_plan(members)
         return self._token_plans[key]
 
-    def _exchange(self, members: tuple[int, ...]) -> Any:
-        group = self.manager.data.group(members)  # type: ignore[union-attr]
-        return CollectiveExchange(group, self.clock)
+    def _new_plan(self, members: tuple[int, ...]) -> UlyssesPlan:
+        exchange = CollectiveExchange(self.manager.data.group(members), self.clock)  # type: ignore[union-attr]
+        if self.config.optimization.engine != "xfuser":
+            return UlyssesPlan(exchange)
+        if len(members) != self.manager.world_size:
+            self._warn_once("xfuser's attention runs over all ranks or none; this plan uses the native exchange")
+            return UlyssesPlan(exchange)
+        from comfy.taco_dit.parallel.xfuser_engine import XfuserPlan, start
+
+        return XfuserPlan(exchange, start(self.manager.rank, self.manager.world_size))
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
