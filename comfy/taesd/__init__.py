@@ -1,0 +1,1 @@
+"""Tiny autoencoders for previews."""
