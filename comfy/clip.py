@@ -171,7 +171,7 @@ class CLIP:
                 unexpected.append(key)
             elif rest.startswith("transformer."):
                 parts.setdefault(name, {})[rest.removeprefix("transformer.")] = value
-            elif rest != "logit_scale":
+            elif rest not in ("logit_scale", "spiece_model", "tekken_model"):
                 unexpected.append(key)
         for name, part in parts.items():
             result = getattr(self.cond_stage_model, name).load_sd(part)

@@ -125,6 +125,8 @@ class BrownianTreeNoiseSampler:
 
         self.transform = transform
         start, end = sorted((self._time(sigma_min), self._time(sigma_max)))
+        # torchsde rounds the ends of a path to six digits; queries at the ends follow, or it would warn at every run.
+        self._ends = {start: round(start, 6), end: round(end, 6)}
         self.output_device = x.device
         first = torch.zeros_like(x, device="cpu") if cpu else torch.zeros_like(x)
         if seed is None:
@@ -142,7 +144,7 @@ class BrownianTreeNoiseSampler:
     def __call__(self, sigma: Any, sigma_next: Any) -> torch.Tensor:
         start, end = self._time(sigma), self._time(sigma_next)
         low, high = sorted((start, end))
-        steps = [tree(low, high) for tree in self.trees]
+        steps = [tree(self._ends.get(low, low), self._ends.get(high, high)) for tree in self.trees]
         step = torch.stack(steps) if self.batched else steps[0]
         # Divided in float32, as in ComfyUI: the draws agree to the last bit.
         width = float((torch.tensor(high) - torch.tensor(low)).sqrt())

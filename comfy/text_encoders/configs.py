@@ -8,6 +8,7 @@ import torch
 
 from comfy.clip_model import clip_config_from_state_dict
 from comfy.text_encoders.bert import bert_config_from_state_dict
+from comfy.text_encoders.llama import language_model_config
 from comfy.text_encoders.t5 import t5_config_from_state_dict
 
 StateDict = dict[str, torch.Tensor]
@@ -21,6 +22,8 @@ def encoder_config(sd: StateDict) -> dict[str, Any] | None:
         return t5_config_from_state_dict(sd)
     if "bert.embeddings.word_embeddings.weight" in sd:
         return bert_config_from_state_dict(sd)
+    if encoder_name(sd) == "gemma2_2b":
+        return language_model_config(sd, "gemma2_2b")
     return None
 
 
@@ -36,6 +39,9 @@ def encoder_name(sd: StateDict) -> str:
         return "hydit_clip"
     if "encoder.block.0.layer.0.SelfAttention.q.weight" in sd:
         return _t5_name(sd)
+    gemma = "model.layers.0.post_feedforward_layernorm.weight" in sd
+    if gemma and "model.layers.0.self_attn.q_norm.weight" not in sd:
+        return "gemma2_2b"
     return "unknown"
 
 

@@ -171,3 +171,33 @@ class LanguageModel(torch.nn.Module):
         if hidden is not None and final_layer_norm_intermediate:
             hidden = self.model.norm(hidden)
         return self.model.norm(x), hidden
+
+
+# What shapes do not tell: (head width, rotary base, norm epsilon, Gemma's conventions).
+_KINDS: dict[str, tuple[int, float, float, bool]] = {
+    "llama3_8b": (128, 500000.0, 1e-5, False),
+    "qwen25": (128, 1000000.0, 1e-6, False),
+    "gemma2_2b": (256, 10000.0, 1e-6, True),
+}
+
+
+def language_model_config(sd: dict[str, torch.Tensor], kind: str) -> dict[str, Any]:
+    """The configuration of a language model of a kind from its weights (keys begin with `model.`)."""
+    head_dim, theta, eps, gemma = _KINDS[kind]
+    first = "model.layers.0."
+    try:
+        vocabulary, width = sd["model.embed_tokens.weight"].shape
+        queries = sd[f"{first}self_attn.q_proj.weight"].shape[0]
+        keys = sd[f"{first}self_attn.k_proj.weight"].shape[0]
+        inner = sd[f"{first}mlp.gate_proj.weight"].shape[0]
+    except KeyError as missing:
+        raise ValueError(f"not a language model: its weights have no {missing}") from None
+    prefix = "model.layers."
+    layers = {int(key[len(prefix) :].split(".")[0]) for key in sd if key.startswith(prefix)}
+    return {
+        "transformer_type": "gemma2" if gemma else "llama", "vocab_size": vocabulary, "hidden_size": width,
+        "intermediate_size": inner, "num_hidden_layers": max(layers) + 1, "num_attention_heads": queries // head_dim,
+        "num_key_value_heads": keys // head_dim, "head_dim": head_dim, "rms_norm_eps": eps, "rms_norm_add": gemma,
+        "rope_theta": theta, "mlp_activation": "gelu_pytorch_tanh" if gemma else "silu",
+        "qkv_bias": f"{first}self_attn.k_proj.bias" in sd,
+    }  # fmt: skip

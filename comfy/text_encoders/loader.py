@@ -121,6 +121,10 @@ def _target(clip_type: CLIPType, kinds: dict[TEModel, StateDict]) -> tuple[Any, 
         from comfy import sdxl_clip
 
         return sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel
+    if set(kinds) == {TEModel.BERT, TEModel.MT5_XL}:
+        from comfy.text_encoders import hydit
+
+        return hydit.HyditTokenizer, hydit.HyditModel
     if len(kinds) > 1:
         names = " and ".join(kind.name for kind in kinds)
         raise ValueError(f"no text encoder of type {clip_type.name} is made of {names}; check the files and the type")
@@ -152,7 +156,7 @@ def _sd3(kinds: dict[TEModel, StateDict], t5: StateDict | None) -> tuple[Any, An
 def _single(clip_type: CLIPType, kind: TEModel) -> tuple[Any, Any]:
     """The classes for a family with one encoder."""
     from comfy import sd1_clip, sdxl_clip
-    from comfy.text_encoders import sd2_clip
+    from comfy.text_encoders import lumina2, sd2_clip
     from comfy.text_encoders import t5_family as t5
 
     by_family: dict[CLIPType, tuple[TEModel, tuple[Any, Any]]] = {
@@ -160,6 +164,7 @@ def _single(clip_type: CLIPType, kind: TEModel) -> tuple[Any, Any]:
         CLIPType.CHROMA: (TEModel.T5_XXL, (t5.PixArtTokenizer, t5.PixArtT5XXL)),
         CLIPType.MOCHI: (TEModel.T5_XXL, (t5.MochiT5Tokenizer, t5.MochiT5XXL)),
         CLIPType.LTXV: (TEModel.T5_XXL, (t5.LTXVT5Tokenizer, t5.LTXVT5XXL)),
+        CLIPType.WAN: (TEModel.T5_XXL, (t5.WanT5Tokenizer, t5.WanT5Model)),
         CLIPType.COSMOS: (TEModel.T5_XXL_OLD, (t5.CosmosT5Tokenizer, t5.CosmosT5XXL)),
         CLIPType.STABLE_CASCADE: (
             TEModel.CLIP_G, (sdxl_clip.StableCascadeTokenizer, sdxl_clip.StableCascadeClipModel)
@@ -172,6 +177,7 @@ def _single(clip_type: CLIPType, kind: TEModel) -> tuple[Any, Any]:
         TEModel.T5_XXL: lambda: (t5.MochiT5Tokenizer, t5.MochiT5XXL),
         TEModel.T5_XXL_OLD: lambda: (t5.CosmosT5Tokenizer, t5.CosmosT5XXL),
         TEModel.T5_BASE: lambda: (t5.SAT5Tokenizer, t5.SAT5Model),
+        TEModel.GEMMA_2_2B: lambda: (lumina2.LuminaTokenizer, lumina2.LuminaModel),
     }
     wanted = by_family.get(clip_type)
     if wanted is not None and wanted[0] == kind:

@@ -74,7 +74,7 @@ class SentencePieceModel:
 
     def tokenizer(self) -> Any:
         """The `tokenizers` object for it."""
-        from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+        from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers
 
         if self.kind == UNIGRAM:
             vocabulary = [(text, score) for text, score, _ in self.pieces]
@@ -88,10 +88,10 @@ class SentencePieceModel:
             steps.append(normalizers.Precompiled(self.character_map))
         if self.remove_extra_spaces:
             steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-        if steps:
-            core.normalizer = normalizers.Sequence(steps)
-        scheme = "always" if self.prefix_space else "never"
-        core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme, split=False)
+        # One space goes before the text, also before spaces it begins with.
+        if self.prefix_space:
+            steps.append(normalizers.Prepend(" "))
+        core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
         special = [text for text, _, kind in self.pieces if kind == _USER_PIECE]
         core.add_tokens([AddedToken(text, normalized=False) for text in special])
         return core
@@ -126,9 +126,9 @@ class SentencePieceTokenizer(_RawTokenizer):
     def from_pretrained(cls, path: Any, **kwargs: Any) -> SentencePieceTokenizer:
         """`path` is the model as bytes or as a uint8 tensor; `origin` says in errors where it should have come from."""
         origin = kwargs.pop("origin", "its text encoder file")
-        if path is None:
+        if not isinstance(path, (bytes, torch.Tensor)):
             raise ValueError(f"the tokenizer comes with the weights as 'spiece_model', which is missing; use {origin}")
-        data = path.numpy().tobytes() if isinstance(path, torch.Tensor) else bytes(path)
+        data = path.numpy().tobytes() if isinstance(path, torch.Tensor) else path
         return cls(data, **kwargs)
 
     def serialised(self) -> torch.Tensor:

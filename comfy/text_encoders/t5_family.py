@@ -9,6 +9,7 @@ import torch
 
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer, gen_empty_tokens
 from comfy.text_encoders.raw_tokenizers import DATA, T5Tokenizer
+from comfy.text_encoders.sentencepiece import SentencePieceTokenizer
 from comfy.text_encoders.t5 import T5
 
 T5_XXL_CONFIG = {
@@ -32,7 +33,7 @@ class T5Model(SDClipModel):
         dtype: torch.dtype | None = None,
         attention_mask: bool = False,
         model_options: dict[str, Any] | None = None,
-        name: str = "t5xxl",
+        name: str | None = None,
         config: dict[str, Any] | None = None,
         special_tokens: dict[str, int] | None = None,
         zero_out_masked: bool = False,
@@ -42,7 +43,8 @@ class T5Model(SDClipModel):
             textmodel_json_config=config or T5_XXL_CONFIG, special_tokens=special_tokens or {"end": 1, "pad": 0},
             enable_attention_masks=attention_mask or zero_out_masked,
             return_attention_masks=attention_mask and not zero_out_masked,
-            zero_out_masked=zero_out_masked, model_options={**(model_options or {}), "model_name": name},
+            zero_out_masked=zero_out_masked,
+            model_options={"model_name": "t5xxl", **(model_options or {}), **({"model_name": name} if name else {})},
         )  # fmt: skip
 
 
@@ -183,11 +185,47 @@ class SAT5Model(_SingleT5Model):
 
     name = "t5base"
     settings = {
-        "zero_out_masked": True, "name": "t5base",
+        "zero_out_masked": True,
         "config": {
             "model_type": "t5", "vocab_size": 32128, "d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 3072,
             "num_layers": 12, "is_gated_act": False, "dense_act_fn": "relu",
         },
+    }  # fmt: skip
+
+
+class UMT5XXLTokenizer(SDTokenizer):
+    """umT5's sentence pieces, whose model comes with the weights as `spiece_model`; at least 512 tokens."""
+
+    def __init__(self, embedding_directory: Any = None, tokenizer_data: dict[str, Any] | None = None) -> None:
+        super().__init__(
+            (tokenizer_data or {}).get("spiece_model"), tokenizer_class=SentencePieceTokenizer,
+            tokenizer_args={"end": 1, "origin": "a umt5_xxl file made for ComfyUI"}, pad_with_end=False,
+            embedding_directory=embedding_directory, embedding_size=4096, embedding_key="umt5xxl",
+            has_start_token=False, pad_to_max_length=False, max_length=UNLIMITED, min_length=512, pad_token=0,
+            tokenizer_data=tokenizer_data,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sentence-piece model."""
+        return {"spiece_model": self.tokenizer.serialised()}
+
+
+class WanT5Tokenizer(SD1Tokenizer):
+    """Wan: {"umt5xxl": one row of at least 512}."""
+
+    def __init__(self, embedding_directory: Any = None, tokenizer_data: dict[str, Any] | None = None) -> None:
+        super().__init__(
+            embedding_directory, tokenizer_data, clip_name="umt5xxl", name="umt5xxl", tokenizer=UMT5XXLTokenizer
+        )
+
+
+class WanT5Model(_SingleT5Model):
+    """Wan: umT5-XXL, padding set to zero."""
+
+    name = "umt5xxl"
+    settings = {
+        "zero_out_masked": True,
+        "config": {**T5_XXL_CONFIG, "model_type": "umt5", "vocab_size": 256384},
     }  # fmt: skip
 
 

@@ -37,10 +37,10 @@ def clip_l(seed=1, dtype=torch.float32, projection=True):
     return _random(shapes, seed, dtype)
 
 
-def t5(seed=2, dtype=torch.float32):
+def t5(seed=2, dtype=torch.float32, vocabulary=32128):
     """A gated T5 encoder of two blocks and four heads."""
     w, inner, heads, width = WIDTH_T5, 80, 4, 16
-    shapes = {"shared.weight": (32128, w), "encoder.final_layer_norm.weight": (w,)}
+    shapes = {"shared.weight": (vocabulary, w), "encoder.final_layer_norm.weight": (w,)}
     for i in range(2):
         block = f"encoder.block.{i}.layer."
         for name in "qkv":
