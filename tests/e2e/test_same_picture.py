@@ -1,0 +1,67 @@
+"""Any number of ranks gives the picture of one rank, to 1/255."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from tests.e2e.workflows import DEV, SCHNELL, TEXT, custom_sampling, flux, picture_to_picture
+
+LONG = TEXT + ", " + "very detailed " * 130
+CASES = {
+    "tall": flux(),
+    "wide": flux(width=112, height=80, text="cat"),
+    "guidance": flux(cfg=4.5, seed=2),
+    "guidance, wide, long": flux(width=112, height=80, cfg=4.5, text=LONG, seed=3),
+    "three at once": flux(batch=3, seed=4),
+    "three at once with guidance": flux(batch=3, cfg=4.5, width=112, height=80, seed=5),
+    "schnell": flux(SCHNELL, seed=6),
+    "schnell with guidance": flux(SCHNELL, cfg=4.5, width=112, height=80, seed=7),
+    "smallest": flux(DEV, width=16, height=16, text="", seed=8),
+    "one column": flux(DEV, width=16, height=264, seed=9),
+    "custom sampling": custom_sampling(seed=10, steps=3),
+    "from a picture": picture_to_picture("start.png", seed=11),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(serve):
+    """`expected(case)`: one rank's pictures."""
+
+    @functools.cache
+    def render(case):
+        return serve(1).pictures(CASES[case])
+
+    return render
+
+
+def furthest(a, b):
+    """Largest difference of two pictures, in 1/255."""
+    assert a.shape == b.shape
+    return int(np.abs(a - b).max())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_same_picture(serve, expected, ranks, case):
+    picture = serve(ranks).pictures(CASES[case])
+    assert picture.std() > 5, "a flat picture proves nothing"
+    assert furthest(picture, expected(case)) <= 1
+
+
+def test_pictures_tell_cases_apart(expected):
+    """Otherwise the comparison above could not fail."""
+    a, b = expected("tall"), expected("from a picture")
+    assert furthest(a, b) > 20
+    batch = expected("three at once")
+    assert furthest(batch[0], batch[1]) > 20
+
+
+def test_the_work_is_really_spread(serve):
+    server = serve(4)
+    server.pictures(flux(cfg=4.5, seed=123))
+    last = server.json("/taco_dit/status")["last_run"]
+    assert last["world_size"] == 4
+    assert "cfg 2" in last["plan"] and "ulysses 2" in last["plan"]
