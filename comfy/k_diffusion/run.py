@@ -63,9 +63,12 @@ def half_log_snr_to_sigma(half_log_snr: Any, model_sampling: Any) -> Any:
     return 1.0 / (1.0 + math.exp(half_log_snr)) if flow else math.exp(-half_log_snr)
 
 
-def offset_first_sigma_for_snr(sigmas: torch.Tensor, model_sampling: Any, percent_offset: float = 1e-4) -> torch.Tensor:
+def offset_first_sigma_for_snr(
+    sigmas: torch.Tensor, model_sampling: Any, percent_offset: float = 1e-4
+) -> torch.Tensor:
     """A flow's first sigma of 1 has no signal at all and log SNR -inf: start a hair's breadth later."""
-    if len(sigmas) > 1 and isinstance(model_sampling, CONST) and sigmas[0] >= 1:
+    flow = isinstance(model_sampling, CONST)
+    if len(sigmas) > 1 and flow and sigmas[0] >= 1:
         sigmas = sigmas.clone()
         sigmas[0] = model_sampling.percent_to_sigma(percent_offset)
     return sigmas
@@ -96,7 +99,8 @@ class SamplingRun:
         self.disable = disable
         # The Brownian path spans the schedule as it was asked for.
         positive = [sigma for sigma in sigmas.tolist() if sigma > 0]
-        self._lowest, self._highest = (min(positive), max(positive)) if positive else (0.0, 0.0)
+        self._lowest: float = min(positive, default=0.0)
+        self._highest: float = max(positive, default=0.0)
         if offset_first:
             sigmas = offset_first_sigma_for_snr(sigmas, self.model_sampling)
         self.sigmas = sigmas
