@@ -103,7 +103,8 @@ def create_cond_with_same_area_if_none(conds: list[Conditioning], c: Conditionin
             continue
         if not _area_inside(c["area"], candidate["area"]):
             continue
-        if smallest is None or "area" not in smallest or _volume(smallest["area"], size) > _volume(candidate["area"], size):
+        whole = smallest is None or "area" not in smallest
+        if whole or _volume(smallest["area"], size) > _volume(candidate["area"], size):
             smallest = candidate
     if smallest is None or ("area" in smallest and smallest["area"] == c["area"]):
         return
@@ -197,7 +198,10 @@ def process_conds(
     denoise_mask: torch.Tensor | None = None,
     seed: int | None = None,
 ) -> dict[str, list[Conditioning]]:
-    """All conditionings ready for sampling a latent shaped like `noise` [B, C, *spatial]. Changes and returns `conds`."""
+    """All conditionings ready for sampling a latent shaped like `noise` [B, C, *spatial].
+
+    Changes and returns `conds`.
+    """
     import comfy.samplers
 
     for name in conds:

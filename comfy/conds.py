@@ -51,7 +51,7 @@ class CONDRegular:
         if self.cond.shape != other.cond.shape:
             return False
         if self.cond.device != other.cond.device:
-            logging.warning("conditioning tensors on %s and %s cannot run together", self.cond.device, other.cond.device)
+            logging.warning("conditionings on %s and %s cannot run together", self.cond.device, other.cond.device)
             return False
         return True
 

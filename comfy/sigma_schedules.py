@@ -94,7 +94,10 @@ def sgm_scheduler(model_sampling: Any, steps: int) -> torch.Tensor:
 
 
 def beta_scheduler(model_sampling: Any, steps: int, alpha: float = 0.6, beta: float = 0.6) -> torch.Tensor:
-    """Levels at quantiles of a beta distribution: dense at both ends (arXiv 2407.12173). Repeated levels are dropped."""
+    """Levels at quantiles of a beta distribution: dense at both ends (arXiv 2407.12173).
+
+    Repeated levels are dropped.
+    """
     import numpy
     import scipy.stats
 
@@ -110,7 +113,7 @@ def linear_quadratic_schedule(
 ) -> torch.Tensor:
     """A first half in tiny equal steps up to `threshold_noise`, then a quadratic run (Movie Gen, arXiv 2410.13720).
 
-    The quadratic piece a t^2 + b t + c joins the linear one in value and slope at t = linear_steps and is 1 at t = steps.
+    The quadratic piece joins the linear one in value and slope at t = linear_steps, and is 1 at t = steps.
     """
     highest = float(model_sampling.sigma_max)
     if steps == 1:

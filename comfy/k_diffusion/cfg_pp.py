@@ -27,7 +27,7 @@ def sample_euler_ancestral_cfg_pp(
             continue
         alpha, alpha_next = run.alpha_of(sigma), run.alpha_of(sigma_next)
         noise = to_d(x, sigma, seen["uncond"] * alpha)
-        # At the pure noise of a flow there is no signal, hence no finite ratio: the step's limit has no fresh noise cap.
+        # At the pure noise of a flow there is no signal, hence no finite ratio: take the limit of the step.
         ratio = sigma / alpha if alpha else math.inf
         if math.isinf(ratio):
             up = min(sigma_next / alpha_next, eta * sigma_next / alpha_next)

@@ -187,7 +187,8 @@ class T5(torch.nn.Module):
         if embeds is None:
             embeds = self.shared(input_ids, out_dtype=dtype)
         # Some fp8 files hold NaN where an embedding overflowed.
-        return self.encoder(torch.nan_to_num(embeds), attention_mask, intermediate_output, final_layer_norm_intermediate)
+        x = torch.nan_to_num(embeds)
+        return self.encoder(x, attention_mask, intermediate_output, final_layer_norm_intermediate)
 
 
 def t5_config_from_state_dict(sd: dict[str, torch.Tensor]) -> dict[str, Any]:
