@@ -254,7 +254,7 @@ class SDClipModel(torch.nn.Module, ClipTokenWeightEncoder):
         key = "text_projection.weight"
         if projection is not None and key not in sd and projection.weight.is_meta:
             dtype = next((value.dtype for value in sd.values() if value.is_floating_point()), torch.float32)
-            sd = {**sd, key: torch.eye(*projection.weight.shape, dtype=dtype)}
+            sd = {**sd, key: torch.eye(*projection.weight.shape).to(dtype)}
         result = self.transformer.load_state_dict(sd, strict=False, assign=True)
         lacking = [name for name, parameter in self.transformer.named_parameters() if parameter.is_meta]
         if lacking:

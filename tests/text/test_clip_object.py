@@ -78,6 +78,8 @@ def test_missing_projection_is_the_identity():
     clip = load_text_encoder_state_dicts([tiny.clip_l(projection=False)])
     projection = clip.cond_stage_model.clip_l.transformer.text_projection.weight
     assert torch.equal(projection, torch.eye(tiny.WIDTH_L))
+    fp8 = load_text_encoder_state_dicts([tiny.clip_l(projection=False, dtype=torch.float8_e4m3fn)])
+    assert torch.isfinite(encode(fp8)[0]).all()
 
 
 def test_projected_and_unprojected_pooled():
