@@ -19,7 +19,6 @@ from comfy_execution.executor import IsChangedCache, PromptExecutor
 from comfy_execution.graph import DynamicPrompt, ExecutionBlocker, ExecutionList, is_async_node
 from comfy_execution.graph_utils import GraphBuilder
 from comfy_execution.inputs import InputData, calls, get_input_data, is_v3
-from comfy_execution.lockstep import RankError
 from comfy_execution.node_call import DuplicateNodeError, NodeCall, expand, failure
 from comfy_execution.outputs import collect_subgraph, format_value, get_output_from_returns, merge_result_data
 from comfy_execution.prompt_queue import (
@@ -304,6 +303,5 @@ async def execute(
         if isinstance(error, KeyboardInterrupt | SystemExit | asyncio.CancelledError):
             raise
         real_node_id = dynprompt.get_real_node_id(unique_id)
-        if not isinstance(error, RankError):
-            execution_list.ranks.lockstep.fail(error, real_node_id)
+        error = execution_list.ranks.lockstep.fail(error, real_node_id)
         return ExecutionResult.FAILURE, failure(real_node_id, error, call.input_data_all if call else None), error

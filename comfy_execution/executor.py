@@ -293,8 +293,7 @@ class PromptExecutor:
         from comfy_execution.node_call import failure
 
         node_id = run.dynprompt.get_real_node_id(node_id)
-        if not isinstance(error, RankError):
-            self.lockstep.fail(error, node_id)
+        error = self.lockstep.fail(error, node_id)
         return failure(node_id, error, None), error
 
     def _close(self, problem: tuple[dict[str, Any], BaseException] | None) -> Any:

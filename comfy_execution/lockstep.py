@@ -62,8 +62,12 @@ class Lockstep:
         Raises RankError when another rank failed and this one did not notice yet.
         """
 
-    def fail(self, error: BaseException, node_id: str | None = None) -> None:
-        """Tell the other ranks that this one leaves the prompt because of `error` (also an interrupt)."""
+    def fail(self, error: BaseException, node_id: str | None = None) -> BaseException:
+        """Tell the other ranks that this one leaves the prompt because of `error` (also an interrupt).
+
+        Returns the exception to report: `error`, or a RankError when it only follows from another rank's failure.
+        """
+        return error
 
     def decide(self, topic: str, choose: Callable[[], T]) -> T:
         """Rank 0's `choose()` on every rank; the others do not call it. The value must be picklable and small.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import pytest
 
+from tests.e2e.compare import furthest
 from tests.e2e.workflows import DEV, SCHNELL, TEXT, custom_sampling, flux, picture_to_picture
 
 LONG = TEXT + ", " + "very detailed " * 130
@@ -35,12 +35,6 @@ def expected(serve):
         return serve(1).pictures(CASES[case])
 
     return render
-
-
-def furthest(a, b):
-    """Largest difference of two pictures, in 1/255."""
-    assert a.shape == b.shape
-    return int(np.abs(a - b).max())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -72,11 +72,14 @@ class ThreadLockstep(Lockstep):
             raise RankError(*failure)
 
     def fail(self, error, node_id=None):
+        if isinstance(error, RankError):
+            return error
         self.failed = True
         with self.meeting.changed:
             if self.meeting.failure is None:
                 self.meeting.failure = (self.rank, f"cuda:{self.rank}", type(error).__name__, str(error), node_id)
             self.meeting.changed.notify_all()
+        return error
 
     def decide(self, topic, choose):
         value = choose() if self.rank == 0 else None

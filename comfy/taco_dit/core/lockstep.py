@@ -102,9 +102,9 @@ class RankLockstep(Lockstep):
         elif self.rank == 0:
             self._store.set(self._key("abort"), _DONE)
 
-    def fail(self, error: BaseException, node_id: str | None = None) -> None:
+    def fail(self, error: BaseException, node_id: str | None = None) -> BaseException:
         if not self._open or getattr(error, "agreed", False) or isinstance(error, RankError):
-            return
+            return error
         self._failed = True
         info = {
             "rank": self.rank,
@@ -114,8 +114,12 @@ class RankLockstep(Lockstep):
             "node_id": node_id,
             "traceback": traceback_module.format_tb(error.__traceback__),
         }
-        self._store.compare_set(self._key("abort"), "", pickle.dumps(info).hex())
+        first = self._store.compare_set(self._key("abort"), "", pickle.dumps(info).hex())
         self._data.abort()
+        # Whoever failed first has said so before its connections closed, so a collective that broke here because of
+        # that finds the report, even where the watcher has not seen it yet.
+        report = pickle.loads(bytes.fromhex(first.decode()))
+        return error if report["rank"] == self.rank else self._error_of(report)
 
     def check(self) -> None:
         if self._abort is not None and not self._failed:
@@ -227,13 +231,18 @@ class RankLockstep(Lockstep):
             raise self._rank_error()
         return value
 
-    def _rank_error(self) -> RankError:
-        info = self._abort or {"rank": -1, "device": "?", "cause": "unknown", "detail": "another rank failed"}
-        if info["cause"] == "InterruptProcessingException":
+    def _rank_error(self) -> BaseException:
+        unknown = {"rank": -1, "device": "?", "cause": "unknown", "detail": "another rank failed"}
+        return self._error_of(self._abort or unknown)
+
+    @staticmethod
+    def _error_of(report: dict[str, Any]) -> BaseException:
+        """What a rank raises because of another's report."""
+        if report["cause"] == "InterruptProcessingException":
             error = comfy.model_management.InterruptProcessingException()
             error.agreed = True  # type: ignore[attr-defined]
-            raise error
-        return RankError(**info)
+            return error
+        return RankError(**report)
 
     def _read_abort(self) -> None:
         """Wait for the watcher to have the failed rank's report: every failed epoch has one."""
