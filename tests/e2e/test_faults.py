@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.e2e.compare import furthest
-from tests.e2e.workflows import flux, insert
+from tests.e2e.workflows import flux, insert, node
 
 STEP_MS = 60
 
@@ -125,6 +125,18 @@ def test_failures_in_a_row(serve):
     for turn, kind in enumerate(["block", "wrapper", "block"]):
         failed(server, slow_prompt(f"row{turn}-", slow_ms=0, fail=kind), 1)
     check_goes_on(serve, server, pids, 423)
+
+
+def test_failure_that_rank_0_hears_of_in_its_last_node(serve):
+    """Nothing is left to ask after the last node, so only closing the prompt can tell."""
+    server = serve(3)
+    prompt = {
+        "count": node("TestChanged", label="last", ranks="0"),
+        "trip": node("TestFail", latent_image=["count", 0], rank=1, kind="plain"),
+        "slow": node("TestSlow", latent_image=["trip", 0], rank=0, seconds=0.4),
+    }
+    for _ in range(3):
+        assert failed(server, prompt, 1)["node_id"] == "trip"
 
 
 def test_out_of_memory_on_one_rank(serve):

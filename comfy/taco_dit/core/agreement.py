@@ -70,10 +70,11 @@ def agree_on(lockstep: Lockstep, inputs: dict[str, Any], patcher: Any) -> bool:
     )
     if not differing:
         return False
-    logging.warning(
-        "TACO-DiT: ranks disagreed about %s (a node draws random numbers of its own?); all use rank 0's",
-        ", ".join(differing),
-    )
+    if lockstep.is_first:  # every rank knows; one line is enough
+        logging.warning(
+            "TACO-DiT: ranks disagreed about %s (a node draws random numbers of its own?); all use rank 0's",
+            ", ".join(differing),
+        )
     by_path = dict(found)
     shared = lockstep.share("tensors", lambda: [by_path[path].cpu() for path in differing])
     for path, tensor in zip(differing, shared):

@@ -97,7 +97,7 @@ class RankLockstep(Lockstep):
         if any(failed):
             self._read_abort()
             self._data.abort()  # all ranks, so that all start a new generation
-            if not mine:
+            if not self._failed:  # also when the watcher saw it during the last node, where nothing asked any more
                 raise self._rank_error()
         elif self.rank == 0:
             self._store.set(self._key("abort"), _DONE)

@@ -190,6 +190,8 @@ class TestSlow(_Node):
     """Stops one rank for a while before it passes its value on."""
 
     RETURN_TYPES = (_Any(ANY),)
+    OUTPUT_NODE = True
+    TACO_RANKS = "all"
 
     @classmethod
     def INPUT_TYPES(cls):
