@@ -595,6 +595,9 @@ def free_memory(
     if is_device_cpu(device) and memory_required < 1e20:
         return unloaded  # weights on the CPU are pages of their files: the system drops them when it must
     for entry in candidates:
+        if entry.is_dead():
+            current_loaded_models.remove(entry)
+            continue
         if not DISABLE_SMART_MEMORY:
             missing = memory_required - get_free_memory(device)
             if missing <= 0:
@@ -659,7 +662,9 @@ def _entry_for(patcher: Any) -> LoadedModel:
 def _retire_clones(entry: LoadedModel) -> None:
     """Unload other patchers of the same network: one network holds one set of patched weights."""
     for other in list(current_loaded_models):
-        if other is not entry and other.model.is_clone(entry.model):
+        if other.is_dead():  # collected since the list was cleaned
+            current_loaded_models.remove(other)
+        elif other is not entry and other.model.is_clone(entry.model):
             other.model.detach(unpatch_all=not other.model.clone_has_same_weights(entry.model))
             current_loaded_models.remove(other)
 
@@ -712,7 +717,7 @@ def unload_all_models() -> None:
 
 def unload_model_clones(model: Any, unload_weights_only: bool = True, force_unload: bool = True) -> None:
     """Unload every patcher of the same network."""
-    for entry in [m for m in current_loaded_models if m.model.is_clone(model)]:
+    for entry in [m for m in current_loaded_models if not m.is_dead() and m.model.is_clone(model)]:
         entry.model_unload()
         current_loaded_models.remove(entry)
 

@@ -103,10 +103,12 @@ class VAE:
             )
         needed = self.memory_used_decode(samples_in.shape, self.vae_dtype)
         at_once = self._load(needed)
+        pictures = None
         try:
             pictures = torch.cat([self._decode_batch(part) for part in samples_in.split(at_once)])
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE decoding, retrying with tiled VAE decoding.")
+        if pictures is None:  # outside the handler, whose traceback keeps the failed tensors
             pictures = self._decode_tiled(samples_in, 64, 64, 16)
         return pictures.movedim(1, -1)
 
@@ -169,7 +171,7 @@ class VAE:
             return torch.cat([self._encode_batch(part) for part in pixels.split(at_once)])
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE encoding, retrying with tiled VAE encoding.")
-            return self._encode_tiled(pixels, 512, 512, 64)
+        return self._encode_tiled(pixels, 512, 512, 64)  # outside the handler, as above
 
     def _encode_batch(self, pixels: torch.Tensor) -> torch.Tensor:
         inputs = self.process_input(pixels).to(self.device, self.vae_dtype)

@@ -16,7 +16,8 @@ from torch import nn
 import comfy.ldm.common_dit
 import comfy.ops
 from comfy.ldm import dit
-from comfy.ldm.modules.fused import mlp_gelu
+from comfy.ldm.modules.fused import linear_of_pair, mlp_gelu, split_gelu_linear
+from comfy.ldm.modules.norm_rope import norm_and_rotate
 
 from .math import apply_rope, attention, rope
 
@@ -156,16 +157,23 @@ def _heads_first(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Ten
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-@dit.stage
-def _joined(
-    first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], pe: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values of two streams as one sequence, q and k rotated by `pe` if it is given.
+def _normed(
+    norm: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pe: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k [B, H, L, D] through `norm`, then rotated by `pe` if it is given."""
+    if pe is not None and type(norm) is QKNorm:
+        q_scale, k_scale = (comfy.ops.cast_to(n.scale, device=q.device) for n in (norm.query_norm, norm.key_norm))
+        fused = norm_and_rotate(q, k, q_scale, k_scale, pe)
+        if fused is not None:
+            return fused
+    q, k = norm(q, k, v)
+    return (q, k) if pe is None else apply_rope(q, k, pe)
 
-    [B, H, L1, D] and [B, H, L2, D] -> [B, H, L1 + L2, D].
-    """
-    q, k, v = (torch.cat([t.transpose(1, 2) for t in pair], dim=1).transpose(1, 2) for pair in zip(first, second))
-    return (q, k, v) if pe is None else (*apply_rope(q, k, pe), v)
+
+@dit.stage
+def _joined(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of two streams as one sequence: [B, H, L1, D] and [B, H, L2, D] -> [B, H, L1+L2, D]."""
+    return tuple(torch.cat([t.transpose(1, 2) for t in pair], dim=1).transpose(1, 2) for pair in zip(first, second))
 
 
 def _early(pe: torch.Tensor | None) -> torch.Tensor | None:
@@ -225,12 +233,14 @@ class DoubleStreamBlock(nn.Module):
             setattr(self, f"{stream}_mlp", mlp())
 
     @dit.stage
-    def _into_attention(self, stream: str, x: torch.Tensor, mod: ModulationOut, dims: Any) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values of one stream: x [B, L, C] -> three [B, H, L, D]."""
+    def _into_attention(
+        self, stream: str, x: torch.Tensor, mod: ModulationOut, dims: Any, pe: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """One stream's x [B, L, C] -> q, k, v [B, H, L, D]; q and k rotated by the stream's part of `pe` if given."""
         attn = getattr(self, f"{stream}_attn")
         normed = apply_mod(getattr(self, f"{stream}_norm1")(x), 1 + mod.scale, mod.shift, dims)
         q, k, v = _heads_first(attn.qkv(normed), self.num_heads)
-        return (*attn.norm(q, k, v), v)
+        return (*_normed(attn.norm, q, k, v, pe), v)
 
     @dit.stage
     def _after_attention(self, stream: str, x: torch.Tensor, out: torch.Tensor, mods: Any, dims: Any) -> torch.Tensor:
@@ -243,10 +253,15 @@ class DoubleStreamBlock(nn.Module):
     @dit.shards_own_tokens("txt", "img")
     def _forward(self, txt, img, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options):
         img_mods, txt_mods = self.img_mod(vec), self.txt_mod(vec)
-        image = self._into_attention("img", img, img_mods[0], modulation_dims_img)
-        text = self._into_attention("txt", txt, txt_mods[0], modulation_dims_txt)
+        img_pe = txt_pe = _early(pe)
+        if img_pe is not None:
+            split = img.shape[1] if self.flipped_img_txt else txt.shape[1]
+            head, tail = img_pe[:, :, :split], img_pe[:, :, split:]
+            img_pe, txt_pe = (head, tail) if self.flipped_img_txt else (tail, head)
+        image = self._into_attention("img", img, img_mods[0], modulation_dims_img, img_pe)
+        text = self._into_attention("txt", txt, txt_mods[0], modulation_dims_txt, txt_pe)
         order = (image, text) if self.flipped_img_txt else (text, image)
-        out = _meet(_joined(*order, _early(pe)), pe, attn_mask, transformer_options)
+        out = _meet(_joined(*order), pe, attn_mask, transformer_options)
         split = img.shape[1] if self.flipped_img_txt else txt.shape[1]
         head, tail = out[:, :split], out[:, split:]
         img_out, txt_out = (head, tail) if self.flipped_img_txt else (tail, head)
@@ -297,21 +312,18 @@ class SingleStreamBlock(nn.Module):
     def _into_attention(
         self, x: torch.Tensor, mod: ModulationOut, dims: Any, pe: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        """x [B, L, C] -> q, k, v [B, H, L, D], q and k rotated by `pe` if given, and the MLP's input [B, L, M]."""
+        """x [B, L, C] -> q, k, v [B, H, L, D], q and k rotated by `pe` if given, and the MLP's middle [B, L, M]."""
         normed = apply_mod(self.pre_norm(x), 1 + mod.scale, mod.shift, dims)
-        qkv, mlp = self.linear1(normed).split([3 * self.hidden_size, self.mlp_hidden_dim], dim=-1)
+        qkv, mlp = split_gelu_linear(self.linear1, self.mlp_act, normed, 3 * self.hidden_size)
         q, k, v = _heads_first(qkv, self.num_heads)
-        q, k = self.norm(q, k, v)
-        if pe is not None:
-            q, k = apply_rope(q, k, pe)
-        return q, k, v, mlp
+        return (*_normed(self.norm, q, k, v, pe), v, mlp)
 
     @dit.stage
     def _after_attention(
         self, x: torch.Tensor, out: torch.Tensor, mlp: torch.Tensor, mod: ModulationOut, dims: Any
     ) -> torch.Tensor:
         """Add attention [B, L, C] and MLP [B, L, M], projected together, to x [B, L, C]."""
-        merged = self.linear2(torch.cat((out, self.mlp_act(mlp)), dim=-1))
+        merged = linear_of_pair(self.linear2, out, mlp)
         x = x + apply_mod(merged, mod.gate, None, dims)
         if x.dtype == torch.float16:
             x = torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504)

@@ -1,27 +1,67 @@
-"""Pieces of networks in fewer passes over memory than their modules would take one by one."""
+"""Pieces of networks in fewer passes over memory than their modules would take one by one.
+
+Each function computes what the modules it is given say, and calls them as they are whenever they are not exactly what
+it knows: layers with weights of another dtype, with patches applied at use, or replaced by somebody else's.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+_HALF = (torch.bfloat16, torch.float16)
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether a layer is a linear that computes with its weight as it is stored."""
-    return isinstance(linear, nn.Linear) and linear.bias is not None and not getattr(linear, "casts", False)
+
+def computes_directly(linear: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a layer is a linear on CUDA in half precision that multiplies by its weight as it is stored."""
+    return (
+        isinstance(linear, nn.Linear)
+        and linear.bias is not None
+        and not getattr(linear, "casts", False)
+        and x.is_cuda
+        and x.dtype in _HALF
+        and linear.weight.dtype == x.dtype
+    )
+
+
+def is_tanh_gelu(activation: nn.Module) -> bool:
+    """Whether an activation is torch's GELU in its tanh form."""
+    return type(activation) is nn.GELU and activation.approximate == "tanh"
+
+
+def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """gelu(x @ weight.T + bias), tanh form, for [.., in] -> [.., out], on CUDA in half precision.
+
+    The activation is computed inside the product, on its fp32 sums, which saves writing and reading the widest tensor
+    of a block once more.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True).view(*x.shape[:-1], -1)
 
 
 def mlp_gelu(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`mlp(x)` for [.., C] -> [.., C], where mlp is linear, GELU (tanh), linear.
-
-    On CUDA in half precision the activation is computed inside the first product, on its fp32 sums, which saves writing
-    and reading the widest tensor of the block once. Anything else in the place of the three layers is called as it is.
-    """
+    """`mlp(x)` for [.., C] -> [.., C], where mlp is linear, GELU (tanh), linear."""
     layers = list(mlp.children()) if type(mlp) is nn.Sequential else []
-    ours = len(layers) == 3 and _is_plain(layers[0]) and type(layers[1]) is nn.GELU and layers[1].approximate == "tanh"
-    if not ours or not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or layers[0].weight.dtype != x.dtype:
+    if len(layers) != 3 or not is_tanh_gelu(layers[1]) or not computes_directly(layers[0], x):
         return mlp(x)
-    first = layers[0]
-    rows = x.reshape(-1, x.shape[-1])
-    hidden = torch.ops.aten._addmm_activation(first.bias, rows, first.weight.t(), use_gelu=True)
-    return layers[2](hidden.view(*x.shape[:-1], -1))
+    return layers[2](gelu_linear(x, layers[0].weight, layers[0].bias))
+
+
+def split_gelu_linear(
+    linear: nn.Module, activation: nn.Module, x: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear(x)` cut at `first`: the head as it is, the tail through `activation`: [.., in] -> [.., first], [.., rest]."""
+    if is_tanh_gelu(activation) and computes_directly(linear, x):
+        weight, bias = linear.weight, linear.bias
+        return F.linear(x, weight[:first], bias[:first]), gelu_linear(x, weight[first:], bias[first:])
+    out = linear(x)
+    return out[..., :first], activation(out[..., first:])
+
+
+def linear_of_pair(linear: nn.Module, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """`linear(cat(first, second))` over the last axis, without writing the concatenation."""
+    if computes_directly(linear, first):
+        size = first.shape[-1]
+        return F.linear(first, linear.weight[:, :size], linear.bias) + F.linear(second, linear.weight[:, size:])
+    return linear(torch.cat((first, second), dim=-1))
