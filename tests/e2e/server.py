@@ -115,6 +115,11 @@ class Server:
             self.stop()
             raise AssertionError(f"the server with {self.ranks} ranks did not start:\n{self.tail()}")
 
+    def listening_again(self) -> None:
+        """Make `wait_ready` wait for the next time it listens."""
+        self.port = 0
+        self._listening.clear()
+
     def stop(self) -> None:
         """End it and wait for its end."""
         if self.process.poll() is None:

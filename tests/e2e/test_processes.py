@@ -1,0 +1,153 @@
+"""Starting in every way there is, and ending: no rank stays behind, whatever is running."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.e2e.compare import furthest
+from tests.e2e.server import ROOT, Server, is_alive, wait_until
+from tests.e2e.workflows import flux, insert
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def check_ends(server, number, pids, seconds=5.0):
+    """After a signal to the launcher everything is gone in time."""
+    begun = time.monotonic()
+    server.process.send_signal(number)
+    server.process.wait(seconds + 5)
+    gone = wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds)
+    took = time.monotonic() - begun
+    assert gone, f"left behind: {[pid for pid in pids if is_alive(pid)]}"
+    assert took < seconds, f"took {took:.1f} s"
+
+
+def busy_prompt():
+    return insert(flux(seed=801, steps=500), "watch", "TestModel", label="busy", slow_ms=100, fail="never",
+                  fail_rank=0, fail_step=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_signals_to_the_launcher(base, ranks, number, busy):
+    with Server(base, ranks) as server:
+        pids = server.pids()
+        assert len(set(pids)) == ranks
+        if busy:
+            with server.page() as page:
+                page.post(busy_prompt())
+                page.wait("progress")
+        check_ends(server, number, pids)
+
+
+def test_a_killed_launcher_leaves_nobody(base):
+    with Server(base, 2) as server:
+        pids = server.pids()
+        with server.page() as page:
+            page.post(busy_prompt())
+            page.wait("progress")
+        check_ends(server, signal.SIGKILL, pids)
+
+
+def test_a_rank_that_dies_is_replaced(base, serve):
+    """The job starts again on the same port, and the next prompt is right."""
+    with Server(base, 3, ["--port", str(free_port())]) as server:
+        port, pids = server.port, server.pids()
+        server.listening_again()
+        os.kill(pids[1], signal.SIGKILL)
+        server.wait_ready()
+        assert server.port == port
+        assert not set(server.pids()) & set(pids)
+        assert furthest(server.pictures(flux(seed=802)), serve(1).pictures(flux(seed=802))) <= 1
+        assert wait_until(lambda: not any(is_alive(pid) for pid in pids), 5)
+
+
+def test_a_port_that_is_taken(base):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server = Server(base, 1, ["--port", str(taken.getsockname()[1])])
+        assert server.process.wait(30) == 2
+        server.stop()
+    assert "choose another one with --port" in server.tail()
+
+
+def test_torchrun(base, serve):
+    command = [os.path.join(os.path.dirname(sys.executable), "torchrun"), "--nproc-per-node", "2", "--master-port",
+               str(free_port()), "main.py"]  # fmt: skip
+    with Server(base, 0, command=command) as server:
+        pids = server.pids()
+        assert len(set(pids)) == 2
+        prompt = flux(seed=803, cfg=4.5)
+        assert furthest(server.pictures(prompt), serve(1).pictures(prompt)) <= 1
+        check_ends(server, signal.SIGTERM, pids)
+
+
+# --- the start script ----------------------------------------------------------------------------------------------
+
+SCRIPT = "start_comfyui_gpu345.sh"
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A folder with the start script in which everything is installed already; main.py is the real one."""
+    shutil.copy(os.path.join(ROOT, SCRIPT), tmp_path)
+    setup = tmp_path / "setup_environment.sh"
+    setup.write_text("#!/usr/bin/env bash\nexit 0\n")
+    setup.chmod(0o755)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    main = os.path.join(ROOT, "main.py")
+    (tmp_path / "main.py").write_text(f"import runpy\nrunpy.run_path({main!r}, run_name='__main__')\n")
+    return tmp_path
+
+
+def test_the_start_script_serves(base, installed, serve):
+    port = free_port()
+    environment = {"TACO_LISTEN": "127.0.0.1"}
+    with Server(base, 2, ["--port", str(port)], [str(installed / SCRIPT)], environment) as server:
+        assert server.port == port
+        assert len(server.pids()) == 2
+        assert furthest(server.pictures(flux(seed=804)), serve(1).pictures(flux(seed=804))) <= 1
+        assert not [line for line in server.log if "anyone on your network" in line]
+        check_ends(server, signal.SIGTERM, server.pids())
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "expected"),
+    [
+        ({}, [], "--gpus 3,4,5 --port 12215 --listen 0.0.0.0"),
+        ({"TACO_GPUS": "0,1"}, [], "--gpus 0,1 --port 12215 --listen 0.0.0.0"),
+        ({"TACO_LISTEN": "127.0.0.1"}, ["--port", "9"], "--gpus 3,4,5 --listen 127.0.0.1 --port 9"),
+        ({}, ["--cpu", "--taco-ranks", "2", "--listen", "::1"], "--port 12215 --cpu --taco-ranks 2 --listen ::1"),
+        ({"TACO_GPUS": "1"}, ["--gpus=0", "--port=7"], "--listen 0.0.0.0 --gpus=0 --port=7"),
+    ],
+)
+def test_what_the_start_script_passes_on(installed, environment, arguments, expected):
+    (installed / "main.py").write_text("import sys\nprint(*sys.argv[1:])\n")
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("TACO_")}
+    done = subprocess.run([str(installed / SCRIPT), *arguments], env=plain | environment, capture_output=True,
+                          text=True, timeout=20, check=True)  # fmt: skip
+    *said, passed = done.stdout.splitlines()
+    assert passed == expected
+    assert bool(said) == ("0.0.0.0" in expected)
+
+
+def test_the_start_script_runs_from_elsewhere_and_through_a_link(installed, tmp_path_factory):
+    (installed / "main.py").write_text("import os\nprint(os.getcwd())\n")
+    link = tmp_path_factory.mktemp("bin") / "start"
+    link.symlink_to(installed / SCRIPT)
+    done = subprocess.run([str(link)], cwd="/", capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout.splitlines()[-1] == os.path.realpath(installed)
