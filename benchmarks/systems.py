@@ -60,8 +60,8 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
     management.bind_device(device)
     config = TacoConfig(
         optimization=OptimizationConfig(
-            use_torch_compile=options.get("compile", True) and device.type == "cuda",
-            use_cuda_graph=options.get("graph", True) and device.type == "cuda",
+            use_torch_compile=None if options.get("compile", True) else False,
+            use_cuda_graph=None if options.get("graph", True) else False,
             engine=options.get("engine", "native"),
         )
     )

@@ -12,7 +12,7 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import psutil
@@ -577,6 +577,12 @@ class LoadedModel:
 
 
 current_loaded_models: list[LoadedModel] = []
+_memory_holders: list[Callable[[], None]] = []
+
+
+def add_memory_holder(release: Callable[[], None]) -> None:
+    """Register somebody who keeps GPU memory for speed only and gives it up when `release` is called."""
+    _memory_holders.append(release)
 
 
 def loaded_models(only_currently_used: bool = False) -> list[Any]:
@@ -594,6 +600,10 @@ def free_memory(
     candidates = [m for m in reversed(current_loaded_models) if m.device == device and m not in keep_loaded]
     if is_device_cpu(device) and memory_required < 1e20:
         return unloaded  # weights on the CPU are pages of their files: the system drops them when it must
+    if _memory_holders and get_free_memory(device) < memory_required:
+        for release in _memory_holders:
+            release()
+        soft_empty_cache()
     for entry in candidates:
         if entry.is_dead():
             current_loaded_models.remove(entry)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import itertools
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,8 @@ __all__ = [
     "set_model_options_patch_replace", "set_model_options_post_cfg_function", "set_model_options_pre_cfg_function",
     "string_to_seed", "wipe_lowvram_weight",
 ]  # fmt: skip
+
+_weights_versions = itertools.count(1)
 
 Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])
 
@@ -88,7 +91,7 @@ def _prepare_network(model: Any) -> None:
         "lowvram_patch_counter": 0,
         "model_lowvram": False,
         "current_weight_patches_uuid": None,
-        "weights_version": 0,
+        "weights_version": next(_weights_versions),
     }
     for name, value in defaults.items():
         if not hasattr(model, name):
@@ -302,9 +305,14 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
             return current
         return known[0]
 
+    def _weights_moved(self) -> None:
+        """Note that weights are no longer where they were; versions are never used twice in a process, so that whoever
+        remembers one (a captured graph) cannot mistake another network for its own."""
+        self.model.weights_version = next(_weights_versions)
+
     def _place_weight(self, key: str, value: torch.Tensor) -> None:
         """Let the network use `value` for a weight, remembering the original."""
-        self.model.weights_version += 1
+        self._weights_moved()
         original = self._host_weight(key)
         if not isinstance(value, torch.nn.Parameter) and isinstance(original, torch.nn.Parameter):
             value = torch.nn.Parameter(value, requires_grad=False)
@@ -313,7 +321,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
 
     def _restore_weight(self, key: str) -> None:
         known = self.model.host_weights.get(key)
-        self.model.weights_version += 1
+        self._weights_moved()
         if known is not None and comfy.utils.get_attr(self.model, key) is known[1]:
             comfy.utils.set_attr(self.model, key, known[0])
             self.model.host_weights[key] = (known[0], known[0])

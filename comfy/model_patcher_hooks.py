@@ -157,7 +157,7 @@ class HooksMixin:
         """Let the network use a kept weight."""
         previous = comfy.utils.get_attr(self.model, key)
         self.hook_backup.setdefault(key, previous)
-        self.model.weights_version += 1
+        self._weights_moved()  # type: ignore[attr-defined]
         comfy.utils.set_attr_param(self.model, key, cached_weights[key])
 
     def patch_hook_weight_to_device(
@@ -173,7 +173,7 @@ class HooksMixin:
         for key in list(self.hook_backup):
             if whitelist_keys_set is None or key in whitelist_keys_set:
                 comfy.utils.set_attr(self.model, key, self.hook_backup.pop(key))
-                self.model.weights_version += 1
+                self._weights_moved()  # type: ignore[attr-defined]
         self.current_hooks = None
 
     def clear_cached_hook_weights(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -94,6 +95,7 @@ def use_plan(plan: TokenPlan | None) -> Iterator[None]:
 
 
 _compiled: dict[Any, Callable[..., Any]] = {}
+_uncompilable: set[Any] = set()
 _compile_stages: contextvars.ContextVar[bool] = contextvars.ContextVar("compile_stages", default=False)
 
 
@@ -110,16 +112,22 @@ def compiled_stages(enabled: bool = True) -> Iterator[None]:
 def stage(function: Callable[..., Any]) -> Callable[..., Any]:
     """Mark a part of a block in which no tokens meet: pure, without communication, worth compiling as one piece.
 
-    Each stage is compiled once and serves all blocks of its kind.
+    Each stage is compiled once and serves all blocks of its kind, for one size and then, when another comes, for any.
+    Where compiling fails (no C compiler, an unsupported GPU) the stage runs plainly from then on, said once.
     """
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not _compile_stages.get():
+        if not _compile_stages.get() or function in _uncompilable:
             return function(*args, **kwargs)
         if function not in _compiled:
-            _compiled[function] = torch.compile(function, dynamic=False)
-        return _compiled[function](*args, **kwargs)
+            _compiled[function] = torch.compile(function)
+        try:
+            return _compiled[function](*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            _uncompilable.add(function)
+            logging.warning("torch.compile failed (%s); this part runs uncompiled", str(error).splitlines()[0])
+            return function(*args, **kwargs)
 
     return wrapper
 

@@ -26,7 +26,7 @@ def test_compiled_and_captured_equals_plain() -> None:
     from tests.parallel.tiny import inputs, tiny_flux
 
     class Model:
-        weights_version = 0
+        weights_version = 1
 
     model = Model()
     model.diffusion_model = tiny_flux(hidden_size=256, num_heads=4, axes_dim=[8, 28, 28]).cuda().bfloat16()
@@ -114,9 +114,12 @@ def _render(base: Path, ranks: int, port: int, flags: list[str]) -> tuple[bytes,
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("flags", [["--force-fp32", "--fp32-vae", "--fp32-text-enc"]])
-def test_whole_server(tmp_path: Path, flags: list[str]) -> None:
-    """The whole server on one GPU and on all: the same picture, in fp32 at most 1/255 apart."""
+@pytest.mark.parametrize("flags,limit", [(["--force-fp32", "--fp32-vae", "--fp32-text-enc"], 1), ([], 40)])
+def test_whole_server(tmp_path: Path, flags: list[str], limit: int) -> None:
+    """The whole server on one GPU and on all: the same picture, in fp32 at most 1/255 apart.
+
+    In bf16 a random network amplifies rounding; that is seen as a mean difference of few levels, never another picture.
+    """
     from tests.tiny_models import write_flux
 
     write_flux(str(tmp_path / "models"))
@@ -125,5 +128,6 @@ def test_whole_server(tmp_path: Path, flags: list[str]) -> None:
         if ranks <= torch.cuda.device_count():
             many, status = _render(tmp_path, ranks, 18800 + ranks, flags)
             assert status["world_size"] == ranks
-            assert abs(many - one).max() <= 1, f"{ranks} ranks"
+            assert abs(many - one).max() <= limit, f"{ranks} ranks"
+            assert abs(many - one).mean() <= max(0.5, limit / 10), f"{ranks} ranks"
     assert os.path.isdir(tmp_path / "output")

@@ -41,12 +41,12 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class OptimizationConfig:
-    """`optimization:` - how a rank computes."""
+    """`optimization:` - how a rank computes. Compiling and CUDA graphs are on where they can be, unless said otherwise."""
 
     engine: str = "native"
     use_flash_attention: bool = True
-    use_torch_compile: bool = False
-    use_cuda_graph: bool = False
+    use_torch_compile: bool | None = None
+    use_cuda_graph: bool | None = None
     use_cache: bool = False
 
 
@@ -110,7 +110,7 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"{key} must not be empty")
     if wanted is bool:
         if not isinstance(value, bool):
-            raise ConfigError(f"{key} is {value!r}; allowed: true, false")
+            raise ConfigError(f"{key} is {value!r}; allowed: {'auto, ' if optional else ''}true, false")
     elif wanted is int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{key} is {value!r}; allowed: auto, or a whole number of at least 1")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import math
 import time
@@ -24,7 +25,7 @@ from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
 from comfy_execution.lockstep import Lockstep
 
-from .config_manager import ConfigError, ParallelConfig, TacoConfig
+from .config_manager import ConfigError, OptimizationConfig, ParallelConfig, TacoConfig
 from .distributed_manager import TACODiTDistributedManager
 from .network_runner import NetworkRunner
 from .plan import ParallelDims, Plan, Workload, choose_plan, share
@@ -67,12 +68,8 @@ class TACODiTExecutionEngine:
         self._started = 0.0
         self._token_plans: dict[Any, UlyssesPlan] = {}
         self._warned: set[str] = set()
-        optimization = config.optimization
-        self.runner = NetworkRunner(
-            optimization.use_torch_compile,
-            optimization.use_cuda_graph,
-            agree=lambda problem: lockstep.gather("capture", problem),
-        )
+        self.runner = NetworkRunner(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
+        comfy.model_management.add_memory_holder(self.runner.release_memory)
 
     # --- plan ------------------------------------------------------------------------------------------------------
 
@@ -211,13 +208,15 @@ class TACODiTExecutionEngine:
     # --- statistics ------------------------------------------------------------------------------------------------
 
     def begin_run(self) -> None:
-        """Before sampling."""
+        """Before sampling, on all ranks."""
+        self.runner.begin_run()
         self.clock.read()
         self._plan = None
         self._started = time.perf_counter()
 
     def end_run(self) -> RunStatistics:
         """After sampling, on all ranks: gather every rank's times."""
+        self.runner.end_run()
         ranks = self.lockstep.gather("statistics", self.clock.read())
         plan = self._plan or Plan(ParallelDims(), "")
         self.last_run = RunStatistics(
@@ -248,6 +247,15 @@ class TACODiTExecutionEngine:
             "total_calls": self.total_calls,
             "last_run": None if self.last_run is None else self.last_run.as_dict(),
         }
+
+
+def _fast_ways(optimization: OptimizationConfig, device: torch.device) -> tuple[bool, bool]:
+    """(compile stages, capture CUDA graphs): as configured, else what the device can do."""
+    cuda = device.type == "cuda"
+    compile_stages, cuda_graph = optimization.use_torch_compile, optimization.use_cuda_graph
+    if compile_stages is None:
+        compile_stages = cuda and importlib.util.find_spec("triton") is not None
+    return compile_stages, cuda if cuda_graph is None else cuda_graph and cuda
 
 
 def _can_cut(batches: list[Any]) -> bool:

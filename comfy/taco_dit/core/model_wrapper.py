@@ -61,6 +61,9 @@ def _sample_together(
         free = comfy.model_management.get_free_memory(patcher.load_device)
         patcher.model.taco_memory_budget = min(current.lockstep.gather("memory", free))
     current.engine.begin_run()
-    result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    try:
+        result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    finally:
+        current.engine.runner.end_run()
     current.engine.end_run()
     return result

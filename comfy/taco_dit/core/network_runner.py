@@ -32,7 +32,7 @@ def _signature(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
-Agree = Callable[[str], list[str]]
+Agree = Callable[[str], list[Any]]
 
 
 class CaptureError(RuntimeError):
@@ -82,11 +82,20 @@ class _Captured:
 class NetworkRunner:
     """Calls networks compiled and captured where that is safe. One per engine."""
 
-    def __init__(self, compile_stages: bool, cuda_graph: bool, agree: Agree = lambda problem: [problem]) -> None:
-        self._agree = agree
+    def __init__(
+        self,
+        compile_stages: bool,
+        cuda_graph: bool,
+        gather: Callable[[str, Any], list[Any]] = lambda topic, value: [value],
+    ) -> None:
+        self._gather = gather
         self.compile_stages = compile_stages
         self.cuda_graph = cuda_graph
         self._graphs: collections.OrderedDict[Any, _Captured] = collections.OrderedDict()
+        self._confirmed: dict[Any, int | None] = {}
+        """Calls seen in this run: the version of the weights for which all ranks replay, or None to run plainly."""
+        self.busy = False
+        """Whether a sampling run is under way; its graphs must stay then, for the other ranks count on them."""
         self._refused: set[Any] = set()
 
     @property
@@ -95,13 +104,22 @@ class NetworkRunner:
         return self.compile_stages or self.cuda_graph
 
     def forget(self) -> None:
-        """Drop all captured calls: weights or process groups changed."""
+        """Drop all captured calls: weights or process groups changed, or their memory is needed."""
         self._graphs.clear()
 
-    def _forget_old_weights(self, network: int, version: int) -> None:
-        """A graph reads weights where they were when it was captured."""
-        for key in [k for k in self._graphs if k[0] == network and k[1] != version]:
-            del self._graphs[key]
+    def release_memory(self) -> None:
+        """Give up what graphs hold, unless a run is using them."""
+        if self._graphs and not self.busy:
+            self.forget()
+
+    def begin_run(self) -> None:
+        """Before sampling."""
+        self._confirmed.clear()
+        self.busy = True
+
+    def end_run(self) -> None:
+        """After sampling, also after a failure."""
+        self.busy = False
 
     def bound(self, model: Any, context: Any) -> Any:
         """A callable to stand in for `model.diffusion_model`; `context` identifies plan and process groups."""
@@ -118,7 +136,7 @@ class NetworkRunner:
         options = arguments.get("transformer_options") or {}
         ours = arguments.get("control") is None and not any(options.get(name) for name in _FOREIGN_OPTIONS)
         wrappers = options.get("wrappers", {}).get("diffusion_model", {})
-        if not ours or any(wrappers.values()) or getattr(model, "model_lowvram", False):
+        if not ours or any(wrappers.values()):
             return network(x, timestep, **arguments)
         with dit.compiled_stages(self.compile_stages):
             if not self.cuda_graph or x.device.type != "cuda":
@@ -128,9 +146,31 @@ class NetworkRunner:
                 signature = _signature([x, timestep, *(item for pair in sorted(tensors.items()) for item in pair)])
             except TypeError:
                 return network(x, timestep, **arguments)
-            self._forget_old_weights(id(network), model.weights_version)
-            key = (id(network), model.weights_version, context, signature)
-            return self._replay(key, network, x, timestep, tensors, arguments)
+            call = (id(network), context, signature)
+            if not self._agreed(call, model):
+                return network(x, timestep, **arguments)
+            return self._replay((model.weights_version, *call), network, x, timestep, tensors, arguments)
+
+    def _agreed(self, call: Any, model: Any) -> bool:
+        """Whether this call may be captured or replayed.
+
+        Capturing runs the network more often than replaying, so all ranks must do the same: at the first call of a run
+        they compare whether each can (all weights on the GPU) and still has its graph, and capture anew unless all
+        have. A rank whose weights move, or whose graph goes, during the run runs plainly: that exchanges as much as a
+        replay does.
+        """
+        version = model.weights_version
+        key = (version, *call)
+        if call in self._confirmed:
+            return self._confirmed[call] == version and key in self._graphs
+        for old in [k for k in self._graphs if k[1] == call[0] and k[0] != version]:
+            del self._graphs[old]  # it reads weights where they are no longer
+        able = call not in self._refused and not getattr(model, "model_lowvram", False)
+        answers = self._gather("graph", (able, key in self._graphs))
+        self._confirmed[call] = version if all(able for able, _ in answers) else None
+        if not all(present for _, present in answers):
+            self._graphs.pop(key, None)
+        return self._confirmed[call] is not None
 
     def _replay(
         self,
@@ -141,15 +181,13 @@ class NetworkRunner:
         tensors: dict[str, Any],
         arguments: dict[str, Any],
     ) -> torch.Tensor:
-        if key in self._refused:
-            return network(x, timestep, **arguments)
         captured = self._graphs.get(key)
         if captured is None:
             try:
-                captured = _Captured(network, x, timestep, tensors, self._agree)
+                captured = _Captured(network, x, timestep, tensors, lambda problem: self._gather("capture", problem))
             except CaptureError as error:
                 logging.warning("TACO-DiT: this call cannot be captured in a CUDA graph (%s); it runs without", error)
-                self._refused.add(key)
+                self._refused.add(key[1:])
                 return network(x, timestep, **arguments)
             self._graphs[key] = captured
             while len(self._graphs) > MAX_GRAPHS:
