@@ -91,6 +91,7 @@ def scaled_dot_product(
     cuDNN's rate there.
     """
     fits = mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    fits = fits and all(t.stride(-1) == 1 for t in (q, k, v))
     if fits and q.dtype in (torch.bfloat16, torch.float16) and _prefers_cudnn(q.device.index):
         return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -97,6 +97,7 @@ class NetworkRunner:
         self.busy = False
         """Whether a sampling run is under way; its graphs must stay then, for the other ranks count on them."""
         self._refused: set[Any] = set()
+        self._said = False
 
     @property
     def wanted(self) -> bool:
@@ -138,6 +139,9 @@ class NetworkRunner:
         wrappers = options.get("wrappers", {}).get("diffusion_model", {})
         if not ours or any(wrappers.values()):
             return network(x, timestep, **arguments)
+        if self.compile_stages and not self._said:
+            self._said = True
+            logging.info("TACO-DiT: compiling the network, once for each kind of model: the first step takes a while")
         with dit.compiled_stages(self.compile_stages):
             if not self.cuda_graph or x.device.type != "cuda":
                 return network(x, timestep, **arguments)
