@@ -15,16 +15,20 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 from comfy.clip import CLIP
+from comfy.missing import missing_function
 from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts
 from comfy.vae import VAE
 
 __all__ = [
     "CLIP", "CLIPType", "VAE", "load_checkpoint", "load_checkpoint_guess_config", "load_clip", "load_diffusion_model",
-    "load_diffusion_model_state_dict", "load_lora_for_models", "load_state_dict_guess_config",
-    "load_text_encoder_state_dicts", "load_unet", "load_unet_state_dict", "save_checkpoint",
+    "load_diffusion_model_state_dict", "load_gligen", "load_lora_for_models", "load_state_dict_guess_config",
+    "load_style_model", "load_text_encoder_state_dicts", "load_unet", "load_unet_state_dict", "save_checkpoint",
 ]  # fmt: skip
 
 StateDict = dict[str, torch.Tensor]
+
+load_style_model = missing_function("style models (Redux)")
+load_gligen = missing_function("GLIGEN")
 
 
 def _patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
