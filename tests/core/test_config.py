@@ -1,0 +1,87 @@
+"""Configuration: explicit values win, mistakes are named with what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from comfy.taco_dit import ConfigError, TACODiTConfigManager
+from comfy.taco_dit.core.config_manager import TacoConfig, load_config, parse_config, validate_for
+
+
+def test_defaults_without_a_file() -> None:
+    assert parse_config(None, "x") == TacoConfig(source="x")
+
+
+def test_explicit_values_win_and_auto_means_not_said() -> None:
+    config = parse_config(
+        {"parallel": {"ulysses_degree": 3, "data_parallel_degree": "auto", "cfg_parallel": False}}, "x"
+    )
+    assert config.parallel.ulysses_degree == 3
+    assert config.parallel.data_parallel_degree is None
+    assert config.parallel.cfg_parallel is False
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ({"paralel": {}}, r"unknown section 'paralel'; did you mean parallel\?"),
+        ({"parallel": {"ulises_degree": 2}}, r"unknown key parallel.ulises_degree; did you mean ulysses_degree\?"),
+        ({"parallel": {"enabled": 1}}, r"parallel.enabled is 1; allowed: true, false"),
+        ({"parallel": {"ulysses_degree": 0}}, r"parallel.ulysses_degree is 0; allowed: auto, or a whole number"),
+        ({"parallel": {"ulysses_degree": True}}, r"parallel.ulysses_degree is True"),
+        (
+            {"parallel": {"ring_degree": 2}},
+            r"parallel.ring_degree is 2, but this version cannot do that yet; allowed: 1",
+        ),
+        ({"parallel": {"tensor_parallel": True}}, r"cannot do that yet; allowed: false"),
+        ({"optimization": {"engine": "xdit"}}, r"optimization.engine is 'xdit'; allowed: native, xfuser"),
+        ({"optimization": {"use_cuda_graph": "yes"}}, r"allowed: auto, true, false"),
+        (["parallel"], r"must hold sections"),
+        ({"parallel": [1]}, r"parallel must hold keys"),
+    ],
+)
+def test_mistakes_name_the_key_and_what_is_allowed(content: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(content, "taco.yaml")
+
+
+@pytest.mark.parametrize("world,degree,good", [(6, 3, True), (6, 4, False), (3, 3, True), (4, 3, False), (1, 2, False)])
+def test_degrees_must_divide_the_ranks(world: int, degree: int, good: bool) -> None:
+    config = parse_config({"parallel": {"sequence_parallel_degree": degree}}, "taco.yaml")
+    if good:
+        assert validate_for(config, world) is config
+    else:
+        with pytest.raises(
+            ConfigError, match=f"sequence_parallel_degree is {degree}.*does not divide the {world} ranks"
+        ):
+            validate_for(config, world)
+
+
+def test_degrees_must_fit_together() -> None:
+    config = parse_config({"parallel": {"sequence_parallel_degree": 2, "data_parallel_degree": 4}}, "taco.yaml")
+    with pytest.raises(ConfigError, match="does not divide the 4 ranks"):
+        validate_for(config, 4)
+    config = parse_config({"parallel": {"sequence_parallel_degree": 2, "ulysses_degree": 4}}, "taco.yaml")
+    with pytest.raises(ConfigError, match="without ring they must be equal"):
+        validate_for(config, 8)
+    config = parse_config({"parallel": {"sequence_parallel": False, "ulysses_degree": 2}}, "taco.yaml")
+    with pytest.raises(ConfigError, match="sequence_parallel is false"):
+        validate_for(config, 2)
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(str(tmp_path / "none.yaml"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("parallel: {enabled: true\nmemory: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(str(broken))
+    good = tmp_path / "good.yaml"
+    good.write_text("parallel:\n  ulysses_degree: 2\n")
+    assert TACODiTConfigManager(str(good), world_size=2).config.parallel.ulysses_degree == 2
+
+
+def test_the_file_in_the_repository_is_valid() -> None:
+    assert TACODiTConfigManager().config.parallel.enabled
