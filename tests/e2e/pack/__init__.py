@@ -124,16 +124,19 @@ class TestModel(_Node):
 
 
 class TestFail(_Node):
-    """Passes its value on, except on one rank, where it fails."""
+    """Passes its value on, except on one rank, where it fails: always, or with kind "once" the first time only."""
 
     RETURN_TYPES = (_Any(ANY),)
+    failed_once = False
 
     @classmethod
     def INPUT_TYPES(cls):
         return {"required": {"latent_image": (_Any(ANY),), "rank": ("INT", {"default": 1}), "kind": ("STRING",)}}
 
     def run(self, latent_image, rank, kind):  # noqa: A002
-        if runtime.current().manager.rank == rank:
+        record(f"trip-{kind}", "run")
+        if runtime.current().manager.rank == rank and not TestFail.failed_once:
+            TestFail.failed_once = kind == "once"
             if kind == "memory":
                 raise comfy.model_management.OOM_EXCEPTION("on purpose, out of memory")
             raise ArithmeticError("on purpose, before sampling")
