@@ -36,3 +36,10 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$current" ]; then
   fi
   echo "$current" >"$stamp"
 fi
+
+# The page is tested in a real browser. Without one those tests are skipped, and say so.
+if [ "$kind" = tests ] && ! command -v chromium >/dev/null 2>&1 && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+  echo "TACO-DiT: installing chromium for the tests of the page"
+  { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 ||
+    echo "TACO-DiT: chromium could not be installed; tests of the page are skipped"
+fi
