@@ -26,6 +26,11 @@ case " $* " in
 esac
 case " $* " in
   *" --gpus "* | *" --gpus="* | *" --cpu "* | *" --cuda-device "*) ;;
-  *) set -- --gpus "${TACO_GPUS:-3,4,5}" "$@" ;;
+  *)
+    # CUDA_VISIBLE_DEVICES is a choice too; TACO_GPUS is the more explicit one.
+    if [ -n "${TACO_GPUS:-}" ] || [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
+      set -- --gpus "${TACO_GPUS:-3,4,5}" "$@"
+    fi
+    ;;
 esac
 exec .venv/bin/python main.py "$@"

@@ -121,6 +121,8 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         if not _compile_stages.get() or function in _uncompilable:
             return function(*args, **kwargs)
         if function not in _compiled:
+            # Streams, batch sizes, patch kinds and models of several sizes all meet in one function.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
             _compiled[function] = torch.compile(function)
         try:
             return _compiled[function](*args, **kwargs)
