@@ -63,9 +63,10 @@ class MLPEmbedder(nn.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int, dtype=None, device=None, operations=comfy.ops.manual_cast) -> None:
         super().__init__()
-        self.in_layer = operations.Linear(in_dim, hidden_dim, bias=True, dtype=dtype, device=device)
+        place = {"dtype": dtype, "device": device}
         self.silu = nn.SiLU()
-        self.out_layer = operations.Linear(hidden_dim, hidden_dim, bias=True, dtype=dtype, device=device)
+        for name, width in (("in_layer", in_dim), ("out_layer", hidden_dim)):
+            setattr(self, name, operations.Linear(width, hidden_dim, **place))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out_layer(self.silu(self.in_layer(x)))
@@ -76,7 +77,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, dtype=None, device=None, operations=None) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.empty(dim, dtype=dtype, device=device), requires_grad=False)
+        place = {"dtype": dtype, "device": device}
+        self.scale = nn.Parameter(torch.empty((dim,), **place), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return comfy.ldm.common_dit.rms_norm(x, self.scale, 1e-6)
