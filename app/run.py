@@ -31,6 +31,20 @@ def run_rank(args: argparse.Namespace, root: str) -> int:
     return _follow(args, runtime)
 
 
+# Flags of ComfyUI that name something this program does not have or need; they are accepted so that scripts go on
+# working, and named in one warning.
+_WITHOUT_EFFECT = (
+    "directml", "oneapi_device_selector", "disable_ipex_optimize", "use_sage_attention", "use_flash_attention",
+    "use_split_cross_attention", "use_quad_cross_attention", "async_offload", "force_channels_last", "database_url",
+)  # fmt: skip
+
+
+def _name_flags_without_effect(args: argparse.Namespace) -> None:
+    given = ["--" + name.replace("_", "-") for name in _WITHOUT_EFFECT if getattr(args, name)]
+    if given:
+        logging.warning("without effect in this version: %s", ", ".join(given))
+
+
 def _set_up_logging(args: argparse.Namespace, rank: int) -> None:
     """Rank 0 logs as asked; followers only warnings, each line beginning with the rank."""
     from app.logger import setup_logger
@@ -55,6 +69,7 @@ def _apply_directories(args: argparse.Namespace, root: str) -> None:
 
 def _make_runtime(args: argparse.Namespace, root: str, info: Any) -> Any:
     import comfy.model_management as management
+    from comfy.ldm.modules.attention import use_fused_attention
     from comfy.taco_dit import runtime
     from comfy.taco_dit.core.distributed_manager import TACODiTDistributedManager, rank_device
     from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
@@ -63,7 +78,10 @@ def _make_runtime(args: argparse.Namespace, root: str, info: Any) -> Any:
     from comfy_execution.lockstep import Lockstep
 
     config = read_config(args, root, info.world_size)
+    if not config.memory.enable_offload:
+        args.highvram = True
     management.configure()
+    use_fused_attention(config.optimization.use_flash_attention)
     device = rank_device(info, args.cpu)
     management.bind_device(device)
     manager = TACODiTDistributedManager(info, device)
@@ -116,6 +134,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     infos = current.lockstep.gather("ranks", current.manager.describe())
     current.rank_infos = infos
     _say_hello(current, infos)
+    _name_flags_without_effect(args)
     if args.quick_test_for_ci:
         if announce is not None:
             announce({"kind": "stop"})
@@ -194,7 +213,10 @@ def _clean_temp() -> None:
 def _say_hello(current: Any, infos: list[dict[str, Any]]) -> None:
     import torch
 
+    from comfy.ldm.modules.attention import describe_backend
+
     logging.info("TACO-DiT on torch %s, configuration: %s", torch.__version__, current.config.source)
+    logging.info("%s", describe_backend(current.manager.device))
     for info in infos:
         free, total = info["memory_free"] / 2**30, info["memory_total"] / 2**30
         logging.info("rank %d: %s %s, %.1f of %.1f GiB free", info["rank"], info["device"], info["name"], free, total)

@@ -48,6 +48,13 @@ def test_fixed_degrees_hold() -> None:
     assert plan(4, ParallelConfig(data_parallel_degree=2), pictures=4).data_degree == 2
 
 
+def test_without_auto_detection_only_what_is_written_is_used() -> None:
+    assert plan(4, ParallelConfig(auto_detect=False)).replicas == 4
+    assert plan(4, ParallelConfig(auto_detect=False, ulysses_degree=2)) == ParallelDims(1, 1, 2, 2)
+    assert plan(4, ParallelConfig(auto_detect=False, ulysses_degree=2), conds=2) == ParallelDims(2, 1, 2)
+    assert plan(4, ParallelConfig(auto_detect=False, data_parallel_degree=4), pictures=4) == ParallelDims(1, 4, 1)
+
+
 def test_foreign_code_keeps_rows_together() -> None:
     dims = plan(4, conds=2, pictures=4, rows_split=False)
     assert dims == ParallelDims(1, 1, 4)

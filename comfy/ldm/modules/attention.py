@@ -82,6 +82,24 @@ def _broadcast_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.unsqueeze(1) if mask.ndim == 3 else mask
 
 
+_fused = True
+
+
+def use_fused_attention(enabled: bool) -> None:
+    """Whether attention runs on fused kernels; without them scores are written out, for comparing and for old GPUs."""
+    global _fused
+    _fused = enabled
+
+
+def describe_backend(device: torch.device) -> str:
+    """Which attention kernel is used on `device`, and why; one line for the log."""
+    if not _fused:
+        return "attention: written out (optimization.use_flash_attention is false)"
+    if device.type == "cuda" and _prefers_cudnn(device.index):
+        return "attention: cuDNN where it fits (twice as fast on Hopper as torch's flash kernel), else torch's choice"
+    return f"attention: torch's fused kernels ({device.type})"
+
+
 def scaled_dot_product(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -90,6 +108,8 @@ def scaled_dot_product(
     cuDNN is asked for by name on Hopper and newer: torch prefers its flash backend, which reaches less than half of
     cuDNN's rate there.
     """
+    if not _fused:
+        return attention_basic(q, k, v, q.shape[1], mask, skip_reshape=True, skip_output_reshape=True)
     fits = mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     fits = fits and all(t.stride(-1) == 1 for t in (q, k, v))
     if fits and q.dtype in (torch.bfloat16, torch.float16) and _prefers_cudnn(q.device.index):

@@ -111,6 +111,9 @@ def candidates(config: ParallelConfig, work: Workload, world_size: int) -> list[
     if not config.enabled:
         return [ParallelDims(replicas=world_size)]
     degree = config.ulysses_degree or config.sequence_parallel_degree
+    pictures = config.data_parallel_degree
+    if not config.auto_detect:  # only what is written down; ranks that are left repeat work
+        degree, pictures = degree or 1, pictures or 1
     if not work.tokens_split or not config.sequence_parallel:
         degree = 1
     found = []
@@ -118,8 +121,8 @@ def candidates(config: ParallelConfig, work: Workload, world_size: int) -> list[
         if cfg > 1 and (not config.cfg_parallel or not work.rows_split or cfg > work.conds):
             continue
         for data in divisors(world_size // cfg):
-            if config.data_parallel_degree is not None and work.rows_split:
-                if data != min(config.data_parallel_degree, work.pictures):
+            if pictures is not None and work.rows_split:
+                if data != min(pictures, work.pictures):
                     continue
             elif data > 1 and (not config.data_parallel or not work.rows_split or data > work.pictures):
                 continue
