@@ -1,0 +1,128 @@
+"""The documentation agrees with the program: links resolve, every setting is described, the shipped YAML is complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import os
+import re
+
+import pytest
+import yaml
+
+from comfy.cli_args import build_parser
+from comfy.taco_dit.core.config_manager import TacoConfig, parse_config
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PAGES = sorted(
+    os.path.relpath(path, ROOT)
+    for pattern in ("README*.md", "docs/*.md", "custom_nodes/README.md", "models/README.md")
+    for path in glob.glob(os.path.join(ROOT, pattern))
+)
+OURS = [
+    action for group in build_parser()._action_groups if group.title == "TACO-DiT" for action in group._group_actions
+]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE = re.compile(r"^(```|~~~).*?^\1$", re.MULTILINE | re.DOTALL)
+
+
+def read(path):
+    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
+        return file.read()
+
+
+def anchors(text):
+    """Fragments of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", CODE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def sections():
+    """Section name -> its keys and defaults, of the configuration's dataclasses."""
+    config = dataclasses.asdict(TacoConfig())
+    return {name: keys for name, keys in config.items() if isinstance(keys, dict)}
+
+
+def test_there_is_documentation():
+    assert len(PAGES) >= 11 and len(OURS) >= 4 and len(sections()) == 3
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page):
+    broken = []
+    for link in LINK.findall(CODE.sub("", read(page))):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        path, _, fragment = link.partition("#")
+        target = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
+        if not os.path.exists(os.path.join(ROOT, target)) or (fragment and fragment not in anchors(read(target))):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_page_is_reached_from_the_readme():
+    linked = set(LINK.findall(read("README.md")))
+    assert {page for page in PAGES if page.startswith("docs/")} <= linked
+
+
+def test_every_key_is_described_in_its_section():
+    text = read("docs/configuration.md")
+    for name, keys in sections().items():
+        part = text.split(f"\n### {name}\n", 1)[1].split("\n##", 1)[0]
+        described = set(re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE))
+        assert described == set(keys), name
+
+
+def test_described_defaults_are_true():
+    text = read("docs/configuration.md")
+    for name, keys in sections().items():
+        part = text.split(f"\n### {name}\n", 1)[1].split("\n##", 1)[0]
+        shown = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", part, re.MULTILINE))
+        assert {key: yaml.safe_load(value) for key, value in shown.items()} == {
+            key: "auto" if value is None else value for key, value in keys.items()
+        }, name
+
+
+def test_every_flag_of_ours_is_described():
+    text = read("docs/configuration.md")
+    missing = [flag for action in OURS for flag in action.option_strings if f"`{flag}" not in text]
+    assert not missing
+
+
+def test_the_shipped_configuration_has_every_key_at_its_default():
+    content = yaml.safe_load(read("taco_dit_config.yaml"))
+    assert {name: set(keys) for name, keys in content.items()} == {name: set(keys) for name, keys in sections().items()}
+    config = parse_config(content, "shipped")
+    assert dataclasses.replace(config, source="defaults") == TacoConfig()
+
+
+def test_the_plan_table_is_what_the_planner_says():
+    """Run the lines printed in the page and compare with its table."""
+    from comfy.taco_dit.core.config_manager import ParallelConfig
+    from comfy.taco_dit.core.plan import Workload, choose_plan
+
+    text = read("docs/parallel_modes.md")
+    table = [
+        [cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| ([1-8] \|.*) \|$", text, re.MULTILINE)
+    ]
+    for ranks, row in zip(range(1, 9), table, strict=True):
+        works = (Workload(conds, pictures, 4096 + 512, 24, 3072) for conds in (1, 2) for pictures in (1, 4))
+        plans = [choose_plan(ParallelConfig(), work, ranks).dims.describe() for work in works]
+        assert row == [str(ranks), *plans]
+
+
+def test_the_workflow_to_try_names_nodes_and_files_that_exist():
+    import nodes
+    from tests.tiny_models import __doc__ as files
+
+    prompt = json.loads(read("docs/tiny_flux_api.json"))["prompt"]
+    assert {node["class_type"] for node in prompt.values()} <= set(nodes.NODE_CLASS_MAPPINGS)
+    assert prompt["1"]["inputs"]["ckpt_name"] in files
+
+
+def test_readmes_begin_with_the_two_commands():
+    for page in ("README.md", "README.zh-CN.md"):
+        commands = re.findall(r"^    (\./\S+)", read(page), re.MULTILINE)[:2]
+        assert commands == ["./start_comfyui_gpu345.sh", "./run_tests.sh"]
+        assert all(os.access(os.path.join(ROOT, command), os.X_OK) for command in commands)
