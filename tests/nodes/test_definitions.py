@@ -14,10 +14,16 @@ OWN = ("TACODiT", "XDiT", "MultiGPU")
 
 
 @pytest.fixture(scope="module")
-def described(all_nodes):
+def described(all_nodes, tmp_path_factory):
+    """All node descriptions, in empty folders: the models a user has are not part of a definition."""
+    import folder_paths
     from app.node_info import all_node_info
 
-    return json.loads(json.dumps(all_node_info()))
+    folder_paths.set_base_directory(str(tmp_path_factory.mktemp("empty")))
+    try:
+        return json.loads(json.dumps(all_node_info()))
+    finally:
+        folder_paths.set_base_directory(None)
 
 
 @pytest.fixture(scope="module")
