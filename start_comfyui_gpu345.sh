@@ -25,7 +25,7 @@ case " $* " in
   *) set -- --port 12215 "$@" ;;
 esac
 case " $* " in
-  *" --gpus "* | *" --gpus="* | *" --cpu "* | *" --cuda-device "*) ;;
+  *" --gpus "* | *" --gpus="* | *" --cpu "* | *" --cuda-device "* | *" --cuda-device="*) ;;
   *)
     # CUDA_VISIBLE_DEVICES is a choice too; TACO_GPUS is the more explicit one.
     if [ -n "${TACO_GPUS:-}" ] || [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then

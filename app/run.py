@@ -40,7 +40,7 @@ _WITHOUT_EFFECT = (
 
 
 def _name_flags_without_effect(args: argparse.Namespace) -> None:
-    given = ["--" + name.replace("_", "-") for name in _WITHOUT_EFFECT if getattr(args, name)]
+    given = ["--" + name.replace("_", "-") for name in _WITHOUT_EFFECT if getattr(args, name) not in (None, False)]
     if given:
         logging.warning("without effect in this version: %s", ", ".join(given))
 

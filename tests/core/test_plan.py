@@ -61,9 +61,14 @@ def test_foreign_code_keeps_rows_together() -> None:
     assert plan(4, conds=2, rows_split=False, tokens_split=False).replicas == 4
 
 
+def test_a_fixed_data_degree_shrinks_with_the_batch() -> None:
+    assert plan(4, ParallelConfig(data_parallel_degree=4), pictures=3).data_degree == 2
+    assert plan(4, ParallelConfig(data_parallel_degree=4), pictures=1).data_degree == 1
+
+
 def test_impossible_layouts_are_refused() -> None:
     with pytest.raises(ConfigError, match="no plan for 4 ranks"):
-        plan(4, ParallelConfig(data_parallel_degree=3), pictures=3)
+        plan(4, ParallelConfig(ulysses_degree=3))
 
 
 @pytest.mark.parametrize("dims", [ParallelDims(2, 3, 2, 2), ParallelDims(1, 1, 5), ParallelDims(3, 2, 1, 1)])

@@ -81,6 +81,8 @@ def plan_launch(args: argparse.Namespace, environ: Mapping[str, str], present: i
         if not usable:
             messages.append("no NVIDIA GPU found: computing on the CPU, which is slow")
     if args.cuda_device is not None and usable:
+        if args.cuda_device >= present:
+            raise LaunchError(f"--cuda-device {args.cuda_device}: this machine has GPUs 0 to {present - 1}")
         usable = [str(args.cuda_device)]
     if args.default_device is not None and str(args.default_device) in usable:
         usable = [str(args.default_device), *(g for g in usable if g != str(args.default_device))]

@@ -122,7 +122,9 @@ def candidates(config: ParallelConfig, work: Workload, world_size: int) -> list[
             continue
         for data in divisors(world_size // cfg):
             if pictures is not None and work.rows_split:
-                if data != min(pictures, work.pictures):
+                # a smaller batch than the degree was written for takes the next smaller degree that fits
+                fitting = [d for d in divisors(world_size // cfg) if d <= min(pictures, work.pictures)]
+                if data != fitting[-1]:
                     continue
             elif data > 1 and (not config.data_parallel or not work.rows_split or data > work.pictures):
                 continue
