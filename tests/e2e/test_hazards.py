@@ -1,6 +1,7 @@
-"""The twelve things that break a program that becomes one of several ranks (reference.md, section 7), one by one.
+"""The twelve things that break a program that becomes one of several ranks one by one.
 
-Each test was seen to fail with its cure taken out.
+Each hazard has a test that was seen to fail with its cure taken out; only the tests of step noise (10) and of serving
+while rank 0 waits (12) have not been tried so.
 """
 
 from __future__ import annotations
