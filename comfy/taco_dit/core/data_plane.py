@@ -11,6 +11,7 @@ import datetime
 import gc
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,19 +99,36 @@ class DataPlane:
         with self._lock:
             if self._aborted:
                 raise ConnectionAbortedError("this prompt was abandoned by another rank")
-            if (kind, members) not in self._groups:
-                self._groups[kind, members] = Group(self._make(kind, members), members, self.rank)
-            return self._groups[kind, members]
+            if (kind, members) in self._groups:
+                return self._groups[kind, members]
+        made = Group(self._make(kind, members), members, self.rank)  # without the lock: it waits for peers
+        with self._lock:
+            if self._aborted:
+                raise ConnectionAbortedError("this prompt was abandoned by another rank")
+            return self._groups.setdefault((kind, members), made)
 
     def _make(self, kind: str, members: tuple[int, ...]) -> Any:
         name = f"data/{self.generation}/{kind}/{'-'.join(map(str, members))}/"
         store = dist.PrefixStore(name, self._store)
         index = members.index(self.rank)
+        self._wait_for_peers(store, index, len(members))
         if kind == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = datetime.timedelta(hours=1)
             return dist.ProcessGroupNCCL(store, index, len(members), options)
         return dist.ProcessGroupGloo(store, index, len(members), NEVER)
+
+    def _wait_for_peers(self, store: Any, index: int, size: int) -> None:
+        """Until every member is about to make the group: making it cannot be abandoned, waiting here can.
+
+        Raises ConnectionAbortedError when the prompt is abandoned meanwhile.
+        """
+        store.set(f"here/{index}", b"1")
+        everyone = [f"here/{i}" for i in range(size)]
+        while not store.check(everyone):
+            if self._aborted:
+                raise ConnectionAbortedError("this prompt was abandoned by another rank")
+            time.sleep(0.001)
 
     def abort(self) -> None:
         """Leave every collective and refuse new ones until `renew`. May be called from any thread."""

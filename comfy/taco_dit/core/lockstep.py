@@ -76,11 +76,11 @@ class RankLockstep(Lockstep):
     # --- prompts ---------------------------------------------------------------------------------------------------
 
     def begin(self, prompt_id: str) -> None:
-        self.epoch += 1
+        with self._abort_seen:  # the watcher is done with the epoch before, or leaves it alone from here
+            self.epoch += 1
+            self._abort = None
         self._counter = 0
         self._failed = False
-        with self._abort_seen:
-            self._abort = None
         if self._data.aborted:
             self._data.renew(self.epoch)
         self._open = True
@@ -259,13 +259,14 @@ class RankLockstep(Lockstep):
                 return
             if value != _DONE:
                 info = pickle.loads(bytes.fromhex(value.decode()))
-                with self._abort_seen:
-                    self._abort = info
+                with self._abort_seen:  # as one: nothing of it may reach into the next epoch
+                    if epoch == self.epoch:
+                        self._abort = info
+                        self._data.abort()
+                        awaited = self._awaiting
+                        if awaited is not None:
+                            self._watch_store.set(awaited, _POISON)
                     self._abort_seen.notify_all()
-                self._data.abort()
-                awaited = self._awaiting
-                if awaited is not None:
-                    self._watch_store.set(awaited, _POISON)
             epoch += 1
 
 
