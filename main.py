@@ -12,6 +12,7 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def main(argv: list[str]) -> int:
@@ -21,6 +22,9 @@ def main(argv: list[str]) -> int:
 
     args = parse_command_line(argv)
     args.original_argv = list(argv)
+    if args.cuda_malloc:  # read by torch when it is imported
+        chosen = [part for part in [os.environ.get(ALLOCATOR, "")] if part]
+        os.environ[ALLOCATOR] = ",".join([*chosen, "backend:cudaMallocAsync"])
     try:
         if launcher.is_worker(os.environ):
             from app.run import run_rank

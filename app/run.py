@@ -36,11 +36,17 @@ def run_rank(args: argparse.Namespace, root: str) -> int:
 _WITHOUT_EFFECT = (
     "directml", "oneapi_device_selector", "disable_ipex_optimize", "use_sage_attention", "use_flash_attention",
     "use_split_cross_attention", "use_quad_cross_attention", "async_offload", "force_channels_last", "database_url",
+    "front_end_version", "comfy_api_base", "fp8_e8m0fnu_unet",
 )  # fmt: skip
 
 
 def _name_flags_without_effect(args: argparse.Namespace) -> None:
-    given = ["--" + name.replace("_", "-") for name in _WITHOUT_EFFECT if getattr(args, name) not in (None, False)]
+    from comfy.cli_args import PerformanceFeature, build_parser
+
+    options = {action.dest: action for action in build_parser()._actions}
+    given = [options[name].option_strings[0] for name in _WITHOUT_EFFECT if getattr(args, name) != options[name].default]
+    if PerformanceFeature.CublasOps in args.fast:
+        given.append(f"--fast {PerformanceFeature.CublasOps.value}")
     if given:
         logging.warning("without effect in this version: %s", ", ".join(given))
 
@@ -150,7 +156,8 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     try:
         loop.create_task(server.publish_loop())
         addresses = [(address.strip(), args.port) for address in args.listen.split(",") if address.strip()]
-        loop.run_until_complete(server.start_multi_address(addresses, call_on_start=_opener(args)))
+        shown = not args.dont_print_server
+        loop.run_until_complete(server.start_multi_address(addresses, _opener(args), verbose=shown))
         loop.run_forever()
     except OSError as error:
         logging.error("%s", error)
@@ -187,10 +194,12 @@ def _opener(args: argparse.Namespace) -> Any:
 
 def _follow(args: argparse.Namespace, current: Any) -> int:
     import comfy.utils
+    from comfy.cli_args import LatentPreviewMethod
     from comfy_execution.worker import PromptWorker, cache_choice
     from server import PromptServer
 
     comfy.utils.set_progress_bar_enabled(False)  # one bar on the console: rank 0's
+    args.preview_method = LatentPreviewMethod.NoPreviews
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     server = PromptServer(loop, listening=False)

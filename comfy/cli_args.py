@@ -95,8 +95,8 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--enable-compress-response-body", {"action": "store_true", "help": "gzip JSON and text answers"}),
         ("--auto-launch", {"action": "store_true", "help": "open the page in a browser after start"}),
         ("--disable-auto-launch", {"action": "store_true", "help": "do not open a browser"}),
-        ("--comfy-api-base", {"default": "https://api.comfy.org", "help": "base URL of API nodes"}),
-        ("--dont-print-server", {"action": "store_true", "help": "do not print server output"}),
+        ("--comfy-api-base", {"default": "https://api.comfy.org", "help": "without effect: there are no API nodes"}),
+        ("--dont-print-server", {"action": "store_true", "help": "do not print the address of the page"}),
     ],
     "folders": [
         ("--base-directory", {"help": "folder that holds models, custom_nodes, input, output, temp and user"}),
@@ -109,7 +109,7 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--database-url", {"default": None, "help": "database; default: sqlite in the user folder"}),
     ],
     "front end": [
-        ("--front-end-version", {"default": FRONT_END_DEFAULT, "help": "the installed package is always used"}),
+        ("--front-end-version", {"default": FRONT_END_DEFAULT, "help": "without effect: the installed package is used"}),
         ("--front-end-root", {"type": existing_directory, "help": "serve the page from this folder"}),
         ("--multi-user", {"action": "store_true", "help": "keep settings per user"}),
         ("--preview-method", {"type": LatentPreviewMethod, "action": EnumAction,
@@ -156,6 +156,8 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "one:caching of node results": [
         ("--cache-classic", {"action": "store_true", "help": "keep the results of the last prompt (default)"}),
         ("--cache-lru", {"type": int, "default": 0, "metavar": "N", "help": "keep N results across prompts"}),
+        ("--cache-ram", {"nargs": "?", "const": 4.0, "type": float, "default": 0, "metavar": "GIB",
+                         "help": "keep results until less than GIB of memory are available (4 without a value)"}),
         ("--cache-none", {"action": "store_true", "help": "keep nothing, save memory"}),
     ],
     "one:attention": [

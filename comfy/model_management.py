@@ -74,6 +74,8 @@ def configure() -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
     if PerformanceFeature.Fp16Accumulation in args.fast:
         torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    if PerformanceFeature.AutoTune in args.fast:
+        torch.backends.cudnn.benchmark = True
 
 
 def bind_device(device: torch.device | str | None) -> None:

@@ -7,11 +7,13 @@ linear in its size. Nodes whose class asks for UNIQUE_ID or is NOT_IDEMPOTENT ha
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import struct
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
@@ -146,14 +148,18 @@ class CacheEntry:
     first_only: bool = False
     owner: tuple[str, str] | None = field(default=None, compare=False)
     used: int = field(default=0, compare=False)
+    made: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
 class CacheType(Enum):
-    """CLASSIC keeps the last prompt's results, LRU the latest `lru` ones, NONE only what the running prompt needs."""
+    """What stays: CLASSIC the last prompt's results, LRU the latest `lru` ones, NONE only what the running prompt needs,
+    RAM_PRESSURE all, as long as `ram` GiB of host memory are available.
+    """
 
     CLASSIC = 0
     LRU = 1
     NONE = 2
+    RAM_PRESSURE = 3
 
 
 class OutputCache:
@@ -270,6 +276,83 @@ class NoCache(OutputCache):
         return len(self._current)
 
 
+def _host_bytes(value: Any) -> float:
+    """Host memory behind an output. Tensors count half: what was computed is worth more than what was loaded."""
+    if isinstance(value, Mapping):
+        return sum(_host_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_host_bytes(item) for item in value)
+    said = getattr(value, "get_ram_usage", None)
+    if callable(said):
+        return float(said())
+    if getattr(getattr(value, "device", None), "type", None) == "cpu" and hasattr(value, "element_size"):
+        return value.numel() * value.element_size() / 2
+    return 0.0
+
+
+def _available_host_bytes() -> int:
+    import torch
+
+    import comfy.model_management
+
+    return comfy.model_management.get_free_memory(torch.device("cpu"))
+
+
+class RamCache(OutputCache):
+    """Keeps every result until less than `headroom_gib` of host memory are available, then drops old and large ones.
+
+    A result weighs its size times 1.3 for every prompt since it was used last; the heaviest goes first, until a tenth
+    more than the headroom is available. Only rank 0 looks at its memory; results are named to the other ranks by
+    `CacheEntry.made`, (prompt, number within it), for signatures of objects differ from process to process.
+    """
+
+    AGE, SMALLEST, MARGIN, COLLECT_INTERVAL_S = 1.3, 0.1 * 2**30, 1.1, 10.0
+
+    def __init__(self, headroom_gib: float, available: Callable[[], int] = _available_host_bytes) -> None:
+        super().__init__()
+        self.headroom = headroom_gib * 2**30
+        self._available = available
+        self._made = 0
+        self._collected = -self.COLLECT_INTERVAL_S
+
+    def begin(self, signatures: Mapping[str, Signature], owners: AbstractSet[tuple[str, str]]) -> None:
+        super().begin(signatures, owners)
+        self._made = 0
+
+    def set(self, node_id: str, entry: CacheEntry) -> None:
+        self._made += 1
+        entry.made = (self._generation, self._made)
+        super().set(node_id, entry)
+
+    def _forget(self, kept: AbstractSet[Signature], owners: AbstractSet[tuple[str, str]]) -> None:
+        pass
+
+    def _weight(self, entry: CacheEntry) -> float:
+        return self.AGE ** (self._generation - entry.used) * (self.SMALLEST + _host_bytes(entry.outputs))
+
+    def relieve(self, needed: Collection[str]) -> list[tuple[int, int]]:
+        """Drop what is too much, except results of the running prompt's nodes in `needed`; what was dropped."""
+        if self._available() >= self.headroom:
+            return []
+        if time.monotonic() - self._collected >= self.COLLECT_INTERVAL_S:
+            gc.collect()
+            self._collected = time.monotonic()
+        kept = {id(self._current[node_id]) for node_id in needed if node_id in self._current}
+        loose = [entry for entry in self._entries.values() if id(entry) not in kept]
+        loose.sort(key=lambda entry: (self._weight(entry), -entry.used))
+        dropped: list[tuple[int, int]] = []
+        while loose and self._available() < self.headroom * self.MARGIN:
+            dropped.append(loose.pop().made)
+            self.drop(dropped[-1:])
+        return dropped
+
+    def drop(self, made: Collection[tuple[int, int]]) -> None:
+        """Forget results; those this rank does not have are passed over."""
+        for held in (self._entries, self._current):
+            for key in [key for key, entry in held.items() if entry.made in made]:
+                del held[key]
+
+
 class ObjectCache:
     """Node instances by (node id, class), so that a node may keep state between prompts while it stays in them."""
 
@@ -304,13 +387,15 @@ class ObjectCache:
 
 
 class CacheSet:
-    """The executor's caches. `cache_args`: `{"lru": number of results}` for CacheType.LRU."""
+    """The executor's caches. `cache_args`: `{"lru": results}` for CacheType.LRU, `{"ram": GiB}` for RAM_PRESSURE."""
 
     def __init__(self, cache_type: CacheType | None = None, cache_args: Mapping[str, Any] | None = None) -> None:
         self.cache_type = cache_type or CacheType.CLASSIC
         arguments = dict(cache_args or {})
         if self.cache_type is CacheType.LRU:
             self.outputs: OutputCache = LRUCache(int(arguments.get("lru", 0)))
+        elif self.cache_type is CacheType.RAM_PRESSURE:
+            self.outputs = RamCache(float(arguments.get("ram", 4.0)))
         elif self.cache_type is CacheType.NONE:
             self.outputs = NoCache()
         else:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from comfy_execution.caching import CacheSet, CacheType, Signer, fingerprint
+from comfy_execution.caching import CacheSet, CacheType, RamCache, Signer, fingerprint
 from comfy_execution.graph import DependencyCycleError, DynamicPrompt, ExecutionList, NodeNotFoundError, node_class
 from comfy_execution.inputs import get_input_data, has_function, is_v3
 from comfy_execution.lockstep import Lockstep, RankError
@@ -128,15 +128,24 @@ class PromptRun(ExecutionList):
 
     def _agree(self, node_ids: list[str]) -> list[str]:
         mine = [node_id for node_id in node_ids if self.output_cache.get(node_id) is not None]
-        if not self.ranks.several:
-            return mine
-        agreed = set(mine)
-        for theirs in self.ranks.lockstep.gather("cached nodes", mine):
-            agreed &= set(theirs)
+        if self.ranks.several:
+            agreed = set(mine)
+            for theirs in self.ranks.lockstep.gather("cached nodes", mine):
+                agreed &= set(theirs)
+            for node_id in mine:
+                if node_id not in agreed:
+                    self.output_cache.discard(node_id)
+            mine = [node_id for node_id in mine if node_id in agreed]
         for node_id in mine:
-            if node_id not in agreed:
-                self.output_cache.discard(node_id)
-        return [node_id for node_id in mine if node_id in agreed]
+            self.keep_ui(node_id, self.output_cache.get(node_id))
+        return mine
+
+    async def relieve(self) -> None:
+        """With --cache-ram: let go of results when memory is short, the same ones on every rank."""
+        cache = self.output_cache
+        if isinstance(cache, RamCache):
+            needed = {*self.pendingNodes, *(node_id for node_id, count in self._needed.items() if count)}
+            cache.drop(await self.ranks.decide("results to drop", lambda: cache.relieve(needed)))
 
     def keep_ui(self, node_id: str, entry: Any) -> None:
         """Remember what the history shows for a node."""
@@ -282,6 +291,7 @@ class PromptExecutor:
                     run.unstage_node_execution()
                 else:
                     run.complete_node_execution()
+                    await run.relieve()
                 run.start()
         except Exception as error:  # noqa: BLE001 - the next prompt must always work
             return self._executor_failure(run, current, error)
@@ -312,7 +322,6 @@ class PromptExecutor:
         self, run: PromptRun, prompt_id: str, prompt: Mapping[str, Any], executed: Executed,
         problem: tuple[dict[str, Any], BaseException] | None,
     ) -> None:
-        self._keep_cached_ui(run)
         self.history_result = {
             "outputs": {node_id: ui["output"] for node_id, ui in run.ui.items()},
             "meta": {node_id: ui["meta"] for node_id, ui in run.ui.items()},
@@ -322,10 +331,6 @@ class PromptExecutor:
         else:
             self.success = False
             self.handle_execution_error(prompt_id, prompt, list(executed), list(executed), *problem)
-
-    def _keep_cached_ui(self, run: PromptRun) -> None:
-        for node_id in run.dynprompt.all_node_ids():
-            run.keep_ui(node_id, self.caches.outputs.get(node_id))
 
     def handle_execution_error(
         self, prompt_id: str, prompt: Mapping[str, Any], current_outputs: Iterable[str], executed: Iterable[str],
@@ -355,13 +360,23 @@ class PromptExecutor:
                 "\nThis error means you ran out of memory on your GPU.\n\nTIPS: use a smaller size or batch; if the "
                 "workflow worked before, load the diffusion model in a smaller weight type or add a GPU."
             )
-        logging.error("!!! Exception during processing !!! node %s (%s): %s", node_id, message["node_type"],
-                      details["exception_message"].rstrip(), exc_info=None if isinstance(ex, RankError) else ex)
+        self._log_failure(node_id, message["node_type"], details, ex)
         self.add_message("execution_error", {**message, **details, "current_outputs": list(current_outputs)},
                          broadcast=False)
         if _out_of_memory(ex):
             logging.error("Got an OOM, unloading all loaded models.")
             comfy.model_management.unload_all_models()
+
+    def _log_failure(self, node_id: str, node_type: str | None, details: Mapping[str, Any], ex: BaseException) -> None:
+        """Where it came from is told once, on rank 0; with several ranks the others say one line each."""
+        reason = details["exception_message"].rstrip()
+        if not self.lockstep.is_first:
+            logging.warning("node %s (%s): %s", node_id, node_type, reason.splitlines()[0] if reason else type(ex).__name__)
+            return
+        foreign = isinstance(ex, RankError)
+        where = "\n" + "".join(details["traceback"]).rstrip() if foreign and details["traceback"] else ""
+        logging.error("!!! Exception during processing !!! node %s (%s): %s%s", node_id, node_type, reason, where,
+                      exc_info=None if foreign else ex)
 
 
 def _agreed_end(action: str, chosen: Any) -> Exception:

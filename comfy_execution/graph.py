@@ -176,6 +176,8 @@ class TopologicalSort:
                 continue
             inputs = self.dynprompt.get_node(unique_id)["inputs"]
             self._register(unique_id)
+            if self.is_cached(unique_id):  # what it was made of may be gone
+                continue
             sources = []
             for name, value in inputs.items():
                 if not is_link(value):

@@ -277,11 +277,8 @@ def add_progress_handler(handler: ProgressHandler) -> None:
     registry.register_handler(handler)
 
 
-def install_progress_hook(server: Any, may_interrupt: bool = True) -> None:
-    """Let `comfy.utils.ProgressBar` report to the page.
-
-    `may_interrupt`: a cancelled prompt ends at the next tick; only for a single rank, several agree on the step.
-    """
+def install_progress_hook(server: Any) -> None:
+    """Let `comfy.utils.ProgressBar` report to the page, and a cancelled prompt end at its next tick."""
     import comfy.model_management
     import comfy.utils
 
@@ -290,8 +287,7 @@ def install_progress_hook(server: Any, may_interrupt: bool = True) -> None:
         if context is not None:
             prompt_id = context.prompt_id if prompt_id is None else prompt_id
             node_id = context.node_id if node_id is None else node_id
-        if may_interrupt:
-            comfy.model_management.throw_exception_if_processing_interrupted()
+        comfy.model_management.throw_exception_if_processing_interrupted()
         prompt_id = server.last_prompt_id if prompt_id is None else prompt_id
         node_id = server.last_node_id if node_id is None else node_id
         if node_id is None:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import comfy.model_management
+import comfy.utils
 from comfy_execution.caching import CacheType
 from comfy_execution.executor import PromptExecutor
 from comfy_execution.lockstep import Lockstep
@@ -20,9 +22,11 @@ IDLE_WAIT_S = 1000.0
 
 
 def cache_choice(args: Any) -> tuple[CacheType, dict[str, Any]]:
-    """Cache type and arguments from the flags --cache-classic, --cache-lru N, --cache-none."""
+    """Cache type and arguments from the flags --cache-classic, --cache-lru N, --cache-ram GIB, --cache-none."""
     if args.cache_lru > 0:
         return CacheType.LRU, {"lru": args.cache_lru}
+    if args.cache_ram > 0:
+        return CacheType.RAM_PRESSURE, {"ram": args.cache_ram}
     return (CacheType.NONE if args.cache_none else CacheType.CLASSIC), {}
 
 
@@ -57,7 +61,7 @@ class PromptWorker:
     def run(self) -> None:
         """Work until `stop`. Needs the queue."""
         assert self.queue is not None, "rank 0's worker needs the queue"
-        install_progress_hook(self.server, may_interrupt=self.lockstep.world_size == 1)
+        install_progress_hook(self.server)
         while not self._stop.is_set():
             taken = self.queue.get(timeout=self._wait())
             if self._stop.is_set():
@@ -76,6 +80,7 @@ class PromptWorker:
 
     def follow(self, commands: Iterable[Mapping[str, Any]]) -> None:
         """Do what rank 0 announced, until it says stop or there are no more commands."""
+        comfy.utils.set_progress_bar_global_hook(_leave_with_the_others)
         for command in commands:
             kind = command["kind"]
             if kind == "stop":
@@ -135,8 +140,6 @@ class PromptWorker:
             self._free(unload_models, free_memory)
 
     def _free(self, unload_models: bool, free_memory: bool) -> None:
-        import comfy.model_management
-
         if unload_models:
             comfy.model_management.unload_all_models()
         if free_memory:
@@ -145,13 +148,16 @@ class PromptWorker:
         self._last_gc = 0.0
 
     def _collect_garbage(self) -> None:
-        import comfy.model_management
-
         if self._gc_due and time.monotonic() - self._last_gc > GC_INTERVAL_S:
             gc.collect()
             comfy.model_management.soft_empty_cache()
             self._last_gc = time.monotonic()
             self._gc_due = False
+
+
+def _leave_with_the_others(*progress: Any, **where: Any) -> None:
+    """A follower's progress is not shown, but a prompt that was cancelled ends here, too."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def _crash(prompt_id: str, error: Exception) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import io
 import logging
 import pickle
 import threading
+import time
 import traceback as traceback_module
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ T = TypeVar("T")
 _POISON = b"\x00abandoned"
 _DONE = b"\x00done"
 _LARGE = 1 << 20  # bytes from which a shared value travels by the data plane
+_PATIENCE_S = 2.0  # how long a cancelled prompt may take to reach a point where all ranks stop together
 
 
 class RankLockstep(Lockstep):
@@ -45,6 +47,7 @@ class RankLockstep(Lockstep):
         self._counter = 0
         self._open = False
         self._alone = 0
+        self._cancelled_at: float | None = None
         self._failed = False
         self._abort: dict[str, Any] | None = None
         self._awaiting: str | None = None
@@ -81,6 +84,7 @@ class RankLockstep(Lockstep):
             self._abort = None
         self._counter = 0
         self._failed = False
+        self._cancelled_at = None
         if self._data.aborted:
             self._data.renew(self.epoch)
         self._open = True
@@ -119,7 +123,8 @@ class RankLockstep(Lockstep):
         # Whoever failed first has said so before its connections closed, so a collective that broke here because of
         # that finds the report, even where the watcher has not seen it yet.
         report = pickle.loads(bytes.fromhex(first.decode()))
-        return error if report["rank"] == self.rank else self._error_of(report)
+        same = all(report[key] == info[key] for key in ("cause", "detail", "node_id"))
+        return error if report["rank"] == self.rank or same else self._error_of(report)
 
     def check(self) -> None:
         if self._abort is not None and not self._failed:
@@ -190,8 +195,23 @@ class RankLockstep(Lockstep):
             self._alone -= 1
 
     def interrupt_check(self) -> None:
-        """What `throw_exception_if_processing_interrupted` does: ranks that move together stop only at `gate`."""
+        """What `throw_exception_if_processing_interrupted` does.
+
+        Ranks that move together stop at `gate` or before the next node. When neither comes within `_PATIENCE_S` (a long
+        loop inside a node), rank 0 leaves by itself, as if it had failed, and the others follow at their next check.
+        """
         if self._alone or not self._open:
+            comfy.model_management.raise_if_interrupted()
+            return
+        if self.rank:
+            self.check()  # rank 0 does not: it is about to make the same mistake, and should tell it as its own
+            return
+        if not comfy.model_management.processing_interrupted():
+            return
+        now = time.monotonic()
+        if self._cancelled_at is None:
+            self._cancelled_at = now
+        elif now - self._cancelled_at > _PATIENCE_S:
             comfy.model_management.raise_if_interrupted()
 
     def gate(self) -> None:
