@@ -169,6 +169,8 @@ def calculate_weight(
 def _apply(value, weight, key, strength, strength_model, offset, function, dtype, originals):
     if isinstance(value, weight_adapter.WeightAdapterBase):
         return value.calculate_weight(weight, key, strength, strength_model, offset, function, dtype, originals)
+    if strength == 0.0:
+        return weight
     kind, content = ("diff", value) if len(value) == 1 else (value[0], value[1])
     if kind == "set":
         return content[0].to(weight.device, weight.dtype).reshape(weight.shape).clone()

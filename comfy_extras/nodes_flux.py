@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+import comfy.model_management
 import node_helpers
 from comfy_api.latest import io
 from comfy_nodes.conditioning import need_clip
 from comfy_nodes.image import scaled
-from comfy_nodes.v3 import extension, prompt, share
+from comfy_nodes.v3 import batch, extension, prompt, share, side
 
 CATEGORY = "advanced/conditioning/flux"
 
@@ -120,6 +122,51 @@ class FluxKontextMultiReferenceLatentMethod(io.ComfyNode):
     append = execute
 
 
+class EmptyFlux2LatentImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="EmptyFlux2LatentImage", display_name="Empty Flux 2 Latent", category="latent",
+            inputs=[side("width"), side("height"), batch()], outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, width: int, height: int, batch_size: int = 1):
+        """128 channels, a cell for 16 x 16 pixels."""
+        device = comfy.model_management.intermediate_device()
+        return io.NodeOutput({"samples": torch.zeros(batch_size, 128, height // 16, width // 16, device=device)})
+
+
+# Black Forest Labs' fit of the shift to tokens: slope and offset at 10 and at 200 steps, and the tokens above which the
+# number of steps plays no part
+SHIFT_AT_10, SHIFT_AT_200, MANY_TOKENS = (8.73809524e-05, 1.89833333), (0.00016927, 0.45666666), 4300
+
+
+def flux2_shift(tokens: int, steps: int) -> float:
+    """mu of the schedule of Flux 2."""
+    few, many = (slope * tokens + offset for slope, offset in (SHIFT_AT_10, SHIFT_AT_200))
+    return many if tokens > MANY_TOKENS else many + (many - few) / 190 * (steps - 200)
+
+
+class Flux2Scheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Flux2Scheduler", category="sampling/custom_sampling/schedulers",
+            inputs=[
+                io.Int.Input("steps", default=20, min=1, max=4096), side("width", step=1), side("height", step=1),
+            ],
+            outputs=[io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, steps: int, width: int, height: int):
+        factor = math.exp(flux2_shift(round(width * height / 256), steps))
+        times = torch.linspace(1, 0, steps + 1)
+        return io.NodeOutput(factor * times / (factor * times + 1 - times))
+
+
 comfy_entrypoint = extension(
-    CLIPTextEncodeFlux, FluxGuidance, FluxDisableGuidance, FluxKontextImageScale, FluxKontextMultiReferenceLatentMethod
+    CLIPTextEncodeFlux, FluxGuidance, FluxDisableGuidance, FluxKontextImageScale, FluxKontextMultiReferenceLatentMethod,
+    EmptyFlux2LatentImage, Flux2Scheduler,
 )

@@ -136,6 +136,31 @@ class LatentCut(io.ComfyNode):
         return io.NodeOutput({**samples, "samples": torch.narrow(tensor, axis, start, min(amount, size - start))})
 
 
+class LatentCutToBatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LatentCutToBatch", category=ADVANCED,
+            inputs=[
+                io.Latent.Input("samples"), io.Combo.Input("dim", options=["t", "x", "y"]),
+                io.Int.Input("slice_size", default=1, min=1, max=16384, step=1),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, samples: Latent, dim: str, slice_size: int):
+        """Slices of an axis one after the other in the batch; what does not fill a slice is left out."""
+        tensor = samples["samples"]
+        if dim == "t" and tensor.ndim < 5:
+            return io.NodeOutput(samples)
+        axis = axis_of(dim, tensor) % tensor.ndim
+        size = min(slice_size, tensor.shape[axis])
+        count = tensor.shape[axis] // size
+        slices = tensor.narrow(axis, 0, count * size).unflatten(axis, (count, size)).movedim(axis, 1)
+        return io.NodeOutput({**samples, "samples": slices.flatten(0, 1)})
+
+
 class LatentBatch(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -273,7 +298,7 @@ for _node in (LatentAdd, LatentSubtract, LatentMultiply, LatentInterpolate):
     _node.op = _node.execute
 
 comfy_entrypoint = extension(
-    LatentAdd, LatentSubtract, LatentMultiply, LatentInterpolate, LatentConcat, LatentCut, LatentBatch,
-    LatentBatchSeedBehavior, LatentApplyOperation, LatentApplyOperationCFG, LatentOperationTonemapReinhard,
+    LatentAdd, LatentSubtract, LatentMultiply, LatentInterpolate, LatentConcat, LatentCut, LatentCutToBatch,
+    LatentBatch, LatentBatchSeedBehavior, LatentApplyOperation, LatentApplyOperationCFG, LatentOperationTonemapReinhard,
     LatentOperationSharpen,
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 
 import node_helpers
@@ -13,6 +15,7 @@ from comfy_nodes.image import UPSCALE_METHODS, scaled
 from comfy_nodes.v3 import extension, share
 
 POST = "image/postprocessing"
+DITHERS = ["none", "floyd-steinberg", "bayer-2", "bayer-4", "bayer-8", "bayer-16"]
 
 
 def _soft_light(below: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
@@ -105,6 +108,60 @@ class Sharpen(io.ComfyNode):
     sharpen = execute
 
 
+def bayer_matrix(order: int) -> np.ndarray:
+    """Thresholds of ordered dithering around 0: `order` x `order`, doubled from 1 x 1."""
+    matrix, cells = np.zeros((1, 1)), 1
+    while matrix.shape[0] < order:
+        cells *= 4
+        grown = matrix * cells
+        matrix = np.block([[grown - 1.5, grown + 0.5], [grown + 1.5, grown - 0.5]]) / cells
+    return matrix
+
+
+def _bayer(picture: Any, palette: Any, order: int) -> Any:
+    """A picture in the colours of a palette, after adding the thresholds to its levels."""
+    from PIL import Image
+
+    spread = 2 * 256 / (len(palette.getpalette()) // 3)
+    levels = np.asarray(picture).astype(np.float32)
+    repeats = [-(-side // order) for side in levels.shape[:2]]
+    pattern = np.tile(spread * bayer_matrix(order) + 0.5, repeats)[: levels.shape[0], : levels.shape[1], None]
+    changed = (levels + pattern).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(changed).quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+class ImageQuantize(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ImageQuantize", category=POST,
+            inputs=[
+                io.Image.Input("image"), io.Int.Input("colors", default=256, min=1, max=256, step=1),
+                io.Combo.Input("dither", options=DITHERS),
+            ],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, colors: int, dither: str):
+        """Each picture in a palette of its own."""
+        from PIL import Image
+
+        results = []
+        for pixels in image[..., :3]:
+            picture = Image.fromarray((pixels * 255).to(torch.uint8).cpu().numpy())
+            palette = picture.quantize(colors=colors)
+            if dither.startswith("bayer-"):
+                reduced = _bayer(picture, palette, int(dither.removeprefix("bayer-")))
+            else:
+                kind = Image.Dither.NONE if dither == "none" else Image.Dither.FLOYDSTEINBERG
+                reduced = picture.quantize(colors=colors, palette=palette, dither=kind)
+            results.append(torch.from_numpy(np.array(reduced.convert("RGB"))).float() / 255)
+        return io.NodeOutput(torch.stack(results))
+
+    quantize = execute
+
+
 class ImageScaleToTotalPixels(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -128,4 +185,4 @@ class ImageScaleToTotalPixels(io.ComfyNode):
     upscale = execute
 
 
-comfy_entrypoint = extension(Blend, Blur, Sharpen, ImageScaleToTotalPixels)
+comfy_entrypoint = extension(Blend, Blur, ImageQuantize, Sharpen, ImageScaleToTotalPixels)

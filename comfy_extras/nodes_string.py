@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,18 @@ def text(name: str, **options: Any) -> Any:
 
 def switch(name: str, default: bool, **options: Any) -> Any:
     return io.Boolean.Input(name, default=default, **options)
+
+
+def json_value(json_string: str, key: str) -> str:
+    """The value of a key of a JSON object as text, JSON again where it is an object or list; empty where it is missing."""
+    try:
+        content = json.loads(json_string)
+    except json.JSONDecodeError:
+        return ""
+    value = content.get(key) if isinstance(content, dict) else None
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False)
+    return "" if value is None else str(value)
 
 
 def string_node(
@@ -158,7 +171,12 @@ RegexReplace = string_node(
     _STRING(), regex_replace,
 )
 
+JsonExtractString = string_node(
+    "JsonExtractString", "Extract Text from JSON", [text("json_string"), io.String.Input("key", multiline=False)],
+    _STRING(), json_value,
+)
+
 comfy_entrypoint = extension(
     Concatenate, Substring, Length, CaseConverter, Trim, Replace, Contains, Compare, RegexMatch, RegexExtract,
-    RegexReplace,
+    RegexReplace, JsonExtractString,
 )

@@ -1,17 +1,18 @@
-"""Sends pictures to the page over the WebSocket instead of writing files: for programs that drive the server."""
+"""Pictures sent over the WebSocket instead of written to disk."""
 
 from __future__ import annotations
 
 import time
 
 import numpy as np
+import torch
 from PIL import Image
 
 import comfy.utils
 
 
 class SaveImageWebsocket:
-    """Each picture arrives as a binary preview message (event 1, format 2: PNG) while this node is executing."""
+    """Each picture goes to the client as a PNG in a preview frame of full size."""
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -22,16 +23,15 @@ class SaveImageWebsocket:
     OUTPUT_NODE = True
     CATEGORY = "api/image"
 
-    def save_images(self, images):
-        progress = comfy.utils.ProgressBar(images.shape[0])
-        for done, image in enumerate(images):
+    def save_images(self, images: torch.Tensor):
+        progress = comfy.utils.ProgressBar(len(images))
+        for step, image in enumerate(images):
             pixels = (255.0 * image.cpu().numpy()).clip(0, 255).astype(np.uint8)
-            progress.update_absolute(done, images.shape[0], ("PNG", Image.fromarray(pixels), None))
+            progress.update_absolute(step, len(images), ("PNG", Image.fromarray(pixels), None))
         return {}
 
     @classmethod
-    def IS_CHANGED(cls, images):
-        # sent anew for each prompt, also when nothing changed
+    def IS_CHANGED(cls, images: torch.Tensor):
         return time.time()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
+from comfy_api.latest._dynamic import DynamicInput, declare, declare_flat, nest
 from comfy_api.latest._types import Input, Output
 from comfy_execution.graph_utils import ExecutionBlocker
 
@@ -62,6 +63,7 @@ class Schema:
     not_idempotent: bool = False
     enable_expand: bool = False
     accept_all_inputs: bool = False
+    essentials_category: str | None = None
 
     def validate(self) -> None:
         """Raises ValueError when two inputs have the same id."""
@@ -130,6 +132,15 @@ def as_v1_result(value: Any) -> Any:
     if value.args or value.expand is not None or value.block_execution is not None:
         answer["result"] = result
     return answer
+
+
+def _nesting(name: str) -> Any:
+    """A class method that calls the parent's with dynamic inputs as dicts."""
+
+    def call(cls: type[ComfyNode], **kwargs: Any) -> Any:
+        return getattr(super(cls, cls), name)(**nest(cls.STATIC_SCHEMA().inputs, kwargs))
+
+    return classmethod(call)
 
 
 class _AnyInput(dict[str, Any]):
@@ -213,11 +224,9 @@ class ComfyNode(ABC):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        """Inputs under the names a prompt has; dynamic ones have several."""
         schema = cls.GET_SCHEMA()
-        groups: dict[str, Any] = {"required": {}}
-        for entry in schema.inputs:
-            group = groups.setdefault("optional" if entry.optional else "required", {})
-            group[entry.id] = (entry.get_io_type(), entry.as_dict())
+        groups: dict[str, Any] = dict(declare_flat(schema.inputs))
         if schema.accept_all_inputs:
             groups["optional"] = _AnyInput(groups.get("optional", {}))
         if schema.hidden:
@@ -228,8 +237,11 @@ class ComfyNode(ABC):
     def GET_NODE_INFO_V1(cls) -> dict[str, Any]:  # noqa: N802
         """The node's entry in /object_info."""
         schema = cls.GET_SCHEMA()
+        groups: dict[str, Any] = dict(declare(schema.inputs))
+        if schema.hidden:
+            groups["hidden"] = {kind.name: kind.value for kind in schema.hidden}
         inputs = {group: {name: list(entry) if isinstance(entry, tuple) else [entry] for name, entry in members.items()}
-                  for group, members in cls.INPUT_TYPES().items()}
+                  for group, members in groups.items()}
         info = {
             "input": inputs,
             "input_order": {group: list(members) for group, members in inputs.items()},
@@ -246,6 +258,9 @@ class ComfyNode(ABC):
             "experimental": schema.is_experimental,
             "api_node": schema.is_api_node,
         }
+        templates = [getattr(entry, "template", None) for entry in schema.outputs]
+        if any(templates):
+            info["output_matchtypes"] = [template and template.template_id for template in templates]
         tooltips = [entry.tooltip for entry in schema.outputs]
         if any(tooltips):
             info["output_tooltips"] = tooltips
@@ -254,15 +269,21 @@ class ComfyNode(ABC):
     @classmethod
     def PREPARE_CLASS_CLONE(cls, v3_data: Mapping[str, Any] | None) -> type[ComfyNode]:  # noqa: N802
         """A subclass for one call, with the call's hidden values."""
-        return type(cls.__name__, (cls,), {
-            "hidden": HiddenHolder(v3_data, cls.STATIC_SCHEMA().hidden), "_static_schema": cls.STATIC_SCHEMA(),
+        schema = cls.STATIC_SCHEMA()
+        members = {
+            "hidden": HiddenHolder(v3_data, schema.hidden), "_static_schema": schema,
             "__module__": cls.__module__, "__qualname__": cls.__qualname__,
-        })
+        }
+        if any(isinstance(entry, DynamicInput) for entry in schema.inputs):
+            for name in ("validate_inputs", "fingerprint_inputs", "check_lazy_status"):
+                if hasattr(cls, name):
+                    members[name] = _nesting(name)
+        return type(cls.__name__, (cls,), members)
 
     @classmethod
     def EXECUTE_NORMALIZED(cls, **kwargs: Any) -> Any:  # noqa: N802
-        return as_v1_result(cls.execute(**kwargs))
+        return as_v1_result(cls.execute(**nest(cls.STATIC_SCHEMA().inputs, kwargs)))
 
     @classmethod
     async def EXECUTE_NORMALIZED_ASYNC(cls, **kwargs: Any) -> Any:  # noqa: N802
-        return as_v1_result(await cls.execute(**kwargs))
+        return as_v1_result(await cls.execute(**nest(cls.STATIC_SCHEMA().inputs, kwargs)))

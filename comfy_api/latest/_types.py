@@ -372,6 +372,10 @@ BBOX = _with_type("BBOX")
 SEGS = _with_type("SEGS")
 WanCameraEmbedding = _with_type("WAN_CAMERA_EMBEDDING")
 Tracks = _with_type("TRACKS")
+BoundingBox = _with_type("BOUNDING_BOX")
+Array = _with_type("ARRAY", list)
+ImageCompare = _with_type("IMAGECOMPARE")
+File3DAny = _with_type("FILE_3D")
 AnyType = _with_type("*")
 
 
@@ -400,19 +404,3 @@ class _MultiTypeInput(Input):
 @comfytype("COMFY_MULTITYPED_V3")
 class MultiType(ComfyTypeIO):
     Input = _MultiTypeInput
-
-
-class _Unavailable:
-    """Newer than the release this program is compatible with."""
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        raise NotImplementedError(f"{cls.__name__} cannot be derived from")
-
-    @classmethod
-    def Input(cls, *args: Any, **options: Any) -> Any:  # noqa: N802 - ComfyUI's name
-        raise NotImplementedError(
-            "this input kind came after ComfyUI 0.3.64, whose nodes this program runs; use an older release of the pack"
-        )
-
-
-Autogrow = DynamicCombo = MatchType = DynamicSlot = _Unavailable

@@ -63,6 +63,25 @@ class SavedAudios(_UIOutput):
         return {"audio": list(self.results)}
 
 
+class AudioSaveHelper:
+    """Writes sounds {waveform [B, C, samples], sample_rate} for a node class `cls`, with its prompt and workflow."""
+
+    @staticmethod
+    def save_audio(audio: dict[str, Any], filename_prefix: str, folder_type: FolderType, cls: Any = None,
+                   format: str = "flac", quality: str = "128k") -> list[SavedResult]:
+        """One file per sound: flac, mp3 or opus."""
+        from comfy_api.latest import _audio
+
+        return _audio.save_audio(
+            audio, filename_prefix, folder_type, format, quality, ImageSaveHelper._texts(cls)
+        )
+
+    @classmethod
+    def get_save_audio_ui(cls_, audio: dict[str, Any], filename_prefix: str, cls: Any = None, format: str = "flac",
+                          quality: str = "128k") -> SavedAudios:
+        return SavedAudios(cls_.save_audio(audio, filename_prefix, FolderType.output, cls, format, quality))
+
+
 class ImageSaveHelper:
     """Writes images [B, H, W, C] in 0..1 for a node class `cls`, whose hidden prompt and workflow go into the file."""
 
@@ -194,6 +213,17 @@ class PreviewMask(PreviewImage):
     def __init__(self, mask: torch.Tensor, animated: bool = False, cls: Any = None, **more: Any) -> None:
         grey = mask.reshape((-1, 1, mask.shape[-2], mask.shape[-1])).movedim(1, -1).expand(-1, -1, -1, 3)
         super().__init__(grey, animated, cls, **more)
+
+
+class PreviewAudio(_UIOutput):
+    """Lets sounds be heard; they are written to the temp directory."""
+
+    def __init__(self, audio: dict[str, Any], cls: Any = None, **more: Any) -> None:
+        prefix = "ComfyUI_temp_" + secrets.token_hex(3)
+        self.values = AudioSaveHelper.save_audio(audio, prefix, FolderType.temp, cls)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"audio": self.values}
 
 
 class PreviewVideo(_UIOutput):

@@ -169,5 +169,3 @@ def test_kinds_of_inputs():
     assert io.Custom("MINE").Output().get_io_type() == "MINE"
     assert io.Int.Input("i", display_mode=io.NumberDisplay.slider).as_dict() == {"display": "slider"}
     assert issubclass(ComfyExtension, object)
-    with pytest.raises(NotImplementedError, match=r"0\.3\.64"):
-        io.Autogrow.Input("x")

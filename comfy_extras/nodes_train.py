@@ -1,0 +1,253 @@
+"""Pictures and texts of a folder, trained adapters in use and on disk, and how training went."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+from comfy_api.latest import ui
+from comfy_nodes.conditioning import need_clip
+from comfy_nodes.fields import number, whole
+from comfy_nodes.files import metadata_texts
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+RESIZES = ["None", "Stretch", "Crop", "Pad"]
+GRAPH_SIZE, GRAPH_MARGIN = (800, 480), 40
+
+
+def input_folders() -> list[str]:
+    """Folders in the input folder."""
+    root = folder_paths.get_input_directory()
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if os.path.isdir(root) else []
+
+
+def _repeats(folder: str) -> int:
+    """Folders called `10_name` count ten times, as kohya's trainer has it."""
+    number, _, _ = os.path.basename(folder).partition("_")
+    return int(number) if number.isdigit() else 1
+
+
+def picture_paths(folder: str) -> list[str]:
+    """Pictures of a folder and of the folders in it, with repeats. Raises ValueError when there is none."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir():
+                inside = [file for file in sorted(os.listdir(entry.path)) if file.lower().endswith(PICTURES)]
+                found += [os.path.join(entry.path, file) for file in inside] * _repeats(entry.path)
+            elif entry.name.lower().endswith(PICTURES):
+                found.append(entry.path)
+    if not found:
+        raise ValueError(f"{folder} holds no picture ({', '.join(PICTURES)}); put some there")
+    return found
+
+
+def _fitted(picture: Any, size: tuple[int, int], method: str) -> Any:
+    from PIL import Image, ImageOps
+
+    if method == "Crop":
+        return ImageOps.fit(picture, size, Image.Resampling.BILINEAR)
+    if method == "Pad":
+        return ImageOps.pad(picture, size, Image.Resampling.BILINEAR)
+    return picture.resize(size, Image.Resampling.BILINEAR)
+
+
+def load_pictures(paths: list[str], method: str, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """[B, H, W, 3], all of `size` or else of the first one's. Raises ValueError if sizes differ with method None."""
+    from PIL import Image, ImageOps
+
+    pictures = []
+    for path in paths:
+        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        size = size or picture.size
+        if picture.size != size:
+            if method == "None":
+                raise ValueError(
+                    f"{os.path.basename(path)} is {picture.width} x {picture.height}, not {size[0]} x {size[1]}; set "
+                    "resize_method to Stretch, Crop or Pad"
+                )
+            picture = _fitted(picture, size, method)
+        pictures.append(torch.from_numpy(np.array(picture).astype(np.float32) / 255.0))
+    return torch.stack(pictures)
+
+
+class LoadImageSetFromFolderNode:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"folder": (input_folders(), {"tooltip": "A folder in the input folder."})},
+            "optional": {"resize_method": (RESIZES, {"default": "None"})},
+        }
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "load_images"
+    CATEGORY = "loaders"
+    EXPERIMENTAL = True
+    DESCRIPTION = "Loads a batch of images from a directory for training."
+
+    def load_images(self, folder: str, resize_method: str = "None"):
+        path = os.path.join(folder_paths.get_input_directory(), folder)
+        return (load_pictures(picture_paths(path), resize_method),)
+
+
+class LoadImageTextSetFromFolderNode:
+    @classmethod
+    def INPUT_TYPES(cls):
+        side = {"tooltip": "-1 for that of the first picture."}
+        return {
+            "required": {
+                "folder": (input_folders(), {"tooltip": "A folder in the input folder."}),
+                "clip": ("CLIP", {"tooltip": "Encodes the texts."}),
+            },
+            "optional": {
+                "resize_method": (RESIZES, {"default": "None"}), "width": whole(-1, -1, 10000, 1, **side),
+                "height": whole(-1, -1, 10000, 1, **side),
+            },
+        }
+
+    RETURN_TYPES = ("IMAGE", "CONDITIONING")
+    FUNCTION = "load_images"
+    CATEGORY = "loaders"
+    EXPERIMENTAL = True
+    DESCRIPTION = "Loads a batch of images and caption from a directory for training."
+
+    def load_images(self, folder: str, clip: Any, resize_method: str = "None", width: int = -1, height: int = -1):
+        """A text beside each picture, in a file of the same name ending in .txt, else none."""
+        need_clip(clip)
+        paths = picture_paths(os.path.join(folder_paths.get_input_directory(), folder))
+        size = (width, height) if width > 0 and height > 0 else None
+        images = load_pictures(paths, resize_method, size)
+        conditionings = []
+        for path in paths:
+            text_path = os.path.splitext(path)[0] + ".txt"
+            text = ""
+            if os.path.isfile(text_path):
+                with open(text_path, encoding="utf-8") as file:
+                    text = file.read().strip()
+            conditionings += clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        return (images, conditionings)
+
+
+class LoraModelLoader:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model the adapter changes."}),
+                "lora": ("LORA_MODEL", {"tooltip": "The adapter."}), "strength_model": number(1.0, -100.0, 100.0, 0.01),
+            }
+        }
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load_lora_model"
+    CATEGORY = "loaders"
+    DESCRIPTION = "Load Trained LoRA weights from Train LoRA node."
+    EXPERIMENTAL = True
+
+    def load_lora_model(self, model: Any, lora: dict[str, torch.Tensor], strength_model: float):
+        if strength_model == 0:
+            return (model,)
+        return (comfy.sd.load_lora_for_models(model, None, lora, strength_model, 0)[0],)
+
+
+class SaveLoRA:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "lora": ("LORA_MODEL", {"tooltip": "The adapter to save."}),
+                "prefix": ("STRING", {"default": "loras/ComfyUI_trained_lora"}),
+            },
+            "optional": {"steps": ("INT", {"forceInput": True, "tooltip": "Goes into the file's name."})},
+        }
+
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    CATEGORY = "loaders"
+    EXPERIMENTAL = True
+    OUTPUT_NODE = True
+
+    def save(self, lora: dict[str, torch.Tensor], prefix: str, steps: int | None = None):
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+        done = "" if steps is None else f"{steps}_steps_"
+        comfy.utils.save_torch_file(lora, os.path.join(folder, f"{name}_{done}{counter:05}_.safetensors"))
+        return {}
+
+
+def loss_graph(losses: list[float]) -> torch.Tensor:
+    """A curve of the losses, [1, H, W, 3]."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", GRAPH_SIZE, "white")
+    pen = ImageDraw.Draw(picture)
+    width, height = (side - 2 * GRAPH_MARGIN for side in GRAPH_SIZE)
+    low, high = min(losses), max(losses)
+    span = high - low or 1.0
+    points = [
+        (GRAPH_MARGIN + width * step / max(1, len(losses) - 1), GRAPH_MARGIN + height * (high - loss) / span)
+        for step, loss in enumerate(losses)
+    ]
+    left, bottom = GRAPH_MARGIN, GRAPH_MARGIN + height
+    pen.line([(left, GRAPH_MARGIN), (left, bottom), (left + width, bottom)], fill="black", width=2)
+    if len(points) > 1:
+        pen.line(points, fill="blue", width=2)
+    else:
+        pen.circle(points[0], 3, fill="blue")
+    pen.text((4, GRAPH_MARGIN - 16), f"{high:.4f}", fill="black")
+    pen.text((4, bottom + 4), f"{low:.4f}", fill="black")
+    pen.text((left + width // 2, bottom + 12), f"{len(losses)} steps", fill="black")
+    return torch.from_numpy(np.array(picture).astype(np.float32) / 255.0)[None]
+
+
+class LossGraphNode:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "loss": ("LOSS_MAP", {"default": {}}), "filename_prefix": ("STRING", {"default": "loss_graph"}),
+            },
+            "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
+        }
+
+    RETURN_TYPES = ()
+    FUNCTION = "plot_loss"
+    OUTPUT_NODE = True
+    CATEGORY = "training"
+    EXPERIMENTAL = True
+    DESCRIPTION = "Plots the loss graph and saves it to the output directory."
+
+    def plot_loss(self, loss: dict[str, Any], filename_prefix: str, prompt: Any = None, extra_pnginfo: Any = None):
+        losses = [float(value) for value in loss.get("loss", ())]
+        if not losses:
+            raise ValueError("there are no losses to plot; connect the loss output of a training node")
+        from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
+
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        info = PngInfo()
+        for key, text in metadata_texts(prompt, extra_pnginfo).items():
+            info.add_text(key, text)
+        file = f"{name}_{counter:05}_.png"
+        picture = Image.fromarray((loss_graph(losses)[0].numpy() * 255).astype(np.uint8))
+        picture.save(os.path.join(folder, file), pnginfo=info)
+        return {"ui": {"images": [ui.SavedResult(file, subfolder, "output")]}}
+
+
+NODE_CLASS_MAPPINGS = {
+    "SaveLoRANode": SaveLoRA, "LoraModelLoader": LoraModelLoader, "LossGraphNode": LossGraphNode,
+    "LoadImageSetFromFolderNode": LoadImageSetFromFolderNode,
+    "LoadImageTextSetFromFolderNode": LoadImageTextSetFromFolderNode,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "SaveLoRANode": "Save LoRA Weights", "LoraModelLoader": "Load LoRA Model", "LossGraphNode": "Plot Loss Graph",
+    "LoadImageSetFromFolderNode": "Load Image Dataset from Folder",
+    "LoadImageTextSetFromFolderNode": "Load Image and Text Dataset from Folder",
+}
