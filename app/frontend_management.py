@@ -15,6 +15,8 @@ BLUEPRINTS = "comfyui-subgraph-blueprints"
 # the newest release the facts of this program were checked with
 TESTED_FRONTEND = "1.58.1"
 TESTED_TEMPLATES = "0.11.97"
+# the parts of TEMPLATES that are needed; the package itself adds previews, half a gigabyte of them
+TEMPLATE_PARTS = {"comfyui-workflow-templates-core": "0.3.388", "comfyui-workflow-templates-json": "0.1.123"}
 
 MISSING_PAGE = f"""<!doctype html><meta charset="utf-8"><title>TACO-DiT</title>
 <h1>The server is running, its web page is not installed</h1>
@@ -90,14 +92,25 @@ def _template_asset(name: str) -> str | None:
         return None
 
 
+def template_packages() -> dict[str, str]:
+    """The packages the templates come from, and the release of each that was tested."""
+    return {TEMPLATES: TESTED_TEMPLATES} if installed_version(TEMPLATES) is not None else TEMPLATE_PARTS
+
+
 def versions() -> dict[str, Any]:
-    """What /system_stats says about these packages."""
-    packages = [(FRONTEND, TESTED_FRONTEND), (TEMPLATES, TESTED_TEMPLATES)]
+    """What /system_stats says about these packages.
+
+    The templates' version is that of the whole package, or of the first part when only the parts are installed; the
+    page warns when it is not the required one.
+    """
+    packages = template_packages()
+    name, required = next(iter(packages.items()))
     return {
         "required_frontend_version": TESTED_FRONTEND,
-        "installed_templates_version": installed_version(TEMPLATES),
-        "required_templates_version": TESTED_TEMPLATES,
+        "installed_templates_version": installed_version(name),
+        "required_templates_version": required,
         "comfy_package_versions": [
-            {"name": name, "installed": installed_version(name), "required": required} for name, required in packages
+            {"name": name, "installed": installed_version(name), "required": required}
+            for name, required in {FRONTEND: TESTED_FRONTEND, **packages}.items()
         ],
     }

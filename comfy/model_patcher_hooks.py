@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 
+import comfy.lora
 import comfy.utils
+
+
+def _blends_model(value: Any) -> bool:
+    return isinstance(value, tuple) and value[0] == "model_as_lora"
 
 
 class HooksMixin:
@@ -147,7 +152,9 @@ class HooksMixin:
 
         weight, _, convert = get_key_weight(self.model, key)
         real = convert(weight) if convert is not None else weight.to(torch.float32, copy=True)
-        patched = self.calculate_weight(patches, real, key)  # type: ignore[attr-defined]
+        # a model that is blended in needs to know what it replaces
+        originals = {key: [(real.clone(),)]} if any(_blends_model(patch[1]) for patch in patches) else None
+        patched = comfy.lora.calculate_weight(patches, real, key, original_weights=originals)
         if convert is not None:
             owner = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
             patched = patched / owner.scale_weight.to(patched.device, patched.dtype)

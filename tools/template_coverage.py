@@ -1,0 +1,167 @@
+"""Which of the official workflow templates this version can run.
+
+    python -m tools.template_coverage            a summary by model family, and the most wanted missing node types
+    python -m tools.template_coverage --list     also each template with what it lacks
+    python -m tools.template_coverage --json     the same as one JSON object
+
+A template counts as covered when every node type in it, sub-graphs included, exists here or in the page. Templates that
+call remote, paid services (`openSource: false` in the index) are left out. Whether the models' families are supported is
+another question: a loader exists for every family, and says so when it meets one it does not know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# nodes that live in the page only
+FRONT_END_TYPES = frozenset({"MarkdownNote", "Note", "PrimitiveNode", "Reroute", "GroupNode"})
+NEVER, BYPASSED = 2, 4  # node modes: such nodes do not run
+
+
+@dataclass
+class Template:
+    """A template: its node types (those that run) and the models it was made for."""
+
+    name: str
+    title: str
+    families: list[str]
+    types: set[str] = field(default_factory=set)
+
+    def missing(self, known: frozenset[str] | set[str]) -> list[str]:
+        """Node types that do not exist."""
+        return sorted(self.types - known - FRONT_END_TYPES)
+
+
+def _all_nodes(graph: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield from graph.get("nodes", [])
+    for subgraph in graph.get("definitions", {}).get("subgraphs", []):
+        yield from subgraph.get("nodes", [])
+        yield from _all_nodes({"definitions": subgraph.get("definitions", {})})
+
+
+def _subgraph_ids(graph: Mapping[str, Any]) -> set[str]:
+    found = set()
+    for subgraph in graph.get("definitions", {}).get("subgraphs", []):
+        found |= {subgraph["id"], *_subgraph_ids(subgraph)}
+    return found
+
+
+def node_types(graph: Mapping[str, Any]) -> set[str]:
+    """Types of a workflow's nodes, sub-graphs taken apart, nodes that are switched off left out."""
+    own = _subgraph_ids(graph)
+    return {
+        str(node["type"]) for node in _all_nodes(graph)
+        if node.get("mode") not in (NEVER, BYPASSED) and node["type"] not in own
+    }
+
+
+def load_templates() -> list[Template]:
+    """The official templates that need no remote service. Raises FileNotFoundError when they are not installed."""
+    from app.frontend_management import template_file
+
+    index = template_file("index.json")
+    if index is None:
+        raise FileNotFoundError("the templates are not installed; run pip install comfyui-workflow-templates-json")
+    with open(index, encoding="utf-8") as file:
+        groups = json.load(file)
+    templates = {}
+    for entry in (entry for group in groups for entry in group["templates"]):
+        path = os.path.join(os.path.dirname(index), entry["name"] + ".json")
+        if entry.get("openSource", True) is False or not os.path.isfile(path):
+            continue
+        with open(path, encoding="utf-8") as file:
+            types = node_types(json.load(file))
+        families = entry.get("models") or ["no model"]
+        templates[entry["name"]] = Template(entry["name"], entry.get("title", ""), families, types)
+    return list(templates.values())
+
+
+def known_types() -> set[str]:
+    """All node types of this program, and those of its own pack in custom_nodes."""
+    import nodes
+
+    async def load() -> None:
+        failed = await nodes.init_builtin_extra_nodes()
+        if failed:
+            raise RuntimeError(f"these node files do not load: {', '.join(failed)}")
+        own = os.path.join(os.path.dirname(os.path.abspath(nodes.__file__)), "custom_nodes", "websocket_image_save.py")
+        await nodes.load_custom_node(own)
+
+    asyncio.run(load())
+    return set(nodes.NODE_CLASS_MAPPINGS)
+
+
+def report(templates: list[Template], known: set[str]) -> dict[str, Any]:
+    """Counts, by family, and what is missing most."""
+    families: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    wanted: collections.Counter[str] = collections.Counter()
+    alone: collections.Counter[str] = collections.Counter()
+    lacking: dict[str, list[str]] = {}
+    for template in templates:
+        missing = template.missing(known)
+        for family in template.families:
+            families[family][0] += not missing
+            families[family][1] += 1
+        wanted.update(missing)
+        if missing:
+            lacking[template.name] = missing
+        if len(missing) == 1:
+            alone.update(missing)
+    return {
+        "templates": len(templates), "covered": len(templates) - len(lacking),
+        "families": {
+            family: {"covered": covered, "templates": count}
+            for family, (covered, count) in sorted(families.items(), key=lambda item: (-item[1][1], item[0]))
+        },
+        "wanted": [
+            {"type": name, "templates": count, "last_missing_of": alone[name]}
+            for name, count in sorted(wanted.items(), key=lambda item: (-item[1], item[0]))
+        ],
+        "missing": lacking,
+    }
+
+
+def print_report(result: Mapping[str, Any], every: bool, most: int = 25) -> None:
+    """The report for people."""
+    print(f"{result['covered']} of {result['templates']} templates have every node type")
+    print("\nby model:")
+    for family, counts in result["families"].items():
+        print(f"  {counts['covered']:3} of {counts['templates']:3}  {family}")
+    print("\nmost wanted node types (templates that need it; those that lack nothing else):")
+    for entry in result["wanted"][:most]:
+        print(f"  {entry['templates']:3} {entry['last_missing_of']:3}  {entry['type']}")
+    if every:
+        print("\ntemplates and what they lack:")
+        for name, missing in sorted(result["missing"].items()):
+            print(f"  {name}: {', '.join(missing)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="also list each template with what it lacks")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    try:
+        templates = load_templates()
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 1
+    result = report(templates, known_types())
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print_report(result, options.list)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
