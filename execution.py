@@ -187,6 +187,8 @@ async def _run(call: NodeCall, executed: Any, pending_async_nodes: dict[str, Any
     output: Any = []
     ui: dict[str, Any] = {}
     has_subgraph = pending = False
+    if not collecting:
+        await call.ranks.align_random(call.first_only)
     if call.skipped:
         pending_async_nodes.pop(unique_id, None)
     elif collecting:

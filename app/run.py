@@ -20,11 +20,13 @@ def run_rank(args: argparse.Namespace, root: str) -> int:
 
     Raises ConfigError for a configuration that does not fit the ranks.
     """
+    from app.prestartup import run_prestartup_scripts
     from comfy.taco_dit.core.distributed_manager import RankInfo
 
     info = RankInfo.from_environment(os.environ)
     _set_up_logging(args, info.rank)
     _apply_directories(args, root)
+    run_prestartup_scripts(args)
     runtime = _make_runtime(args, root, info)
     if info.rank == 0:
         return _serve(args, runtime)
@@ -203,7 +205,9 @@ def _follow(args: argparse.Namespace, current: Any) -> int:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     server = PromptServer(loop, listening=False)
+    logging.getLogger().setLevel(logging.ERROR)  # rank 0 says which packs could not be imported
     _load_nodes(args, server, loop)
+    logging.getLogger().setLevel(logging.WARNING)
     cache_type, cache_args = cache_choice(args)
     worker = PromptWorker(None, server, lockstep=current.lockstep, cache_type=cache_type, cache_args=cache_args)
     current.lockstep.gather("ranks", current.manager.describe())

@@ -233,13 +233,15 @@ def test_a_class_can_say_where_it_runs(group, monkeypatch):
     assert group.calls(1) == ["add", "show"]
 
 
-def test_an_output_node_whose_output_is_used_runs_everywhere(group, monkeypatch):
-    through = make("Through", {"value": ("INT", {})}, ("INT",), lambda self, value: (CALLS.note("through"), (value,))[1],
-                   OUTPUT_NODE=True)
+@pytest.mark.parametrize("kind, everywhere", [("INT", False), ("MODEL", True), ("*", True)])
+def test_an_output_node_whose_output_is_used(group, monkeypatch, kind, everywhere):
+    """One that handles plain data saves something, once; another may be a sampler, which all ranks are needed for."""
+    through = make("Through", {"required": {"value": ("INT", {})}, "optional": {"more": (kind, {})}}, ("INT",),
+                   lambda self, value: (CALLS.note("through"), (value,))[1], OUTPUT_NODE=True)
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Through", through)
     prompt = {"v": node("Value", value=1), "t": node("Through", value=["v", 0]), "out": node("Show", value=["t", 0])}
-    group(prompt, ["t", "out"])
-    assert group.calls(1) == ["value 1", "through"]
+    assert group(prompt, ["t", "out"]) == {"out": {"value": [1]}}
+    assert group.calls(1) == ["value 1", *["through"] * everywhere]
 
 
 def test_a_first_only_node_may_expand(group, monkeypatch):

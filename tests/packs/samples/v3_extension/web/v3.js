@@ -1,0 +1,1 @@
+export const v3 = 1;

@@ -1,0 +1,1 @@
+export const sample = "web_and_routes";
