@@ -306,4 +306,4 @@ async def execute(
             raise
         real_node_id = dynprompt.get_real_node_id(unique_id)
         error = execution_list.ranks.lockstep.fail(error, real_node_id)
-        return ExecutionResult.FAILURE, failure(real_node_id, error, call.input_data_all if call else None), error
+        return ExecutionResult.FAILURE, failure(real_node_id, error, call.shown_inputs() if call else None), error

@@ -23,7 +23,13 @@ from app import routes_files, routes_info, routes_internal, routes_models, route
 from app.custom_node_manager import CustomNodeManager
 from app.frontend_management import frontend_folder
 from app.messages import BinaryEventTypes
-from app.middlewares import cache_control, compress_body, create_cors_middleware, create_origin_only_middleware
+from app.middlewares import (
+    cache_control,
+    clear_errors,
+    compress_body,
+    create_cors_middleware,
+    create_origin_only_middleware,
+)
 from app.responses import dumps
 from app.user_manager import UserManager
 from comfy.cli_args import args
@@ -79,7 +85,7 @@ class PromptServer:
 
     @staticmethod
     def _middlewares() -> list[Any]:
-        chosen: list[Any] = [cache_control]
+        chosen: list[Any] = [cache_control, clear_errors]
         if args.enable_compress_response_body:
             chosen.append(compress_body)
         if args.enable_cors_header:

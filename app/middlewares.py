@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from app.responses import json_response
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Middleware = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
 
@@ -31,6 +33,20 @@ def _cache_rule(path: str, status: int) -> str | None:
     if status in _KEPT:
         return f"public, max-age={24 * _HOUR}"
     return "no-cache" if status in (302, 303, 307) else None
+
+
+@web.middleware
+async def clear_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What a handler did not expect is logged, and told to the client as JSON."""
+    try:
+        return await handler(request)
+    except (web.HTTPException, ConnectionError):
+        raise
+    except Exception as error:  # noqa: BLE001 - routes of node packs may raise anything
+        logging.exception("%s %s failed", request.method, request.path)
+        message = f"{type(error).__name__}: {error}"
+        report = {"type": "internal_error", "message": message, "details": request.path, "extra_info": {}}
+        return json_response({"error": report, "node_errors": {}}, 500)
 
 
 @web.middleware
@@ -97,15 +113,27 @@ def _split(authority: str) -> tuple[str | None, int | None]:
         return None, None
 
 
-def create_origin_only_middleware() -> Middleware:
-    """Refuse requests that a page of another site makes to this machine's loopback address (403).
+def _from_another_site(request: web.Request) -> bool:
+    """Whether the browser says that another site's page asks. Following a link to here is no harm."""
+    if request.headers.get("Sec-Fetch-Site", "").lower() != "cross-site":
+        return False
+    follows_link = request.headers.get("Sec-Fetch-Mode") == "navigate" and request.headers.get("Sec-Fetch-Dest") == "document"
+    return not (follows_link and request.method in ("GET", "HEAD"))
 
-    A browser sends such a page's Origin along; without this check any site could queue prompts here.
+
+def create_origin_only_middleware() -> Middleware:
+    """Refuse requests that a page of another site makes (403): any, as far as the browser says so with
+    Sec-Fetch-Site, and those to this machine's loopback address by their Origin.
+
+    Without this check any site could queue prompts here.
     """
 
     @web.middleware
     async def same_origin(request: web.Request, handler: Handler) -> web.StreamResponse:
         host, origin = request.headers.get("Host"), request.headers.get("Origin")
+        if _from_another_site(request):
+            logging.warning("request from another site to %s refused (403)", host)
+            return web.Response(status=403)
         if host and origin:
             here, there = _split(host), _split(urlsplit(origin).netloc.lower())
             if is_loopback(here[0]) and there[0]:

@@ -7,9 +7,11 @@ import io
 import json
 import mimetypes
 import os
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 import folder_paths
 import node_helpers
@@ -75,14 +77,24 @@ def _channel(path: str, channel: str) -> tuple[bytes, str]:
     return buffer.getvalue(), "image/png"
 
 
+async def _worked(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Work on pictures in a thread; HTTP 400 when one is none."""
+    from PIL import Image
+
+    try:
+        return await asyncio.to_thread(work, *arguments)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise web.HTTPBadRequest(text=f"the file is not a picture that can be shown: {error}") from None
+
+
 async def _view(request: web.Request) -> web.StreamResponse:
     path = _requested_file(request.query)
     name = os.path.basename(path)
     channel = request.query.get("channel", "rgba")
     if "preview" in request.query:
-        data, kind = await asyncio.to_thread(_preview, path, request.query["preview"])
+        data, kind = await _worked(_preview, path, request.query["preview"])
     elif channel in ("rgb", "a"):
-        data, kind = await asyncio.to_thread(_channel, path, channel)
+        data, kind = await _worked(_channel, path, channel)
     else:
         kind = served_type(mimetypes.guess_type(name)[0] or "application/octet-stream")
         headers = {"Content-Disposition": disposition(kind, name), "Content-Type": kind,
@@ -112,10 +124,18 @@ def _free_name(folder: str, name: str, data: bytes) -> tuple[str, bool]:
     return candidate, True
 
 
+def _text(form: Any, key: str) -> str:
+    """A field of a form; "" when it is not there, HTTP 400 when it is a file."""
+    value = form.get(key) or ""
+    if not isinstance(value, str):
+        raise web.HTTPBadRequest(text=f"the form's {key} must be a text")
+    return value
+
+
 def _target(form: Any) -> tuple[str, str, str, str]:
     """Kind, sub-folder, absolute folder and file name of an upload; HTTP 400 when they are not usable."""
-    kind, directory = _directory(form.get("type"), "input")
-    subfolder = form.get("subfolder") or ""
+    kind, directory = _directory(_text(form, "type"), "input")
+    subfolder = _text(form, "subfolder")
     try:
         name = plain_name(form["image"].filename)
         folder = inside(directory, os.path.normpath(subfolder) if subfolder else "")
@@ -154,22 +174,27 @@ def _masked(original: str, upload: bytes) -> bytes:
 
 
 async def _upload(request: web.Request, with_mask: bool) -> web.Response:
-    form = await request.post()
+    try:
+        form = await request.post()
+    except (ValueError, LookupError, AssertionError, RuntimeError, HttpProcessingError) as error:
+        raise web.HTTPBadRequest(text=f"the form cannot be read: {error}") from None
     if "image" not in form or not isinstance(form["image"], web.FileField):
         raise web.HTTPBadRequest(text="the form has no file called image")
     kind, subfolder, folder, name = _target(form)
     data = form["image"].file.read()
-    if with_mask and form.get("original_ref"):
+    if with_mask and _text(form, "original_ref"):
         try:
-            reference = json.loads(str(form["original_ref"]))
+            reference = json.loads(_text(form, "original_ref"))
             if not isinstance(reference, dict):
                 raise ValueError("not an object")
         except ValueError:
             raise web.HTTPBadRequest(text="original_ref is not a JSON object") from None
-        original = _requested_file(reference)
-        data = await asyncio.to_thread(_masked, original, data)
-    overwrite = form.get("overwrite") in ("true", "1")
-    name = await asyncio.to_thread(_store, folder, name, data, overwrite)
+        data = await _worked(_masked, _requested_file(reference), data)
+    overwrite = _text(form, "overwrite") in ("true", "1")
+    try:
+        name = await asyncio.to_thread(_store, folder, name, data, overwrite)
+    except OSError as error:
+        raise web.HTTPBadRequest(text=f"the file cannot be stored as {name}: {error.strerror}") from None
     return json_response({"name": name, "subfolder": subfolder, "type": kind})
 
 

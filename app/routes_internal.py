@@ -10,7 +10,7 @@ from aiohttp import web
 
 import folder_paths
 from app import logger
-from app.responses import json_body, json_response
+from app.responses import json_object, json_response
 
 
 class TerminalService:
@@ -62,7 +62,7 @@ def internal_routes(server: Any) -> web.RouteTableDef:
 
     @routes.patch("/internal/logs/subscribe")
     async def subscribe(request: web.Request) -> web.Response:
-        body = await json_body(request)
+        body = await json_object(request)
         client_id = str(body.get("clientId", ""))
         if body.get("enabled"):
             terminal.subscribe(client_id)

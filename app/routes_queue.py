@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from typing import Any
 
 from aiohttp import web
 
-from app.responses import json_body, json_response
+from app.responses import bad_request, json_body, json_object, json_response, listed
 from comfy_execution import jobs
 
 
@@ -22,6 +23,20 @@ def _number(value: str | None, name: str, default: int | None) -> int | None:
         raise web.HTTPBadRequest(text=f"{name} must be a whole number, not {value!r}") from None
 
 
+def _priority(server: Any, body: dict[str, Any]) -> float:
+    """Where a prompt goes in the queue: its number if it has one, else after or (`front`) before the others."""
+    if "number" not in body:
+        server.number += 1
+        return 1 - server.number if body.get("front") else server.number - 1
+    try:
+        number = float(body["number"])
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise bad_request("invalid_prompt", f"number must be a finite number, not {str(body['number'])[:50]!r}")
+    return number
+
+
 async def _queue_prompt(server: Any, body: Any) -> web.Response:
     import execution
 
@@ -31,24 +46,22 @@ async def _queue_prompt(server: Any, body: Any) -> web.Response:
                  "extra_info": {}}
         return json_response({"error": error, "node_errors": {}}, 400)
     if not isinstance(body["prompt"], dict):
-        error = {"type": "invalid_prompt", "message": "The prompt is not an object of nodes", "details": "",
-                 "extra_info": {}}
-        return json_response({"error": error, "node_errors": {}}, 400)
-    if "number" in body:
-        number = float(body["number"])
-    else:
-        number = -server.number if body.get("front") else server.number
-        server.number += 1
+        raise bad_request("invalid_prompt", "The prompt is not an object of nodes")
+    extra_data = body.get("extra_data") or {}
+    if not isinstance(extra_data, dict):
+        raise bad_request("invalid_prompt", f"extra_data must be an object, not {type(extra_data).__name__}")
+    number = _priority(server, body)
     prompt_id = str(body.get("prompt_id") or uuid.uuid4())
+    targets = None if body.get("partial_execution_targets") is None else listed(body, "partial_execution_targets")
     valid, problem, outputs, node_errors = await execution.validate_prompt(
-        prompt_id, body["prompt"], body.get("partial_execution_targets")
+        prompt_id, body["prompt"], targets if targets is None else [str(target) for target in targets]
     )
     if not valid:
         logging.warning("invalid prompt: %s", problem)
         return json_response({"error": problem, "node_errors": node_errors}, 400)
-    extra_data = dict(body.get("extra_data") or {})
-    if "client_id" in body:
-        extra_data["client_id"] = body["client_id"]
+    extra_data = dict(extra_data)
+    if body.get("client_id") is not None:
+        extra_data["client_id"] = str(body["client_id"])
     extra_data["create_time"] = int(time.time() * 1000)
     server.prompt_queue.put((number, prompt_id, body["prompt"], extra_data, outputs))
     return json_response({"prompt_id": prompt_id, "number": number, "node_errors": node_errors})
@@ -70,10 +83,10 @@ def _add_queue(routes: web.RouteTableDef, server: Any) -> None:
 
     @routes.post("/queue")
     async def post_queue(request: web.Request) -> web.Response:
-        body = await json_body(request)
+        body = await json_object(request)
         if body.get("clear"):
             server.prompt_queue.wipe_queue()
-        for prompt_id in body.get("delete", ()):
+        for prompt_id in listed(body, "delete"):
             server.prompt_queue.delete_queue_item(lambda item, wanted=prompt_id: item[1] == wanted)
         return web.Response()
 
@@ -95,11 +108,11 @@ def _add_history(routes: web.RouteTableDef, server: Any) -> None:
 
     @routes.post("/history")
     async def post_history(request: web.Request) -> web.Response:
-        body = await json_body(request)
+        body = await json_object(request)
         if body.get("clear"):
             server.prompt_queue.wipe_history()
-        for prompt_id in body.get("delete", ()):
-            server.prompt_queue.delete_history_item(prompt_id)
+        for prompt_id in listed(body, "delete"):
+            server.prompt_queue.delete_history_item(str(prompt_id))
         return web.Response()
 
 
@@ -124,7 +137,7 @@ def _add_control(routes: web.RouteTableDef, server: Any) -> None:
 
     @routes.post("/free")
     async def post_free(request: web.Request) -> web.Response:
-        body = await json_body(request)
+        body = await json_object(request)
         for flag in ("unload_models", "free_memory"):
             if body.get(flag):
                 server.prompt_queue.set_flag(flag, True)
@@ -171,8 +184,8 @@ def _add_jobs(routes: web.RouteTableDef, server: Any) -> None:
 
     @routes.post("/jobs/cancel")
     async def cancel_jobs(request: web.Request) -> web.Response:
-        body = await json_body(request)
-        return json_response({"cancelled": [job_id for job_id in body.get("job_ids", ()) if _cancel(server, job_id)]})
+        body = await json_object(request)
+        return json_response({"cancelled": [job_id for job_id in listed(body, "job_ids") if _cancel(server, job_id)]})
 
 
 def add_routes(routes: web.RouteTableDef, server: Any) -> None:

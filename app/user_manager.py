@@ -16,7 +16,7 @@ from aiohttp import web
 import folder_paths
 from app.app_settings import AppSettings
 from app.paths import UnsafePath, inside, served_type
-from app.responses import json_body, json_response
+from app.responses import json_object, json_response
 
 DEFAULT_USER = "default"
 
@@ -127,7 +127,7 @@ class UserManager:
 
         @routes.post("/users")
         async def post_users(request: web.Request) -> web.Response:
-            body = await json_body(request)
+            body = await json_object(request)
             name = str(body.get("username", ""))
             if name in self.users.values():
                 return json_response({"error": "Duplicate username."}, 400)

@@ -10,6 +10,8 @@ from comfy_execution.graph_utils import is_link
 
 # values per input; a node that does not take lists is called once for each
 InputData = dict[str, list[Any] | tuple[Any, ...]]
+# kinds of hidden inputs that are never told to anybody else
+SECRET_INPUTS = ("AUTH_TOKEN_COMFY_ORG", "API_KEY_COMFY_ORG")
 
 
 def is_v3(class_def: Any) -> bool:
@@ -34,7 +36,8 @@ def _hidden_values(unique_id: str, dynprompt: Any, extra_data: Mapping[str, Any]
     }
 
 
-def _hidden_names(declared: Any) -> Iterator[tuple[str, Any]]:
+def hidden_names(declared: Any) -> Iterator[tuple[str, Any]]:
+    """Names and kinds of a class's hidden inputs."""
     # packs put objects here that cannot be iterated: they declare every name, hence none in particular
     if isinstance(declared, Mapping):
         yield from declared.items()
@@ -75,7 +78,7 @@ def get_input_data(
     hidden = _hidden_values(unique_id, dynprompt, extra_data or {})
     if is_v3(class_def):
         return values, missing, hidden
-    for name, kind in _hidden_names(valid_inputs.get("hidden")):
+    for name, kind in hidden_names(valid_inputs.get("hidden")):
         if isinstance(kind, str) and kind in hidden:
             values[name] = [hidden[kind]]
     return values, missing, {}

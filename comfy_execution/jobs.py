@@ -32,15 +32,21 @@ def _files(outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def _at(value: Any, *keys: str) -> Any:
+    """What lies below these keys of nested mappings; None where clients sent something else."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 def _from_item(item: Sequence[Any], status: str) -> Job:
     extra = item[3] or {}
-    workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
     return {
         "id": item[1],
         "status": status,
         "create_time": extra.get("create_time", 0),
         "priority": item[0],
-        "workflow_id": workflow.get("id"),
+        "workflow_id": _at(extra, "extra_pnginfo", "workflow", "id"),
         "outputs_count": 0,
         "previewable_outputs_count": 0,
         "_item": item,

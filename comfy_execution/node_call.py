@@ -9,7 +9,7 @@ from typing import Any
 from comfy_execution.caching import CacheEntry, CacheSet
 from comfy_execution.graph import node_class
 from comfy_execution.graph_utils import ExecutionBlocker, is_link
-from comfy_execution.inputs import InputData, get_input_data
+from comfy_execution.inputs import SECRET_INPUTS, InputData, get_input_data, hidden_names
 from comfy_execution.lockstep import RankError
 from comfy_execution.outputs import format_value
 from comfy_execution.progress import get_progress_state
@@ -83,6 +83,12 @@ class NodeCall:
             self.inputs, self.class_def, self.unique_id, self.execution_list, self.dynprompt, self.extra_data
         )
         return missing
+
+    def shown_inputs(self) -> InputData:
+        """The inputs as an error report may tell them: without keys and tokens."""
+        hidden = self.class_def.INPUT_TYPES().get("hidden")
+        secret = {name for name, kind in hidden_names(hidden) if isinstance(kind, str) and kind in SECRET_INPUTS}
+        return {name: values for name, values in (self.input_data_all or {}).items() if name not in secret}
 
     def announce_start(self) -> None:
         self.server.last_node_id = self.display_node_id

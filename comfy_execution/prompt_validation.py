@@ -274,7 +274,7 @@ def _structure_error(prompt: Mapping[str, Any]) -> Error | None:
         if not isinstance(node, Mapping) or "class_type" not in node:
             return error("invalid_prompt", "Cannot execute because a node is missing the class_type property.",
                          f"Node ID '#{node_id}'")
-        if node["class_type"] not in nodes.NODE_CLASS_MAPPINGS:
+        if not isinstance(node["class_type"], str) or node["class_type"] not in nodes.NODE_CLASS_MAPPINGS:
             return error("invalid_prompt", f"Cannot execute because node {node['class_type']} does not exist.",
                          f"Node ID '#{node_id}'")
         if not isinstance(node.get("inputs"), dict):

@@ -78,7 +78,7 @@ def serve(folders, monkeypatch):
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Echo", Echo)
     monkeypatch.setitem(nodes.NODE_DISPLAY_NAME_MAPPINGS, "Echo", "Echo (test)")
 
-    def run(body, before=None, working=True):
+    def run(body, before=None, working=True, seconds=30):
         async def main():
             server = PromptServer(asyncio.get_running_loop())
             server.prompt_queue = execution.PromptQueue(server)
@@ -92,7 +92,7 @@ def serve(folders, monkeypatch):
             publishing = asyncio.create_task(server.publish_loop())
             async with TestClient(TestServer(server.app)) as client:
                 try:
-                    await asyncio.wait_for(body(Api(client, server, worker)), 30)
+                    await asyncio.wait_for(body(Api(client, server, worker)), seconds)
                 finally:
                     worker.stop()
                     if working:
