@@ -11,6 +11,7 @@ import torch
 import comfy.utils
 import folder_paths
 from comfy.cli_args import LatentPreviewMethod, args
+from comfy.taesd.taesd import TAESD
 
 Preview = tuple[str, Any, int]
 
@@ -70,8 +71,6 @@ def _tiny_vae(device: Any, latent_format: Any) -> LatentPreviewer | None:
     if not files:
         logging.warning("Warning: TAESD previews enabled, but could not find models/vae_approx/%s", name)
         return None
-    from comfy.taesd.taesd import TAESD
-
     path = folder_paths.get_full_path_or_raise("vae_approx", files[0])
     return TAESDPreviewerImpl(TAESD(None, path, latent_channels=latent_format.latent_channels).to(device))
 

@@ -14,6 +14,8 @@ import torch
 import comfy.weight_adapter as weight_adapter
 from comfy.weight_adapter import pad_to_shape
 
+pad_tensor_to_shape = pad_to_shape
+
 LORA_CLIP_MAP = {
     "mlp.fc1": "mlp_fc1",
     "mlp.fc2": "mlp_fc2",

@@ -17,6 +17,7 @@ import comfy.ops
 import comfy.patcher_extension
 import comfy.utils
 from comfy.ldm.flux.model import Flux as FluxNetwork
+from comfy.missing import missing_names
 
 
 class ModelType(enum.Enum):
@@ -342,3 +343,16 @@ class Flux(BaseModel):
             return {}
         tokens = sum(math.prod(latent.shape[2:]) for latent in references)
         return {"ref_latents": [1, 16, tokens]}
+
+
+# families that packs ask for by class, `isinstance(model, comfy.model_base.SDXL)` above all
+_FAMILIES = (
+    "ACEStep", "Anima", "AuraFlow", "CLIPEmbeddingNoiseAugmentation", "Chroma", "CosmosPredict2", "CosmosVideo",
+    "ErnieImage", "GenmoMochi", "HiDream", "HiDreamO1", "HunyuanDiT", "HunyuanVideo", "HunyuanVideoI2V", "Hunyuan3Dv2",
+    "Kandinsky5", "LTXAV", "LTXV", "Lens", "Lumina2", "Omnigen2", "PiD", "PixArt", "PixelDiTT2I", "QwenImage",
+    "SD15_instructpix2pix", "SD21UNCLIP", "SD3", "SDXL", "SDXLRefiner", "SDXL_instructpix2pix", "SD_X4Upscaler",
+    "SV3D_p", "SV3D_u", "SVD_img2vid", "StableAudio1", "StableCascade_B", "StableCascade_C", "Stable_Zero123",
+    "Timestep", "WAN21", "WAN21_Camera", "WAN21_CausalAR", "WAN21_FlowRVS", "WAN21_HuMo", "WAN21_SCAIL", "WAN21_Vace",
+    "WAN22", "WAN22_Animate", "WAN22_S2V", "WAN22_WanDancer", "WanMultiTalk", "sdxl_pooled",
+)
+__getattr__ = missing_names(__name__, {name: f"the model family of {name}" for name in _FAMILIES})

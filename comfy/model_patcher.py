@@ -30,8 +30,10 @@ from comfy.model_patcher_options import (
     set_model_options_post_cfg_function,
     set_model_options_pre_cfg_function,
 )
+from comfy.patcher_extension import PatcherInjection
 
 __all__ = [
+    "PatcherInjection",
     "CoreModelPatcher", "LowVramPatch", "ModelPatcher", "create_model_options_clone", "get_key_weight",
     "set_model_options_patch_replace", "set_model_options_post_cfg_function", "set_model_options_pre_cfg_function",
     "string_to_seed", "wipe_lowvram_weight",

@@ -15,7 +15,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 from comfy.clip import CLIP
-from comfy.missing import missing_function
+from comfy.missing import missing_class, missing_function
 from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts
 from comfy.vae import VAE
 
@@ -27,6 +27,7 @@ __all__ = [
 
 StateDict = dict[str, torch.Tensor]
 
+StyleModel = missing_class("StyleModel", "style models (Redux)")
 load_style_model = missing_function("style models (Redux)")
 load_gligen = missing_function("GLIGEN")
 
@@ -61,6 +62,12 @@ def load_lora_for_models(
         if target not in taken:
             logging.warning("NOT LOADED %s", target)
     return new_model, new_clip
+
+
+def model_detection_error_hint(path: str, state_dict: StateDict) -> str:
+    """What to say of a file that holds no known model, when it is something else that is known."""
+    is_lora = any(key.endswith((".lora_down.weight", ".lora_A.weight", ".lora_up.weight")) for key in state_dict)
+    return f"{path} looks like a LoRA; load it with Load LoRA" if is_lora else ""
 
 
 def _unknown_model(path: str) -> RuntimeError:

@@ -9,6 +9,7 @@ import torch
 import comfy.latent_formats
 import comfy.model_base
 from comfy import supported_models_base
+from comfy.missing import missing_names
 
 
 class Flux(supported_models_base.BASE):
@@ -52,3 +53,16 @@ class FluxSchnell(Flux):
 
 
 models: list[type[supported_models_base.BASE]] = [FluxInpaint, Flux, FluxSchnell]
+
+
+_FAMILIES = (
+    "ACEStep", "AuraFlow", "Chroma", "ChromaRadiance", "CosmosI2V", "CosmosI2VPredict2", "CosmosT2IPredict2",
+    "CosmosT2V", "GenmoMochi", "HiDream", "HunyuanDiT", "HunyuanDiT1", "HunyuanImage21", "HunyuanImage21Refiner",
+    "HunyuanVideo", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V", "Hunyuan3Dv2", "Hunyuan3Dv2_1", "Hunyuan3Dv2mini",
+    "KOALA_1B", "KOALA_700M", "LTXV", "LotusD", "Lumina2", "Omnigen2", "PixArtAlpha", "PixArtSigma", "QwenImage",
+    "SD15", "SD15_instructpix2pix", "SD20", "SD21UnclipH", "SD21UnclipL", "SD3", "SDXL", "SDXLRefiner",
+    "SDXL_instructpix2pix", "SD_X4Upscaler", "SSD1B", "SV3D_p", "SV3D_u", "SVD_img2vid", "Segmind_Vega", "StableAudio",
+    "Stable_Cascade_B", "Stable_Cascade_C", "Stable_Zero123", "WAN21_Camera", "WAN21_FunControl2V", "WAN21_HuMo",
+    "WAN21_I2V", "WAN21_T2V", "WAN21_Vace", "WAN22_Animate", "WAN22_Camera", "WAN22_S2V", "WAN22_T2V",
+)
+__getattr__ = missing_names(__name__, {name: f"the model family of {name}" for name in _FAMILIES})

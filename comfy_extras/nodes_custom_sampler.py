@@ -16,6 +16,7 @@ import node_helpers
 from comfy_nodes import sampler_choice, sigmas
 from comfy_nodes.fields import guidance_scale, seed
 from comfy_nodes.sampling import check_latent
+from comfy_nodes.sigmas import BasicScheduler, FlipSigmas, SplitSigmas, SplitSigmasDenoise  # noqa: F401 - packs
 
 SAMPLING = "sampling/custom_sampling"
 GUIDERS = SAMPLING + "/guiders"

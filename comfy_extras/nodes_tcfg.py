@@ -10,18 +10,18 @@ from comfy_api.latest import io
 from comfy_nodes.v3 import extension
 
 
-def damped(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+def score_tangential_damping(cond_score: torch.Tensor, uncond_score: torch.Tensor) -> torch.Tensor:
     """The negative score along the main direction of both, per sample.
 
     The main right singular vector of two rows comes from the 2 x 2 matrix of their products, which is the same on
     every device.
     """
-    rows = torch.stack([negative.flatten(1), positive.flatten(1)], dim=1).double()
+    rows = torch.stack([uncond_score.flatten(1), cond_score.flatten(1)], dim=1).double()
     _, vectors = torch.linalg.eigh((rows @ rows.transpose(1, 2)).cpu())
     main = (vectors[:, None, :, -1].to(rows.device) @ rows)[:, 0]
     main = torch.nn.functional.normalize(main, dim=1)
     along = (rows[:, 0] * main).sum(1, keepdim=True) * main
-    return along.view_as(negative).to(negative.dtype)
+    return along.view_as(uncond_score).to(uncond_score.dtype)
 
 
 def _damp(arguments: dict[str, Any]) -> list[Any]:
@@ -29,7 +29,7 @@ def _damp(arguments: dict[str, Any]) -> list[Any]:
     if len(predictions) < 2 or any(cond is None for cond in arguments["conds"][:2]):
         return predictions
     positive, negative = predictions[:2]
-    return [positive, x - damped(x - positive, x - negative), *predictions[2:]]
+    return [positive, x - score_tangential_damping(x - positive, x - negative), *predictions[2:]]
 
 
 class TCFG(io.ComfyNode):

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from types import ModuleType
 from typing import Any
 
+import comfy.missing
 import folder_paths
 
 # V1 packs' web folders by pack name, and the folder of every pack that was imported
@@ -110,6 +111,7 @@ async def load_custom_node(
     module_path: str, ignore: Collection[str] = (), module_parent: str = "custom_nodes"
 ) -> bool:
     """Import a pack (file or folder) and register its nodes except those in `ignore`; whether that worked."""
+    comfy.missing.provide_modules()
     module_name = get_module_name(module_path)
     origin = f"{module_parent}.{module_name}"
     try:

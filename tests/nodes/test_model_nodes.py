@@ -151,7 +151,7 @@ def test_projections():
     from comfy_extras.nodes_apg import project
     from comfy_extras.nodes_fresca import scale_frequencies
     from comfy_extras.nodes_perpneg import perp_neg
-    from comfy_extras.nodes_tcfg import damped
+    from comfy_extras.nodes_tcfg import score_tangential_damping
 
     x, y = torch.randn(2, 2, 4, 3, 3)
     along, across = project(x, y)
@@ -159,7 +159,8 @@ def test_projections():
     torch.testing.assert_close(along + across, x)
     rows = torch.stack([y.flatten(1), x.flatten(1)], 1)
     main = torch.linalg.svd(rows, full_matrices=False)[2][:, :1]
-    torch.testing.assert_close(damped(x, y).flatten(1), ((y.flatten(1)[:, None] * main).sum(-1, keepdim=True) * main)[:, 0])
+    along_main = ((y.flatten(1)[:, None] * main).sum(-1, keepdim=True) * main)[:, 0]
+    torch.testing.assert_close(score_tangential_damping(x, y).flatten(1), along_main)
     picture = torch.randn(1, 1, 9, 8)
     torch.testing.assert_close(scale_frequencies(picture, 1.0, 1.0, 2), picture)
     mean = scale_frequencies(torch.ones(1, 1, 8, 8), 0.5, 2.0, 1)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from comfy.ldm import dit
+from comfy.missing import missing_names
 
 REGISTERED_ATTENTION_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {}
 
@@ -113,7 +114,9 @@ def scaled_dot_product(
     fits = mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     fits = fits and all(t.stride(-1) == 1 for t in (q, k, v))
     if fits and q.dtype in (torch.bfloat16, torch.float16) and _prefers_cudnn(q.device.index):
-        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+        # The derivative needs the sums of exponentials; without them it is NaN.
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, trains)[0]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -257,3 +260,16 @@ def attention(
         out, aside = plan.attend(q, k, v, kernel, layout=layout or plan.layout, in_order=in_order, beside=beside)
     out = out.transpose(1, 2).flatten(2)
     return (out, aside) if beside is not None else out
+
+
+def default(value: Any, other: Any) -> Any:
+    """`value`, or what stands in for None."""
+    if value is not None:
+        return value
+    return other() if callable(other) else other
+
+
+_UNET_PARTS = (
+    "BasicTransformerBlock", "CrossAttention", "FeedForward", "SpatialTransformer", "SpatialVideoTransformer",
+)
+__getattr__ = missing_names(__name__, dict.fromkeys(_UNET_PARTS, "the UNet of SD and SDXL"))

@@ -1,0 +1,110 @@
+"""What popular packs import exists: it works, or says that its feature is missing when it is used."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import operator
+from pathlib import Path
+
+import pytest
+
+import comfy.missing
+from comfy.missing import FeatureMissingError
+
+LINES = (Path(__file__).parent / "imported_names.txt").read_text().splitlines()[1:]
+NAMES = [(module, name) for module, _, names in (line.partition(": ") for line in LINES) for name in names.split()]
+
+NEWER, REMOVED, TABLE, INSIDE = (
+    "newer than ComfyUI 0.3.64", "gone before ComfyUI 0.3.64", "data of a feature that is missing",
+    "an inner part that is built in another way here",
+)
+# (module, name or None for all) -> why it is absent
+ABSENT = {
+    ("comfy.sd3_clip", None): REMOVED, ("comfy.nested_tensor", None): NEWER, ("comfy.quant_ops", None): NEWER,
+    ("comfy.memory_management", None): NEWER, ("comfy.multigpu", None): NEWER,
+    ("comfy.ldm.modules.attention", "_ATTN_PRECISION"): REMOVED, ("comfy.model_patcher", "QuantizedTensor"): NEWER,
+    ("comfy.model_patcher", "low_vram_patch_estimate_vram"): NEWER,
+    ("comfy.ldm.lightricks.vae.audio_vae", "LATENT_DOWNSAMPLE_FACTOR"): NEWER,
+    ("comfy.ldm.hidream_o1.model", "IMAGE_TOKEN_ID"): NEWER,
+    ("comfy.utils", "TRANSFORMER_BLOCKS"): TABLE, ("comfy.utils", "UNET_MAP_ATTENTIONS"): TABLE,
+    ("comfy.utils", "UNET_MAP_BASIC"): TABLE, ("comfy.utils", "UNET_MAP_RESNET"): TABLE,
+    ("comfy_extras.nodes_gits", "NOISE_LEVELS"): TABLE, ("comfy.model_patcher", "move_weight_functions"): INSIDE,
+    ("comfy.k_diffusion.sampling", "DPMSolver"): INSIDE,
+    ("comfy.k_diffusion.sampling", "PIDStepSizeController"): INSIDE,
+    ("comfy.sd1_clip", "safe_load_embed_zip"): INSIDE, ("comfy_extras.nodes_easycache", "EasyCacheHolder"): INSIDE,
+    ("comfy.ldm.modules.diffusionmodules.model", "vae_attention"): INSIDE,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    import nodes
+
+    comfy.missing.provide_modules()
+    asyncio.run(nodes.init_builtin_extra_nodes())
+
+
+def imported(module, name):
+    """Whether `from module import name` works."""
+    try:
+        content = importlib.import_module(module)
+        if name in ("(module)", "*") or hasattr(content, name):
+            return True
+        importlib.import_module(f"{module}.{name}")
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{module}.{name}" for module, name in NAMES])
+def test_names(module, name):
+    absent = (module, None) in ABSENT or (module, name) in ABSENT
+    assert imported(module, name) is not absent
+
+
+def test_the_list_is_whole():
+    assert len(NAMES) >= 480 and len(ABSENT) <= 21
+
+
+def test_a_missing_family_can_be_asked_for():
+    from comfy.ldm.wan.model import WanModel, sinusoidal_embedding_1d
+
+    import comfy.model_base
+    import comfy.supported_models
+
+    assert not isinstance(object(), comfy.model_base.SDXL) and not isinstance(object(), WanModel)
+    assert comfy.supported_models.SD15 is not None
+    with pytest.raises(FeatureMissingError, match="the model family of SDXL is not in this version"):
+        comfy.model_base.SDXL()
+    with pytest.raises(FeatureMissingError, match="comfy.ldm.wan is not in this version"):
+        sinusoidal_embedding_1d(8, None)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        comfy.model_base.Nothing  # noqa: B018
+    import comfy.ldm.wan.model as again
+
+    assert again.WanModel is WanModel
+
+
+def test_types_of_v1_nodes():
+    from comfy.comfy_types import IO, CheckLazyMixin
+
+    differs = operator.ne  # what validation of links asks
+    assert IO.INT == "INT" and not differs(IO.NUMBER, "INT") and differs(IO.NUMBER, "IMAGE")
+    assert not differs(IO.ANY, "X") and differs(IO.INT, "FLOAT")
+    assert CheckLazyMixin().check_lazy_status(a=None, b=1) == ["a"]
+
+
+def test_hint_and_weight_decomposition():
+    import torch
+
+    from comfy.sd import model_detection_error_hint
+    from comfy.weight_adapter.base import decompose, weight_decompose
+
+    assert "Load LoRA" in model_detection_error_hint("x", {"a.lora_down.weight": 1})
+    assert model_detection_error_hint("x", {"a": 1}) == ""
+    weight, change, scale = torch.rand(3, 4), torch.rand(3, 4), torch.rand(3, 1)
+    torch.testing.assert_close(
+        weight_decompose(scale, weight, change, 0.5, 0.8, torch.float32, lambda x: x),
+        decompose(scale, weight, change * 0.5, 0.8),
+    )
