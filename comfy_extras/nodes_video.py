@@ -158,4 +158,47 @@ class LoadVideo(io.ComfyNode):
     load_video = execute
 
 
-comfy_entrypoint = extension(SaveWEBM, SaveVideo, CreateVideo, GetVideoComponents, LoadVideo)
+def trimmed(parts: VideoComponents, start_time: float, duration: float) -> VideoComponents:
+    """Frames and sound from `start_time` on (from the end when negative), for `duration` seconds (0: all)."""
+    rate, total = float(parts.frame_rate), parts.images.shape[0]
+    start = round(start_time * rate) + (total if start_time < 0 else 0)
+    start = max(0, start)
+    end = total if duration == 0 else min(total, start + round(duration * rate))
+    audio = parts.audio
+    if audio is not None:
+        first, last = (round(frame / rate * audio["sample_rate"]) for frame in (start, end))
+        audio = {**audio, "waveform": audio["waveform"][..., first:last]}
+    return VideoComponents(parts.images[start:end], parts.frame_rate, audio, parts.metadata)
+
+
+class VideoSlice(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        times = [
+            share("start_time", 0.0, 1e5, -1e5, 0.001, tooltip="In seconds; below 0 from the end."),
+            io.Float.Input("duration", default=0.0, min=0.0, step=0.001, tooltip="In seconds; 0 for all that is left."),
+        ]
+        return io.Schema(
+            node_id="Video Slice", display_name="Video Slice", category=VIDEO,
+            inputs=[
+                io.Video.Input("video"), *times,
+                io.Boolean.Input("strict_duration", default=False, tooltip="Fail when the video is too short."),
+            ],
+            outputs=[io.Video.Output()],
+        )
+
+    @classmethod
+    def execute(cls, video: Any, start_time: float, duration: float, strict_duration: bool):
+        whole = video.get_components()
+        parts = trimmed(whole, start_time, duration)
+        seconds = parts.images.shape[0] / float(parts.frame_rate)
+        short = strict_duration and duration - seconds > 0.5 / float(parts.frame_rate)
+        if parts.images.shape[0] == 0 or short:
+            raise ValueError(
+                f"the video lasts {whole.images.shape[0] / float(whole.frame_rate):.3f} s, so from {start_time} s on it has "
+                f"{seconds:.3f} s, not {duration} s; use an earlier start or a shorter duration"
+            )
+        return io.NodeOutput(VideoFromComponents(parts))
+
+
+comfy_entrypoint = extension(SaveWEBM, SaveVideo, CreateVideo, GetVideoComponents, LoadVideo, VideoSlice)

@@ -186,3 +186,21 @@ def test_pictures_over_the_websocket(monkeypatch):
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **more: sent.append(preview))
     assert node().save_images(torch.rand(2, 4, 6, 3)) == {}
     assert [(kind, picture.size, limit) for kind, picture, limit in sent] == [("PNG", (6, 4), None)] * 2
+
+
+def test_parts_of_videos(all_nodes):
+    sound = {"waveform": torch.arange(4000.0).view(1, 1, -1), "sample_rate": 1000}
+    images = torch.arange(40.0).view(40, 1, 1, 1).expand(-1, 2, 2, 3)
+    video = run(all_nodes, "CreateVideo", images=images, fps=10.0, audio=sound)[0]
+
+    def cut(start, duration, strict=False):
+        part = run(all_nodes, "Video Slice", video=video, start_time=start, duration=duration, strict_duration=strict)[0]
+        parts = part.get_components()
+        return parts.images[:, 0, 0, 0].tolist(), parts.audio["waveform"][0, 0]
+
+    frames, samples = cut(1.0, 0.5)
+    assert frames == [10, 11, 12, 13, 14] and (float(samples[0]), len(samples)) == (1000.0, 500)
+    assert cut(-0.3, 0.0)[0] == [37, 38, 39] and len(cut(3.5, 9.0)[0]) == 5
+    for start, duration, strict in ((3.5, 9.0, True), (9.0, 1.0, False)):
+        with pytest.raises(ValueError, match="the video lasts 4.000 s"):
+            cut(start, duration, strict)
