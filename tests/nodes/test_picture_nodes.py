@@ -204,3 +204,23 @@ def test_parts_of_videos(all_nodes):
     for start, duration, strict in ((3.5, 9.0, True), (9.0, 1.0, False)):
         with pytest.raises(ValueError, match="the video lasts 4.000 s"):
             cut(start, duration, strict)
+
+
+def test_meshes_are_saved(all_nodes, folders):
+    import json
+    import struct
+    from types import SimpleNamespace
+
+    points = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 2, 0]]])
+    mesh = SimpleNamespace(vertices=points, faces=torch.tensor([[[0, 1, 2]]]))
+    shown = run(all_nodes, "SaveGLB", mesh=mesh, filename_prefix="mesh/x", prompt={"1": {}})["ui"]["3d"][0]
+    data = (folders / "output/mesh" / shown["filename"]).read_bytes()
+    magic, version, length, size, _ = struct.unpack("<4sIIII", data[:20])
+    assert (magic, version, length) == (b"glTF", 2, len(data)) and size % 4 == 0
+    scene = json.loads(data[20 : 20 + size])
+    assert scene["asset"]["extras"]["prompt"] == '{"1": {}}' and scene["accessors"][0]["max"] == [1, 2, 0]
+    binary = data[28 + size :]
+    assert np.frombuffer(binary[:36], "<f4").tolist() == points.flatten().tolist()
+    assert np.frombuffer(binary[36:48], "<u4").tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="nothing to save"):
+        run(all_nodes, "SaveGLB", mesh=SimpleNamespace(vertices=points[:, :0], faces=mesh.faces), filename_prefix="x")
