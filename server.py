@@ -40,6 +40,8 @@ __all__ = ["BinaryEventTypes", "PromptServer", "uuid", "web"]
 
 # a page that takes nothing for so long is disconnected, so that it cannot hold up the others
 SEND_TIMEOUT_S = 30.0
+# messages waiting to be sent from which on the queue's length is not told every time
+BACKLOG = 50
 
 
 def single_rank_status() -> dict[str, Any]:
@@ -65,6 +67,7 @@ class PromptServer:
         self.supports = ["custom_nodes_from_web"]
         self.prompt_queue: Any = None
         self.messages: asyncio.Queue[tuple[Any, Any, str | None]] = asyncio.Queue()
+        self._statuses = 0
         self.number = 0
         self.port = args.port
         self.address = args.listen
@@ -188,7 +191,11 @@ class PromptServer:
     def send_sync(self, event: Any, data: Any, sid: str | None = None) -> None:
         """Like `send`, from any thread, without waiting. Does nothing on ranks that follow."""
         if self.listening:
-            self.loop.call_soon_threadsafe(self.messages.put_nowait, (event, data, sid))
+            self.loop.call_soon_threadsafe(self._to_be_sent, event, data, sid)
+
+    def _to_be_sent(self, event: Any, data: Any, sid: str | None) -> None:
+        self._statuses += event == "status" and sid is None
+        self.messages.put_nowait((event, data, sid))
 
     def send_progress_text(self, text: str | bytes, node_id: str | None = None, sid: str | None = None) -> None:
         """Show a text on a node (default: the running one)."""
@@ -206,6 +213,11 @@ class PromptServer:
         """Send what `send_sync` collected, in order, for ever."""
         while True:
             event, data, sid = await self.messages.get()
+            if event == "status" and sid is None:
+                self._statuses -= 1
+                # pages that lag behind need the newest count only
+                if self._statuses and self.messages.qsize() > BACKLOG:
+                    continue
             try:
                 await self.send(event, data, sid)
             except Exception:  # noqa: BLE001 - one message that cannot be encoded must not silence all others
@@ -277,12 +289,18 @@ def _bound_port(site: web.TCPSite, port: int) -> int:
 
 
 def _tls_context() -> ssl.SSLContext | None:
-    """TLS from --tls-keyfile and --tls-certfile. Raises ValueError when only one is given."""
+    """TLS from --tls-keyfile and --tls-certfile. Raises ValueError when one is missing or cannot be used."""
     if not args.tls_keyfile and not args.tls_certfile:
         return None
     if not args.tls_keyfile or not args.tls_certfile:
         raise ValueError("TLS needs both --tls-keyfile and --tls-certfile")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certfile=args.tls_certfile, keyfile=args.tls_keyfile)
+    try:
+        context.load_cert_chain(certfile=args.tls_certfile, keyfile=args.tls_keyfile)
+    except OSError as error:
+        raise ValueError(
+            f"TLS is not possible with {args.tls_certfile} and {args.tls_keyfile} ({error.strerror or error}); "
+            "give PEM files with --tls-certfile and --tls-keyfile, or neither"
+        ) from error
     return context

@@ -10,8 +10,9 @@ from typing import Any
 
 from aiohttp import web
 
-from app.responses import bad_request, json_body, json_object, json_response, listed
+from app.responses import bad_request, dumps, json_body, json_object, json_response, listed
 from comfy_execution import jobs
+from comfy_execution.prompt_queue import QueueItem, without_secrets
 
 
 def _number(value: str | None, name: str, default: int | None) -> int | None:
@@ -67,7 +68,26 @@ async def _queue_prompt(server: Any, body: Any) -> web.Response:
     return json_response({"prompt_id": prompt_id, "number": number, "node_errors": node_errors})
 
 
+class _WaitingTexts:
+    """JSON of the waiting prompts, each encoded once: many pages ask for a queue that may be long."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[QueueItem, str]] = {}
+
+    def of(self, items: list[QueueItem]) -> list[str]:
+        """In the order of `items`; what does not wait any more is forgotten."""
+        known: dict[int, tuple[QueueItem, str]] = {}
+        for item in items:
+            before = self._known.get(id(item))
+            fits = before is not None and before[0] is item
+            known[id(item)] = before if fits else (item, dumps(without_secrets(item)))
+        self._known = known
+        return [text for _, text in known.values()]
+
+
 def _add_queue(routes: web.RouteTableDef, server: Any) -> None:
+    texts = _WaitingTexts()
+
     @routes.get("/prompt")
     async def get_prompt(request: web.Request) -> web.Response:
         return json_response(server.get_queue_info())
@@ -78,8 +98,12 @@ def _add_queue(routes: web.RouteTableDef, server: Any) -> None:
 
     @routes.get("/queue")
     async def get_queue(request: web.Request) -> web.Response:
-        running, waiting = server.prompt_queue.get_current_queue_volatile()
-        return json_response({"queue_running": running, "queue_pending": waiting})
+        with server.prompt_queue.mutex:
+            running, _ = server.prompt_queue.get_current_queue_volatile()
+            pending = server.prompt_queue.queue
+        waiting = ", ".join(texts.of(pending))
+        body = f'{{"queue_running": {dumps(running)}, "queue_pending": [{waiting}]}}'
+        return web.Response(text=body, content_type="application/json")
 
     @routes.post("/queue")
     async def post_queue(request: web.Request) -> web.Response:
