@@ -87,7 +87,8 @@ def norm_and_rotate(
     """
     size = q.shape[-1]
     fits = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and size >= 16 and size & (size - 1) == 0
-    if not fits or table.dtype != torch.float32 or not _available():
+    trains = torch.is_grad_enabled() and q.requires_grad  # the kernel has no derivative
+    if not fits or trains or table.dtype != torch.float32 or not _available():
         return None
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     if any(t.stride(-1) != 1 or t.stride(-2) != size for t in (q, k)):
