@@ -1,0 +1,182 @@
+"""Versions, devices, links between them, memory and disk of this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+
+import psutil
+import torch
+
+from .findings import OK, PROBLEM, WARNING, Finding
+
+GIB = 1024**3
+LEAST_DISK = 2 * GIB
+LEAST_MEMORY = 4 * GIB
+_REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)\s*(?:(==|>=)\s*([\w.]+))?")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
+
+
+def versions(requirements: str) -> Iterator[Finding]:
+    """The interpreter, torch with what it was built for, and every package of a requirements file."""
+    yield Finding(OK, "python", f"{platform.python_version()} on {platform.platform()}")
+    parts = [f"torch {torch.__version__}", f"CUDA {torch.version.cuda or 'none'}"]
+    if torch.version.cuda and torch.cuda.is_available():
+        parts.append("NCCL " + ".".join(map(str, torch.cuda.nccl.version())))
+        parts.append(f"cuDNN {torch.backends.cudnn.version()}")
+    yield Finding(OK, "torch", ", ".join(parts))
+    with open(requirements, encoding="utf-8") as file:
+        wanted = [match for line in file if (match := _REQUIREMENT.match(line.strip()))]
+    for match in wanted:
+        name, relation, version = match.groups()
+        yield from _package(name, relation, version)
+
+
+def _package(name: str, relation: str | None, version: str | None) -> Iterator[Finding]:
+    cure = f"run ./setup_environment.sh, or: pip install '{name}{relation or ''}{version or ''}'"
+    try:
+        present = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(PROBLEM, name, "is not installed", cure)
+        return
+    if relation == ">=" and version and _numbers(present) < _numbers(version):
+        yield Finding(PROBLEM, name, f"{present} is older than {version}", cure)
+    elif relation == "==" and version and _numbers(present) != _numbers(version):
+        yield Finding(WARNING, name, f"{present}, tested with {version}", cure)
+    elif name != "torch":
+        yield Finding(OK, name, present)
+
+
+def devices(gpus: Sequence[int], cpu: bool, messages: Sequence[str]) -> Iterator[Finding]:
+    """The devices ranks would get; `messages` are what the start itself complains of."""
+    for message in messages:
+        cure = "name GPUs that exist (--gpus, CUDA_VISIBLE_DEVICES; nvidia-smi lists them), or add --cpu to mean it"
+        yield Finding(
+            PROBLEM if "names GPU" in message or message.startswith("GPU ") else WARNING, "GPUs", message, cure
+        )
+    yield Finding(OK, "CPU", f"{os.cpu_count()} cores, {psutil.cpu_percent(0.1):.0f}% busy")
+    if cpu:
+        return
+    if not torch.cuda.is_available():
+        built = "was built without CUDA" if torch.version.cuda is None else "finds no usable driver"
+        cure = (
+            "remove .venv and run ./setup_environment.sh, which installs the build for this machine; check nvidia-smi"
+        )
+        yield Finding(PROBLEM, "torch", f"the machine has NVIDIA GPUs but torch {built}", cure)
+        return
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        yield Finding(OK, "driver", driver if isinstance(driver, str) else driver.decode())
+        for gpu in gpus:
+            yield from _gpu(pynvml, gpu)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(pynvml: object, gpu: int) -> Iterator[Finding]:
+    nvml: object = pynvml
+    handle = nvml.nvmlDeviceGetHandleByIndex(gpu)  # type: ignore[attr-defined]
+    name = nvml.nvmlDeviceGetName(handle)  # type: ignore[attr-defined]
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)  # type: ignore[attr-defined]
+    rates = nvml.nvmlDeviceGetUtilizationRates(handle)  # type: ignore[attr-defined]
+    degrees = nvml.nvmlDeviceGetTemperature(handle, 0)  # type: ignore[attr-defined]
+    text = (
+        f"{name if isinstance(name, str) else name.decode()}, {memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB "
+        f"free, {rates.gpu}% busy, {degrees} C"
+    )
+    if memory.free < LEAST_MEMORY:
+        yield Finding(WARNING, f"GPU {gpu}", text, "end other programs on this GPU (nvidia-smi names them)")
+    else:
+        yield Finding(OK, f"GPU {gpu}", text)
+
+
+def topology(gpus: Sequence[int]) -> Iterator[Finding]:
+    """How each pair of GPUs is joined."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(gpu) for gpu in gpus]
+        for i, a in enumerate(gpus):
+            for j in range(i + 1, len(gpus)):
+                direct = torch.cuda.can_device_access_peer(i, j)
+                try:
+                    level = pynvml.nvmlDeviceGetTopologyCommonAncestor(handles[i], handles[j])
+                    joined = _LEVELS.get(level, f"level {level}")
+                except pynvml.NVMLError:
+                    joined = "unknown path"
+                links = _nvlinks(pynvml, handles[i])
+                path = f"NVLink ({links} links)" if links else joined
+                text = f"{path}, {'direct access' if direct else 'no direct access'}"
+                cure = "ranks exchange through host memory: slower; prefer CFG parallel, or GPUs of one switch"
+                yield Finding(OK if direct else WARNING, f"GPU {a} - GPU {gpus[j]}", text, "" if direct else cure)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+_LEVELS = {
+    0: "same board",
+    10: "one PCIe switch",
+    20: "several PCIe switches",
+    30: "one PCIe host bridge",
+    40: "one CPU socket",
+    50: "between CPU sockets",
+}
+
+
+def _nvlinks(pynvml: object, handle: object) -> int:
+    """Active NVLinks of a GPU; 0 where there are none."""
+    count = 0
+    for link in range(18):
+        try:
+            count += bool(pynvml.nvmlDeviceGetNvLinkState(handle, link))  # type: ignore[attr-defined]
+        except Exception:  # NVML raises for links the GPU does not have, with a kind that differs by driver
+            break
+    return count
+
+
+def resources(folders: Mapping[str, str]) -> Iterator[Finding]:
+    """Free memory of the host and disk of the folders (name -> path), which must be writable."""
+    memory = psutil.virtual_memory()
+    text = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
+    cure = "end other programs; models wait in host memory while they are not computing"
+    yield Finding(OK if memory.available > LEAST_MEMORY else WARNING, "host memory", text, cure)
+    shared = "/dev/shm"
+    if os.path.isdir(shared):
+        free = shutil.disk_usage(shared).free
+        cure = "in a container, give it more shared memory (docker: --shm-size=1g)"
+        enough = free > 64 * 1024**2
+        yield Finding(OK if enough else WARNING, "shared memory", f"{free / GIB:.2f} GiB free", "" if enough else cure)
+    for name, path in folders.items():
+        yield _folder(name, path)
+
+
+def _folder(name: str, path: str) -> Finding:
+    existing = path
+    while not os.path.isdir(existing):
+        existing = os.path.dirname(existing)
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"\0" * 1024 * 1024)
+            file.flush()
+    except OSError as error:
+        cure = f"free space there or allow writing, or choose another folder (--{name}-directory, --base-directory)"
+        return Finding(PROBLEM, f"{name} folder", f"{path} cannot be written: {error.strerror}", cure)
+    free = shutil.disk_usage(existing).free
+    text = f"{path}, {free / GIB:.1f} GiB free"
+    if free < LEAST_DISK:
+        return Finding(
+            WARNING, f"{name} folder", text, "free space there; pictures and videos will soon fail to be saved"
+        )
+    return Finding(OK, f"{name} folder", text)
