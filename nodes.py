@@ -45,8 +45,10 @@ from comfy_nodes.latent import (
     SetLatentNoiseMask,
 )
 from comfy_nodes.loaders import (
+    CheckpointLoader,
     CheckpointLoaderSimple,
     CLIPLoader,
+    DiffusersLoader,
     DualCLIPLoader,
     LoraLoader,
     LoraLoaderModelOnly,
@@ -115,6 +117,7 @@ __all__ = [
     "CLIPLoader",
     "CLIPSetLastLayer",
     "CLIPTextEncode",
+    "CheckpointLoader",
     "CheckpointLoaderSimple",
     "ConditioningAverage",
     "ConditioningCombine",
@@ -125,6 +128,7 @@ __all__ = [
     "ConditioningSetMask",
     "ConditioningSetTimestepRange",
     "ConditioningZeroOut",
+    "DiffusersLoader",
     "DualCLIPLoader",
     "EXTENSION_WEB_DIRS",
     "EmptyImage",

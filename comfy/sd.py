@@ -10,6 +10,7 @@ import torch
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -70,7 +71,8 @@ def model_detection_error_hint(path: str, state_dict: StateDict) -> str:
     return f"{path} looks like a LoRA; load it with Load LoRA" if is_lora else ""
 
 
-def _unknown_model(path: str) -> RuntimeError:
+def unknown_model(path: str) -> RuntimeError:
+    """What to raise for a file of no known family."""
     return RuntimeError(
         f"{path} holds no diffusion model this version knows (families: Flux.1); use another file, or the loader of "
         "the part it contains (Load VAE, Load CLIP, Load LoRA)"
@@ -97,7 +99,7 @@ def load_checkpoint_guess_config(
         te_model_options=te_model_options, metadata=metadata,
     )  # fmt: skip
     if out is None:
-        raise _unknown_model(ckpt_path)
+        raise unknown_model(ckpt_path)
     if output_model and out[0] is not None:
         out[0].cached_patcher_init = (load_checkpoint_guess_config, (ckpt_path,))
     return out
@@ -205,7 +207,7 @@ def load_diffusion_model(unet_path: str, model_options: dict[str, Any] | None = 
     metadata = metadata or _neighbour_config(unet_path)
     model = load_diffusion_model_state_dict(sd, model_options=model_options, metadata=metadata)
     if model is None:
-        raise _unknown_model(unet_path)
+        raise unknown_model(unet_path)
     model.cached_patcher_init = (load_diffusion_model, (unet_path, model_options))
     return model
 
@@ -256,15 +258,45 @@ def load_checkpoint(
     state_dict: StateDict | None = None,
     config: Any = None,
 ) -> tuple[Any, Any, Any]:
-    """Older interface; the configuration file is not needed any more."""
+    """(model, clip, vae) with a configuration in latent diffusion's form, as a file or as its content.
+
+    The family is told by the weights. Of the configuration two things count: that the network predicts the velocity
+    (`parameterization: v`) and the text encoder's layer (`layer_idx`).
+    """
+    if state_dict is None and ckpt_path is None:
+        raise ValueError("load_checkpoint needs ckpt_path or state_dict")
+    if config is None and config_path is not None:
+        config = _read_config(config_path)
     if state_dict is not None:
         out = load_state_dict_guess_config(state_dict, output_vae, output_clip, False, embedding_directory)
         if out is None:
-            raise _unknown_model("the state dict")
-        return out[:3]
-    if ckpt_path is None:
-        raise ValueError("load_checkpoint needs ckpt_path or state_dict")
-    return load_checkpoint_guess_config(ckpt_path, output_vae, output_clip, False, embedding_directory)[:3]
+            raise unknown_model("the state dict")
+        model, clip, vae = out[:3]
+    else:
+        model, clip, vae = load_checkpoint_guess_config(
+            ckpt_path, output_vae, output_clip, False, embedding_directory
+        )[:3]  # fmt: skip
+    told = ((config or {}).get("model") or {}).get("params") or {}
+    if told.get("parameterization") == "v" and model is not None:
+        kind = comfy.model_base.ModelType.V_PREDICTION
+        model.add_object_patch("model_sampling", comfy.model_base.model_sampling(model.model.model_config, kind))
+    layer = ((told.get("cond_stage_config") or {}).get("params") or {}).get("layer_idx")
+    if layer is not None and clip is not None:
+        clip.clip_layer(layer)
+    return model, clip, vae
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML ({error}); choose another configuration") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} has no section `model`; choose another configuration")
+    return config
 
 
 def save_checkpoint(

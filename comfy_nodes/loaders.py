@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -52,6 +53,49 @@ class CheckpointLoaderSimple:
             path, output_vae=True, output_clip=True, embedding_directory=embeddings()
         )
         return loaded[:3]
+
+
+class CheckpointLoader:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"config_name": (files("configs"),), "ckpt_name": (files("checkpoints"),)}}
+
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    FUNCTION = "load_checkpoint"
+    CATEGORY = "advanced/loaders"
+    DEPRECATED = True
+
+    def load_checkpoint(self, config_name: str, ckpt_name: str):
+        import comfy.sd
+
+        config = folder_paths.get_full_path_or_raise("configs", config_name)
+        path = folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)
+        return comfy.sd.load_checkpoint(config, path, True, True, embeddings())
+
+
+class DiffusersLoader:
+    @classmethod
+    def INPUT_TYPES(cls):
+        import comfy.diffusers_load
+
+        roots = folder_paths.get_folder_paths("diffusers")
+        folders = {folder: None for root in roots for folder in comfy.diffusers_load.model_folders(root)}
+        return {"required": {"model_path": (list(folders),)}}
+
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    FUNCTION = "load_checkpoint"
+    CATEGORY = "advanced/loaders/deprecated"
+
+    def load_checkpoint(self, model_path: str, output_vae: bool = True, output_clip: bool = True):
+        import comfy.diffusers_load
+
+        for root in folder_paths.get_folder_paths("diffusers"):
+            if model_path in comfy.diffusers_load.model_folders(root):
+                path = os.path.join(root, model_path)
+                return comfy.diffusers_load.load_diffusers(path, output_vae, output_clip, embeddings())
+        raise FileNotFoundError(
+            f"no folder {model_path} with a model_index.json in models/diffusers; put the pipeline's folder there"
+        )
 
 
 class UNETLoader:
@@ -246,10 +290,12 @@ class LoraLoaderModelOnly(LoraLoader):
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        CheckpointLoaderSimple, UNETLoader, CLIPLoader, DualCLIPLoader, VAELoader, LoraLoader, LoraLoaderModelOnly,
+        CheckpointLoader, CheckpointLoaderSimple, DiffusersLoader, UNETLoader, CLIPLoader, DualCLIPLoader, VAELoader,
+        LoraLoader, LoraLoaderModelOnly,
     )
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
+    "CheckpointLoader": "Load Checkpoint With Config (DEPRECATED)",
     "CheckpointLoaderSimple": "Load Checkpoint",
     "UNETLoader": "Load Diffusion Model",
     "CLIPLoader": "Load CLIP",
