@@ -69,7 +69,7 @@ class Run:
 
     def compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """Compiled on a GPU; as it is elsewhere, where compiling takes longer than it saves."""
-        return torch.compile(function) if self.fast else function
+        return torch.compile(function, dynamic=False) if self.fast else function
 
     def amp(self) -> Any:
         """Half precision on a GPU."""

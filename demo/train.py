@@ -319,6 +319,7 @@ def main() -> None:
         recipe = replace(recipe, scenes=60, text_batch=8, text_steps=4, vae_batch=8, vae_steps=4, batch=4, steps=5,
                          lora_steps=2)  # fmt: skip
     torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # sizes of pictures, styles, last batches
     run = Run(recipe, torch.device(arguments["device"]), arguments["work"], arguments["workers"])
     began = time.monotonic()
     if not arguments["export"]:
