@@ -270,6 +270,10 @@ def default(value: Any, other: Any) -> Any:
 
 
 _UNET_PARTS = (
-    "BasicTransformerBlock", "CrossAttention", "FeedForward", "SpatialTransformer", "SpatialVideoTransformer",
+    "BasicTransformerBlock",
+    "CrossAttention",
+    "FeedForward",
+    "SpatialTransformer",
+    "SpatialVideoTransformer",
 )
 __getattr__ = missing_names(__name__, dict.fromkeys(_UNET_PARTS, "the UNet of SD and SDXL"))
