@@ -19,7 +19,15 @@ from typing import Any, ClassVar
 from aiohttp import WSMsgType, web
 
 from app import messages as frames
-from app import routes_files, routes_info, routes_internal, routes_models, routes_queue, static_files
+from app import (
+    routes_files,
+    routes_info,
+    routes_internal,
+    routes_models,
+    routes_queue,
+    routes_taco_dit,
+    static_files,
+)
 from app.custom_node_manager import CustomNodeManager
 from app.frontend_management import frontend_folder
 from app.messages import BinaryEventTypes
@@ -53,7 +61,8 @@ class PromptServer:
     """State shared by routes, executor and node packs.
 
     `client_id`: page of the running prompt; `last_node_id`: node shown as running; `number`: number of the next
-    prompt; `sockets`: open pages by id; `taco_status`: called for /taco_dit/status, may be replaced.
+    prompt; `sockets`: open pages by id; `taco_status`: called for /taco_dit/status, may be replaced;
+    `panel`: what watches the ranks, None where nothing does.
     """
 
     instance: ClassVar[PromptServer]
@@ -78,6 +87,7 @@ class PromptServer:
         self.sockets_metadata: dict[str, dict[str, Any]] = {}
         self.on_prompt_handlers: list[Callable[[Any], Any]] = []
         self.taco_status: Callable[[], dict[str, Any]] = single_rank_status
+        self.panel: Any = None
         self.web_root: str | None = frontend_folder(args.front_end_root) if listening else None
         self.app = web.Application(
             client_max_size=round(args.max_upload_size * 1024 * 1024), middlewares=self._middlewares()
@@ -100,7 +110,7 @@ class PromptServer:
     def _add_core_routes(self) -> None:
         self.routes.get("/ws")(self.websocket_handler)
         static_files.add_page(self.routes, self)
-        for topic in (routes_queue, routes_files, routes_models, routes_info):
+        for topic in (routes_queue, routes_files, routes_models, routes_info, routes_taco_dit):
             topic.add_routes(self.routes, self)
         self.user_manager.add_routes(self.routes)
         self.custom_node_manager.add_routes(self.routes)

@@ -1,4 +1,4 @@
-"""Routes that describe the program: nodes, machine, features, extensions, ranks."""
+"""Routes that describe the program: nodes, machine, features, extensions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _add_extensions(routes: web.RouteTableDef, server: Any) -> None:
 
 
 def add_routes(routes: web.RouteTableDef, server: Any) -> None:
-    """/object_info, /system_stats, /features, /extensions and /taco_dit/status."""
+    """/object_info, /system_stats, /features and /extensions."""
     _add_extensions(routes, server)
 
     @routes.get("/object_info")
@@ -93,7 +93,3 @@ def add_routes(routes: web.RouteTableDef, server: Any) -> None:
     @routes.get("/features")
     async def features(request: web.Request) -> web.Response:
         return json_response(feature_flags.get_server_features())
-
-    @routes.get("/taco_dit/status")
-    async def taco_status(request: web.Request) -> web.Response:
-        return json_response(server.taco_status())

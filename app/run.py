@@ -127,7 +127,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     server = PromptServer(loop)
-    server.taco_status = lambda: status_report(current)
+    panel = _make_panel(server, current)
     queue = PromptQueue(server)
     _load_nodes(args, server, loop)
     announce = getattr(current.lockstep, "announce", None)
@@ -140,10 +140,10 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         cache_type=cache_type,
         cache_args=cache_args,
         summary=current.engine.summary,
+        on_done=panel.prompt_done,
     )
-    infos = current.lockstep.gather("ranks", current.manager.describe())
-    current.rank_infos = infos
-    _say_hello(current, infos)
+    panel.rank_infos = current.lockstep.gather("ranks", current.manager.describe())
+    _say_hello(current, panel.rank_infos)
     _name_flags_without_effect(args)
     if args.quick_test_for_ci:
         if announce is not None:
@@ -155,6 +155,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         worker.run()
 
     threading.Thread(target=work, daemon=True, name="prompt worker").start()
+    panel.monitor.start()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, loop.stop)
@@ -174,6 +175,20 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         _clean_temp()
     _exit_soon()
     return 0
+
+
+def _make_panel(server: Any, current: Any) -> Any:
+    """The panel, its part of the page, and the collection of warnings for it."""
+    import nodes
+    from app.panel import WEB_FOLDER, WEB_NAME, Panel
+    from comfy.taco_dit.utils.monitor import Monitor
+
+    panel = Panel(server, current, Monitor(current.manager, current.engine))
+    panel.collect_warnings(os.environ)
+    nodes.EXTENSION_WEB_DIRS[WEB_NAME] = WEB_FOLDER
+    server.panel = panel
+    server.taco_status = panel.status
+    return panel
 
 
 def _exit_soon() -> None:
@@ -200,6 +215,8 @@ def _opener(args: argparse.Namespace) -> Any:
 def _follow(args: argparse.Namespace, current: Any) -> int:
     import comfy.utils
     from comfy.cli_args import LatentPreviewMethod
+    from comfy.taco_dit.utils.events import EventHandler
+    from comfy.taco_dit.utils.monitor import Monitor
     from comfy_execution.worker import PromptWorker, cache_choice
     from server import PromptServer
 
@@ -213,7 +230,10 @@ def _follow(args: argparse.Namespace, current: Any) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     cache_type, cache_args = cache_choice(args)
     worker = PromptWorker(None, server, lockstep=current.lockstep, cache_type=cache_type, cache_args=cache_args)
+    monitor = Monitor(current.manager, current.engine)
+    logging.getLogger().addHandler(EventHandler(monitor.events, monitor.rank))
     current.lockstep.gather("ranks", current.manager.describe())
+    monitor.start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # blocked in the store, Python could not handle it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     worker.follow(current.lockstep.commands())
@@ -237,16 +257,3 @@ def _say_hello(current: Any, infos: list[dict[str, Any]]) -> None:
         free, total = info["memory_free"] / 2**30, info["memory_total"] / 2**30
         logging.info("rank %d: %s %s, %.1f of %.1f GiB free", info["rank"], info["device"], info["name"], free, total)
 
-
-def status_report(current: Any) -> dict[str, Any]:
-    """`GET /taco_dit/status`: ranks with device and memory, configuration, plan, last run."""
-    ranks = [dict(info) for info in getattr(current, "rank_infos", [])]
-    if ranks:
-        ranks[0].update(current.manager.describe())
-    enabled = current.config.parallel.enabled and current.manager.world_size > 1
-    return {
-        "enabled": enabled,
-        "world_size": current.manager.world_size,
-        "ranks": ranks,
-        **current.engine.status(),
-    }

@@ -179,7 +179,7 @@ class PromptExecutor:
     """Runs prompts one after the other and keeps results between them.
 
     `cache_type` and `cache_args` choose what is kept (see `CacheType`); `lockstep` connects the ranks. After `execute`,
-    `success`, `status_messages` and `history_result` (`{"outputs", "meta"}`) say how it went.
+    `success`, `status_messages`, `history_result` (`{"outputs", "meta"}`) and `failed_rank` say how it went.
     """
 
     def __init__(
@@ -201,6 +201,7 @@ class PromptExecutor:
         self.status_messages: list[tuple[str, dict[str, Any]]] = []
         self.history_result: dict[str, Any] = {}
         self.success = True
+        self.failed_rank: int | None = None
 
     def add_message(self, event: str, data: dict[str, Any], broadcast: bool) -> None:
         """Send an event to the client (or to all when there is none and `broadcast`) and note it for the history."""
@@ -237,6 +238,7 @@ class PromptExecutor:
         self.status_messages = []
         self.history_result = {"outputs": {}, "meta": {}}
         self.success = True
+        self.failed_rank = None
         self.add_message("execution_start", {"prompt_id": prompt_id}, broadcast=False)
         dynprompt = DynamicPrompt(prompt)
         if self.lockstep.is_first:
@@ -353,6 +355,7 @@ class PromptExecutor:
             logging.info("Processing interrupted")
             self.add_message("execution_interrupted", message, broadcast=True)
             return
+        self.failed_rank = ex.rank if isinstance(ex, RankError) else self.lockstep.rank
         details = dict(error)
         details.pop("node_id")
         if _out_of_memory(ex):
@@ -371,12 +374,13 @@ class PromptExecutor:
         """Where it came from is told once, on rank 0; with several ranks the others say one line each."""
         reason = details["exception_message"].rstrip()
         if not self.lockstep.is_first:
-            logging.warning("node %s (%s): %s", node_id, node_type, reason.splitlines()[0] if reason else type(ex).__name__)
+            logging.warning("node %s (%s): %s", node_id, node_type, reason.splitlines()[0] if reason else type(ex).__name__,
+                            extra={"reported": True})
             return
         foreign = isinstance(ex, RankError)
         where = "\n" + "".join(details["traceback"]).rstrip() if foreign and details["traceback"] else ""
         logging.error("!!! Exception during processing !!! node %s (%s): %s%s", node_id, node_type, reason, where,
-                      exc_info=None if foreign else ex)
+                      exc_info=None if foreign else ex, extra={"reported": True})
 
 
 def _agreed_end(action: str, chosen: Any) -> Exception:

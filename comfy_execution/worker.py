@@ -47,7 +47,9 @@ class PromptWorker:
         cache_type: CacheType | None = None,
         cache_args: Mapping[str, Any] | None = None,
         summary: Callable[[], str] = str,
+        on_done: Callable[[PromptExecutor], None] = lambda executor: None,
     ) -> None:
+        self.on_done = on_done  # told of each prompt of the queue when it is over
         self.summary = summary  # what else to say of a prompt that is done, on its line of the console
         self.queue = queue
         self.server = server
@@ -115,7 +117,7 @@ class PromptWorker:
             self.announce({"kind": "prompt", "item": item})
             self._execute(item)
         except Exception as error:  # noqa: BLE001 - the queue must go on whatever happened to one prompt
-            logging.exception("prompt %s could not be executed", prompt_id)
+            logging.exception("prompt %s could not be executed", prompt_id, extra={"reported": True})
             self.executor.success = False
             self.executor.add_message("execution_error", _crash(prompt_id, error), broadcast=False)
         self._gc_due = True
@@ -125,6 +127,7 @@ class PromptWorker:
             completed=executor.success,
             messages=list(executor.status_messages),
         )
+        self.on_done(executor)
         self.queue.task_done(task_id, executor.history_result, status)
         if self.server.client_id is not None:
             self.server.send_sync("executing", {"node": None, "prompt_id": prompt_id}, self.server.client_id)

@@ -115,6 +115,10 @@ class Browser:
         if not self._loaded.wait(60):
             raise RuntimeError(f"{url} did not load within 60 s")
 
+    def resize(self, width: int, height: int) -> None:
+        """Give the page itself this size; the window's size includes a frame."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
     def run(self, script: str) -> Any:
         """The value of an expression in the page; promises are awaited. Raises RuntimeError for exceptions."""
         result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)

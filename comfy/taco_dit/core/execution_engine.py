@@ -210,7 +210,7 @@ class TACODiTExecutionEngine:
     def begin_run(self) -> None:
         """Before sampling, on all ranks."""
         self.runner.begin_run()
-        self.clock.read()
+        self.clock.restart()
         self._plan = None
         self._started = time.perf_counter()
 
@@ -244,6 +244,8 @@ class TACODiTExecutionEngine:
             "config": dataclasses.asdict(self.config),
             "active_plan": None if self._plan is None else self._plan.dims.describe(),
             "reason": None if self._plan is None else self._plan.reason,
+            "workload": None if self._plan is None or self._plan.work is None else dataclasses.asdict(self._plan.work),
+            "considered": [] if self._plan is None else self._plan.considered_as_dicts(),
             "total_calls": self.total_calls,
             "last_run": None if self.last_run is None else self.last_run.as_dict(),
         }

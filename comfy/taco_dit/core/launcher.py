@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .config_manager import DEFAULT_FILE, ConfigError, TacoConfig, load_config, validate_for
 
 MAX_RESTARTS = 3
+START_MESSAGES = "TACO_START_MESSAGES"  # what was said at the start, for rank 0 to show in the page, a line each
 
 
 class LaunchError(ValueError):
@@ -112,7 +113,7 @@ def read_config(args: argparse.Namespace, root: str, ranks: int) -> TacoConfig:
 
 def worker_environment(plan: LaunchPlan, environ: Mapping[str, str]) -> dict[str, str]:
     """Environment variables of the ranks."""
-    out = {}
+    out = {START_MESSAGES: "\n".join(plan.messages)}
     if plan.gpus:
         out["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in plan.gpus)
         out["CUDA_DEVICE_ORDER"] = environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from .config_manager import ConfigError, ParallelConfig, divisors
 
@@ -86,6 +87,13 @@ class Plan:
 
     dims: ParallelDims
     reason: str
+    work: Workload | None = None
+    considered: tuple[tuple[str, float], ...] = ()
+    """Every layout that was possible and its estimated time, in units of one rank's; the best first."""
+
+    def considered_as_dicts(self) -> list[dict[str, Any]]:
+        """For JSON: `plan`, `relative_time`."""
+        return [{"plan": name, "relative_time": cost} for name, cost in self.considered]
 
 
 def share(total: int, parts: int, index: int) -> tuple[int, int]:
@@ -146,8 +154,10 @@ def choose_plan(config: ParallelConfig, work: Workload, world_size: int) -> Plan
             f"sequence degree={config.ulysses_degree or config.sequence_parallel_degree} for {work.conds} "
             f"conditionings of {work.pictures} pictures; set one of them to auto"
         )
-    best = min(found, key=lambda d: (round(_cost(d, work), 6), d.replicas, d.ulysses_degree, d.data_degree))
-    return Plan(best, _reason(best, work, config))
+    found.sort(key=lambda d: (round(_cost(d, work), 6), d.replicas, d.ulysses_degree, d.data_degree))
+    alone = _cost(ParallelDims(), work)
+    considered = tuple((dims.describe(), round(_cost(dims, work) / alone, 4)) for dims in found)
+    return Plan(found[0], _reason(found[0], work, config), work, considered)
 
 
 def _reason(dims: ParallelDims, work: Workload, config: ParallelConfig) -> str:

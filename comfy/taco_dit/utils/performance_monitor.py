@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+
+class Times(NamedTuple):
+    """Sums over denoiser calls, in ms."""
+
+    calls: int = 0
+    total: float = 0.0
+    exchange: float = 0.0
+
+    def plus(self, total: float, exchange: float) -> Times:
+        """With one more call."""
+        return Times(self.calls + 1, self.total + total, self.exchange + exchange)
+
+    def as_dict(self) -> dict[str, float]:
+        """`calls` (a count), `total`, `exchange`, `compute`."""
+        return {**self._asdict(), "compute": max(0.0, self.total - self.exchange)}
 
 
 class Clock:
     """Times denoiser calls and the exchanges inside them, without making the device wait.
 
-    On CUDA, events are recorded and read at the end of a run; inside a CUDA graph nothing can be timed, so exchanges
-    replayed by a graph count as computing.
+    On CUDA, events are recorded and read at later calls, when the device has passed them; inside a CUDA graph nothing
+    can be timed, so exchanges replayed by a graph count as computing. `run` (since `restart`) and `ever` are replaced,
+    never changed, so that other threads may read them at any time. `observer` is told each call's ms.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._calls: list[Any] = []
+        self._calls: collections.deque[tuple[Any, Any, list[Any]]] = collections.deque()
         self._exchanges: list[Any] = []
+        self.run = Times()
+        self.ever = Times()
+        self.observer: Callable[[float], None] = lambda ms: None
 
     def _mark(self) -> Any:
         if not self._cuda:
@@ -33,9 +54,13 @@ class Clock:
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
         """One denoiser call."""
+        self._fold()
+        self._exchanges = []
         start = self._mark()
         yield
-        self._calls.append((start, self._mark()))
+        self._calls.append((start, self._mark(), self._exchanges))
+        if not self._cuda:
+            self._fold()
 
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:
@@ -47,19 +72,29 @@ class Clock:
         yield
         self._exchanges.append((start, self._mark()))
 
-    def _milliseconds(self, spans: list[Any]) -> float:
-        if self._cuda:
-            return sum(start.elapsed_time(stop) for start, stop in spans)
-        return sum(stop - start for start, stop in spans) * 1e3
+    def _milliseconds(self, start: Any, stop: Any) -> float:
+        return start.elapsed_time(stop) if self._cuda else (stop - start) * 1e3
+
+    def _fold(self) -> None:
+        """Add up the calls that the device is done with."""
+        while self._calls and (not self._cuda or self._calls[0][1].query()):
+            start, stop, exchanges = self._calls.popleft()
+            total = self._milliseconds(start, stop)
+            exchange = sum(self._milliseconds(*span) for span in exchanges)
+            self.run, self.ever = self.run.plus(total, exchange), self.ever.plus(total, exchange)
+            self.observer(total)
+
+    def restart(self) -> None:
+        """Begin a new run: `run` counts from here."""
+        self.read()
+        self.run = Times()
 
     def read(self) -> dict[str, float]:
-        """Totals in ms since the last reading: `calls` (a count), `total`, `exchange`, `compute`."""
+        """Totals of the run, waiting for the device."""
         if self._cuda:
             torch.cuda.synchronize()
-        total, exchange = self._milliseconds(self._calls), self._milliseconds(self._exchanges)
-        out = {"calls": len(self._calls), "total": total, "exchange": exchange, "compute": max(0.0, total - exchange)}
-        self._calls, self._exchanges = [], []
-        return out
+        self._fold()
+        return self.run.as_dict()
 
 
 @dataclass

@@ -1,0 +1,76 @@
+// The panel's words. Messages, cures and reasons come from the server, in English.
+
+const EN = {
+  tooltip: "TACO-DiT: the GPUs at work",
+  connecting: "Asking the server…",
+  sampling: "sampling",
+  idle: "idle",
+  ranks: "Ranks",
+  rank: (n) => `Rank ${n}`,
+  memory: "Memory",
+  processMemory: "Process memory",
+  use: "GPU use",
+  cpuUse: "CPU use, of all cores",
+  temperature: "Temperature",
+  none: "n/a",
+  late: (s) => `no news for ${s} s`,
+  plan: "Plan",
+  noPlan: "Nothing was sampled yet.",
+  oneRank: "One rank computes everything: there is nothing to share.",
+  off: "Sharing is turned off: every rank computes everything.",
+  lastPlan: "Last run",
+  work: (w) =>
+    `A step evaluates ${w.conds} ${w.conds === 1 ? "conditioning" : "conditionings"} of ${w.pictures} ` +
+    `${w.pictures === 1 ? "picture" : "pictures"}: ${w.tokens} tokens, ${w.heads} heads.`,
+  considered: (n) => `Estimated time of a step with ${n} ranks, one rank = 1`,
+  steps: "Time of a step",
+  stepCount: (n) => `mean of ${n} steps`,
+  compute: "compute",
+  exchange: "exchange and waiting",
+  speedup: "Speed-up against one rank, estimated",
+  times: (x) => `${x} times`,
+  events: "Warnings and errors",
+  noEvents: "None.",
+  clear: "Clear",
+  cure: "What to do",
+  onRank: (list) => (list.length === 1 ? `rank ${list[0]}` : `ranks ${list.join(", ")}`),
+};
+
+const ZH = {
+  tooltip: "TACO-DiT：各 GPU 的工作状态",
+  connecting: "正在询问服务器…",
+  sampling: "采样中",
+  idle: "空闲",
+  ranks: "进程（rank）",
+  rank: (n) => `Rank ${n}`,
+  memory: "显存",
+  processMemory: "进程内存",
+  use: "GPU 使用率",
+  cpuUse: "占全部 CPU 核心的比例",
+  temperature: "温度",
+  none: "无",
+  late: (s) => `${s} 秒没有消息`,
+  plan: "并行方案",
+  noPlan: "还没有采样。",
+  oneRank: "只有一个 rank：没有可以分摊的工作。",
+  off: "并行已关闭：每个 rank 都计算全部内容。",
+  lastPlan: "上次运行",
+  work: (w) => `每一步计算 ${w.pictures} 张图、${w.conds} 个条件：${w.tokens} 个 token，${w.heads} 个注意力头。`,
+  considered: (n) => `${n} 个 rank 每步时间的估计值（一个 rank = 1）`,
+  steps: "每步时间",
+  stepCount: (n) => `${n} 步的平均值`,
+  compute: "计算",
+  exchange: "交换和等待",
+  speedup: "相对一个 rank 的加速（估计值）",
+  times: (x) => `${x} 倍`,
+  events: "警告和错误",
+  noEvents: "没有。",
+  clear: "清除",
+  cure: "怎么办",
+  onRank: (list) => `rank ${list.join("、")}`,
+};
+
+/** Words for a language of the page: Chinese for zh and zh-TW, else English. */
+export function textsFor(locale) {
+  return String(locale).startsWith("zh") ? ZH : EN;
+}
