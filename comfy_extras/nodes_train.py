@@ -1,20 +1,26 @@
-"""Pictures and texts of a folder, trained adapters in use and on disk, and how training went."""
+"""Training of adapters: pictures and texts of a folder, training, adapters in use and on disk, how it went."""
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import numpy as np
 import torch
 
+import comfy.lora_convert
 import comfy.sd
 import comfy.utils
 import folder_paths
+from comfy.lora_training import LOSSES, OPTIMIZERS, TrainingSettings, train
+from comfy.taco_dit import runtime
+from comfy.weight_adapter import adapter_maps
 from comfy_api.latest import ui
 from comfy_nodes.conditioning import need_clip
-from comfy_nodes.fields import number, whole
+from comfy_nodes.fields import MAX_SEED, number, whole
 from comfy_nodes.files import metadata_texts
+from comfy_nodes.sampling import check_latent
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 RESIZES = ["None", "Stretch", "Crop", "Pad"]
@@ -134,6 +140,69 @@ class LoadImageTextSetFromFolderNode:
         return (images, conditionings)
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NO_LORA = "[None]"
+
+
+def steps_in_name(file: str) -> int:
+    """How many steps an adapter was trained for, from a name that SaveLoRA gave it; 0 when it does not say."""
+    found = re.search(r"(\d+)_steps_", os.path.basename(file))
+    return int(found[1]) if found else 0
+
+
+class TrainLoraNode:
+    @classmethod
+    def INPUT_TYPES(cls):
+        def choice(options: Any, default: str, tooltip: str) -> tuple[Any, Any]:
+            return (list(options), {"default": default, "tooltip": tooltip})
+
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model the adapter is trained for."}),
+                "latents": ("LATENT", {"tooltip": "The pictures."}),
+                "positive": ("CONDITIONING", {"tooltip": "One for all pictures, or one for each."}),
+                "batch_size": whole(1, 1, 10000, 1, tooltip="Pictures in a batch."),
+                "grad_accumulation_steps": whole(1, 1, 1024, 1, tooltip="Batches before the adapter is changed."),
+                "steps": whole(16, 1, 100000, tooltip="How many times the adapter is changed."),
+                "learning_rate": number(0.0005, 0.0000001, 1.0, 0.000001, tooltip="The size of a change."),
+                "rank": whole(8, 1, 128, tooltip="The rank of the adapter's matrices."),
+                "optimizer": choice(OPTIMIZERS, "AdamW", "How gradients become changes."),
+                "loss_function": choice(LOSSES, "MSE", "How prediction and picture are compared."),
+                "seed": whole(0, 0, MAX_SEED, tooltip="For the adapter's start, noise, levels and order."),
+                "training_dtype": choice(DTYPES, "bf16", "What the network computes in."),
+                "lora_dtype": choice(DTYPES, "bf16", "What the adapter is kept in."),
+                "algorithm": choice(adapter_maps, "LoRA", "The kind of adapter."),
+                "gradient_checkpointing": ("BOOLEAN", {"default": True, "tooltip": "Slower, with far less memory."}),
+                "existing_lora": choice(
+                    [*folder_paths.get_filename_list("loras"), NO_LORA], NO_LORA, "An adapter to go on with."
+                ),
+            }
+        }
+
+    RETURN_TYPES = ("MODEL", "LORA_MODEL", "LOSS_MAP", "INT")
+    RETURN_NAMES = ("model_with_lora", "lora", "loss", "steps")
+    FUNCTION = "train"
+    CATEGORY = "training"
+    EXPERIMENTAL = True
+
+    def train(
+        self, model: Any, latents: dict[str, Any], positive: Any, training_dtype: str, lora_dtype: str,
+        existing_lora: str = NO_LORA, **settings: Any,
+    ):  # fmt: skip
+        """On several ranks the first one trains, so that all have the same adapter, and the others wait for it."""
+        chosen = TrainingSettings(training_dtype=DTYPES[training_dtype], lora_dtype=DTYPES[lora_dtype], **settings)
+        samples = check_latent(model, latents)
+        existing: dict[str, torch.Tensor] = {}
+        if existing_lora != NO_LORA:
+            path = folder_paths.get_full_path_or_raise("loras", existing_lora)
+            existing = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(path, safe_load=True))
+        lora, losses = runtime.current().lockstep.share(
+            "trained adapter", lambda: train(model, samples, positive, chosen, existing)
+        )
+        trained = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+        return (trained, lora, {"loss": losses}, chosen.steps + steps_in_name(existing_lora))
+
+
 class LoraModelLoader:
     @classmethod
     def INPUT_TYPES(cls):
@@ -242,12 +311,14 @@ class LossGraphNode:
 
 
 NODE_CLASS_MAPPINGS = {
-    "SaveLoRANode": SaveLoRA, "LoraModelLoader": LoraModelLoader, "LossGraphNode": LossGraphNode,
+    "TrainLoraNode": TrainLoraNode, "SaveLoRANode": SaveLoRA, "LoraModelLoader": LoraModelLoader,
+    "LossGraphNode": LossGraphNode,
     "LoadImageSetFromFolderNode": LoadImageSetFromFolderNode,
     "LoadImageTextSetFromFolderNode": LoadImageTextSetFromFolderNode,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "SaveLoRANode": "Save LoRA Weights", "LoraModelLoader": "Load LoRA Model", "LossGraphNode": "Plot Loss Graph",
+    "TrainLoraNode": "Train LoRA", "SaveLoRANode": "Save LoRA Weights", "LoraModelLoader": "Load LoRA Model",
+    "LossGraphNode": "Plot Loss Graph",
     "LoadImageSetFromFolderNode": "Load Image Dataset from Folder",
     "LoadImageTextSetFromFolderNode": "Load Image and Text Dataset from Folder",
 }

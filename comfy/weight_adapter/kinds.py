@@ -1,4 +1,5 @@
-"""The kinds of adapters: LoRA (Hu et al. 2021), LoHa and LoKr (Yeh et al. 2023, LyCORIS), GLoRA (Chavan et al. 2023)."""
+"""The kinds of adapters: LoRA (Hu et al. 2021), LoHa and LoKr (Yeh et al. 2023, LyCORIS), GLoRA (Chavan et al. 2023),
+OFT (Qiu et al. 2023)."""
 
 from __future__ import annotations
 
@@ -149,3 +150,30 @@ class GLoRAAdapter(WeightAdapterBase):
         else:
             change = b1 @ b2 + (flat @ a1) @ a2
         return factor * change.reshape(shape), scale
+
+
+class OFTAdapter(WeightAdapterBase):
+    """Blocks of the weight's rows, each turned by a rotation: Cayley's map of a skew matrix whose norm alpha bounds."""
+
+    name = "oft"
+
+    @classmethod
+    def load(cls, x, lora, alpha, dora_scale, loaded_keys=None):
+        blocks = lora.get(f"{x}.oft_blocks")
+        if blocks is None or blocks.ndim != 3:
+            return None
+        used = {f"{x}.oft_blocks"}
+        return cls(used, (blocks, _take(lora, used, f"{x}.rescale"), alpha, dora_scale))
+
+    def difference(self, shape, dtype, device, weight):
+        blocks, rescale = _matrix(self.weights[:2], torch.float32, device)
+        alpha, scale = self.weights[2:]
+        skew = blocks - blocks.transpose(1, 2)
+        if alpha:
+            skew = skew * (alpha / (skew.norm() + 1e-8)).clamp(max=1.0)
+        identity = torch.eye(blocks.shape[1], device=device)
+        rotation = torch.linalg.solve(identity - skew, identity + skew, left=False)
+        rows = weight.float().unflatten(0, blocks.shape[:2])
+        turned = torch.einsum("kij,ki...->kj...", rotation, rows).flatten(0, 1)
+        turned = turned if rescale is None else rescale * turned
+        return (turned - weight).to(dtype), scale
