@@ -83,8 +83,8 @@ class Panel:
 
     def _tell(self) -> None:
         """Called by the monitor's thread: send the status if somebody watches and something changed."""
-        watching = {client_id for client_id in self._watching.copy() if client_id in self.server.sockets}
-        self._watching &= watching
+        self._watching -= {client_id for client_id in self._watching.copy() if client_id not in self.server.sockets}
+        watching = self._watching.copy()
         if not watching:
             return
         status = self.status()

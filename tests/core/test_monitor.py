@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -77,6 +78,44 @@ def test_a_rank_on_the_cpu_says_what_it_knows_only():
     read = RankSampler(torch.device("cpu")).read()
     assert 0 < read["memory_used"] < read["memory_total"] and 0 <= read["utilisation"] <= 1
     assert read["temperature"] is None
+
+
+class NoSuchValue(Exception):
+    """Stands for NVMLError."""
+
+
+def fake_nvml(monkeypatch, **functions):
+    """A GPU whose NVML has these functions; the others fail as unsupported ones do."""
+
+    def unsupported(*arguments):
+        raise NoSuchValue
+
+    names = ("nvmlDeviceGetHandleByUUID", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetUtilizationRates",
+             "nvmlDeviceGetTemperature")  # fmt: skip
+    nvml = {"NVMLError": NoSuchValue, "NVML_TEMPERATURE_GPU": 0, "nvmlInit": lambda: None}
+    nvml |= dict.fromkeys(names, unsupported) | functions
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(**nvml))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
+
+
+def test_a_gpu_is_asked_by_its_own_name(monkeypatch):
+    fake_nvml(
+        monkeypatch,
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(free=25, total=100),
+        nvmlDeviceGetUtilizationRates=lambda gpu: SimpleNamespace(gpu=97 if gpu == "GPU-12-34" else 0),
+        nvmlDeviceGetTemperature=lambda gpu, sensor: 61,
+    )
+    read = RankSampler(torch.device("cuda", 1)).read()
+    assert (read["memory_used"], read["utilisation"], read["temperature"]) == (75, 0.97, 61)
+
+
+def test_what_a_gpu_does_not_tell_is_not_invented(monkeypatch):
+    fake_nvml(monkeypatch)
+    read = RankSampler(torch.device("cuda", 0)).read()
+    assert (read["memory_used"], read["memory_total"]) == (70, 100), "torch knows the memory"
+    assert read["utilisation"] is None and read["temperature"] is None
 
 
 def test_rank_0_reads_the_others_and_their_events_once():

@@ -121,3 +121,10 @@ def test_only_who_watches_gets_messages_and_not_too_many(server):
 def test_bad_requests_are_refused(server):
     assert server.request("/taco_dit/watch", [1])[0] == 400
     assert server.request("/taco_dit/events", "clear")[0] == 400
+
+
+def test_the_panel_belongs_to_the_program_not_to_the_packs(base):
+    with Server(base, 1, ["--disable-all-custom-nodes"]) as server:
+        scripts = [name for name in server.json("/extensions") if name.startswith("/extensions/taco_dit/")]
+        assert "/extensions/taco_dit/taco_dit.js" in scripts
+        assert all(server.request(name)[0] == 200 for name in [*scripts, "/extensions/taco_dit/panel/panel.css"])

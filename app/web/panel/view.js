@@ -1,10 +1,11 @@
-// Draws the state of /taco_dit/status. Texts only ever enter the page as text nodes.
+// Draws the state of /taco_dit/status.
 
 /** An element with a class and children (elements or texts). */
 function el(tag, className, ...children) {
   const made = document.createElement(tag);
   if (className) made.className = className;
-  made.append(...children.filter((child) => child !== null && child !== undefined).map((c) => (c instanceof Node ? c : String(c))));
+  // append() makes text nodes of strings: nothing here is ever read as HTML
+  made.append(...children.filter((child) => child !== null && child !== undefined));
   return made;
 }
 
@@ -122,8 +123,9 @@ export class Panel {
       ? el("div", "taco-row taco-speed", el("span", "taco-quiet", t.speedup),
         el("strong", "taco-number", t.times(run.speedup_estimate.toFixed(2))))
       : null;
+    const graphs = status.world_size > 1 && status.cuda_graph ? el("p", "taco-quiet", t.graphs) : null;
     const count = el("span", "taco-quiet taco-steps", t.stepCount(run.calls));
-    return this.section(t.steps, count, legend, ...rows, speed);
+    return this.section(t.steps, count, legend, ...rows, speed, graphs);
   }
 
   eventSection(status) {

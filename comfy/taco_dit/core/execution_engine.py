@@ -241,6 +241,7 @@ class TACODiTExecutionEngine:
         """For `/taco_dit/status`."""
         return {
             "engine": self.config.optimization.engine,
+            "cuda_graph": self.runner.cuda_graph,
             "config": dataclasses.asdict(self.config),
             "active_plan": None if self._plan is None else self._plan.dims.describe(),
             "reason": None if self._plan is None else self._plan.reason,

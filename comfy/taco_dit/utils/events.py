@@ -42,6 +42,8 @@ _CURES = (
     (r"torch\.compile failed|cannot be captured", "It runs, but slower. Install a C compiler if there is none."),
     (r"[Cc]annot import|IMPORT FAILED|did not import|no NODE_CLASS_MAPPINGS", "Install what the pack needs into .venv, "
      "or update or remove it; all other nodes work."),
+    (r"retrieving information for the .* node", "A pack's node cannot describe its inputs and is left out. Update the "
+     "pack, or remove it."),
     (r"retrying with tiled VAE", "Nothing to do: the picture is decoded in tiles, which is slower."),
 )  # fmt: skip
 _CURES_COMPILED = tuple((re.compile(pattern), cure) for pattern, cure in _CURES)

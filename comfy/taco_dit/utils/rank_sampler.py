@@ -20,9 +20,10 @@ class _Gpu:
         self._handle: Any = None
         # The name of a GPU that stays the same whatever CUDA_VISIBLE_DEVICES says.
         uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        for kind in ("GPU", "MIG"):
+            with contextlib.suppress(pynvml.NVMLError):
+                pynvml.nvmlInit()
+                self._handle = self._handle or pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}")
 
     def _ask(self, question: Any, *arguments: Any) -> Any:
         if self._handle is None:
