@@ -9,9 +9,10 @@ import pytest
 
 from benchmarks.server_load import run
 
-CLIENTS, PROMPTS = 20, 200
+CLIENTS, PROMPTS = 20, 60
 
 
+@pytest.mark.timeout(240)  # a busy machine may be ten times slower than the benchmark
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_prompt_runs_once(serve, ranks):
     server = serve(ranks)
