@@ -23,13 +23,14 @@ if [ ! -x .venv/bin/python ]; then
 fi
 
 stamp=.venv/installed-$kind
-current=$(cat "${files[@]}" requirements_taco_dit.txt | cksum)-$cuda
+current=$(cat "${files[@]}" requirements_no_deps.txt requirements_taco_dit.txt | cksum)-$cuda
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$current" ]; then
   # torch first and alone: with it in place nothing else asks for another build of it
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
   for file in "${files[@]}"; do
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
   done
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements_no_deps.txt
   if [ "$cuda" = yes ]; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements_taco_dit.txt ||
       echo "TACO-DiT: optional CUDA packages could not be installed; the native engine works without them"
