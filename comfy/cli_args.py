@@ -57,6 +57,14 @@ def existing_directory(text: str) -> str:
     return path
 
 
+def page_directory(text: str) -> str:
+    """An absolute path of a built page's directory, for argparse."""
+    path = existing_directory(text)
+    if not os.path.isfile(os.path.join(path, "index.html")):
+        raise argparse.ArgumentTypeError(f"{text} has no index.html; give the folder of a built page")
+    return path
+
+
 def device_list(text: str) -> tuple[int, ...]:
     """`3,4,5` -> (3, 4, 5)."""
     try:
@@ -110,7 +118,7 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "front end": [
         ("--front-end-version", {"default": FRONT_END_DEFAULT, "help": "without effect: the installed package is used"}),
-        ("--front-end-root", {"type": existing_directory, "help": "serve the page from this folder"}),
+        ("--front-end-root", {"type": page_directory, "help": "serve the page from this folder"}),
         ("--multi-user", {"action": "store_true", "help": "keep settings per user"}),
         ("--preview-method", {"type": LatentPreviewMethod, "action": EnumAction,
                               "default": LatentPreviewMethod.NoPreviews, "help": "previews while sampling"}),

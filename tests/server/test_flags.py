@@ -85,6 +85,16 @@ def test_tls(start, tmp_path):
     assert "Traceback" not in said.stderr
 
 
+def test_a_folder_without_a_page_is_one_clear_line(tmp_path, capsys):
+    from comfy.cli_args import build_parser
+
+    for folder, problem in ((tmp_path, "has no index.html; give the folder of a built page"),
+                            (tmp_path / "none", "is not a directory")):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(["--front-end-root", str(folder)])
+        assert f"argument --front-end-root: {folder} {problem}" in capsys.readouterr().err
+
+
 def test_compression_cross_origin_and_a_page_of_ones_own(start, tmp_path):
     (tmp_path / "page").mkdir()
     (tmp_path / "page/index.html").write_text("<p>mine</p>")

@@ -1,9 +1,11 @@
 """Decisions of rank 0, agreed by all ranks, over the control store.
 
-Every prompt is an epoch. Within it, the n-th decision lives under one key that rank 0 writes and the others read, so
-rank 0 never waits for followers except where it gathers. A rank that fails writes the epoch's abort key. On every rank
-a watcher thread sleeps on that key: when it appears, the watcher abandons the data plane (which frees a thread that is
-inside a collective) and answers the key that the main thread is waiting for, if any. Nothing polls.
+Every prompt is an epoch. Within it, rank r's part of the n-th decision lives under the key n/r, so rank 0 never waits for
+followers except where it gathers. Each value begins with what it is about, so that ranks that took different ways find
+out at the first key they read of each other, instead of waiting for each other for ever. A rank that fails writes the
+epoch's abort key. On every rank a watcher thread sleeps on that key: when it appears, the watcher abandons the data plane
+(which frees a thread that is inside a collective) and answers the key that the main thread is waiting for, if any.
+Nothing polls.
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ _POISON = b"\x00abandoned"
 _DONE = b"\x00done"
 _LARGE = 1 << 20  # bytes from which a shared value travels by the data plane
 _PATIENCE_S = 2.0  # how long a cancelled prompt may take to reach a point where all ranks stop together
+
+
+class OutOfStepError(RuntimeError):
+    """Ranks ask for different things at the same turn."""
 
 
 class RankLockstep(Lockstep):
@@ -94,9 +100,12 @@ class RankLockstep(Lockstep):
             return
         self._open = False
         mine = self._failed or self._abort is not None
+        turn = self._next()
+        self._put(turn, "end", "of the prompt")  # for a rank that still waits for something of this one
         self._store.set(self._key(f"end/{self.rank}"), b"1" if mine else b"0")
         failed = [self._store.get(self._key(f"end/{rank}")) == b"1" for rank in range(self.world_size)]
         if self.rank == 0:
+            self._stale += [f"{turn}/{rank}" for rank in range(self.world_size)]
             self._delete_stale()
         if any(failed):
             self._read_abort()
@@ -133,31 +142,31 @@ class RankLockstep(Lockstep):
     # --- decisions -------------------------------------------------------------------------------------------------
 
     def decide(self, topic: str, choose: Callable[[], T]) -> T:
-        key = self._next(topic)
+        turn = self._next()
         if self.rank:
-            return pickle.loads(self._wait(key))
+            return pickle.loads(self._read(turn, 0, "decision", topic))
         self.check()
         try:
             value = choose()
         except BaseException as error:
             self.fail(error)
             raise
-        self._store.set(key, pickle.dumps(value))
-        self._stale.append(key)
+        self._put(turn, "decision", topic, pickle.dumps(value))
+        self._stale.append(f"{turn}/0")
         return value
 
     def gather(self, topic: str, value: T) -> list[T]:
-        key = self._next(topic)
-        self._store.set(f"{key}/{self.rank}", pickle.dumps(value))
-        values = [pickle.loads(self._wait(f"{key}/{rank}")) for rank in range(self.world_size)]
+        turn = self._next()
+        self._put(turn, "gathering", topic, pickle.dumps(value))
+        values = [pickle.loads(self._read(turn, rank, "gathering", topic)) for rank in range(self.world_size)]
         if self.rank == 0:
             # Whoever answered this has read every earlier decision; the answers themselves are still being read.
             self._delete_stale()
-            self._stale += [f"{key}/{rank}" for rank in range(self.world_size)]
+            self._stale += [f"{turn}/{rank}" for rank in range(self.world_size)]
         return values
 
     def share(self, topic: str, produce: Callable[[], Any]) -> Any:
-        key = self._next(topic)
+        turn = self._next()
         if self.rank == 0:
             self.check()
             try:
@@ -168,12 +177,12 @@ class RankLockstep(Lockstep):
                 self.fail(error)
                 raise
             large = len(payload) > _LARGE
-            self._store.set(key, pickle.dumps(len(payload)) if large else b"\x01" + payload)
-            self._stale.append(key)
+            self._put(turn, "sharing", topic, pickle.dumps(len(payload)) if large else b"\x01" + payload)
+            self._stale.append(f"{turn}/0")
             if large:
                 self._everyone().broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
             return value
-        head = self._wait(key)
+        head = self._read(turn, 0, "sharing", topic)
         if head[:1] == b"\x01":
             return _unpacked(head[1:])
         buffer = torch.empty(pickle.loads(head), dtype=torch.uint8)
@@ -231,9 +240,28 @@ class RankLockstep(Lockstep):
     def _key(self, name: str) -> str:
         return f"epoch/{self.epoch}/{name}"
 
-    def _next(self, topic: str) -> str:
+    def _next(self) -> str:
+        """The key of the next turn; rank r's part is below it at /r."""
         self._counter += 1
-        return self._key(f"{self._counter}/{topic}")
+        return self._key(str(self._counter))
+
+    def _put(self, turn: str, kind: str, topic: str, payload: bytes = b"") -> None:
+        """Write this rank's part of a turn: what it is, a zero byte, the content."""
+        self._store.set(f"{turn}/{self.rank}", f"{kind} {topic}".encode() + b"\0" + payload)
+
+    def _read(self, turn: str, rank: int, kind: str, topic: str) -> bytes:
+        """The content of a rank's part of a turn. Raises OutOfStepError when that rank is at something else."""
+        theirs, _, payload = self._wait(f"{turn}/{rank}").partition(b"\0")
+        mine = f"{kind} {topic}"
+        if theirs == mine.encode():
+            return payload
+        error = OutOfStepError(
+            f"the ranks took different ways: rank {self.rank} is at {mine!r}, rank {rank} at {theirs.decode()!r}. A node "
+            "goes by something that differs between ranks (a clock, a file, a random number); set TACO_RANKS = 'first' "
+            "on its class"
+        )
+        self.fail(error)
+        raise error
 
     def _delete_stale(self) -> None:
         for key in self._stale:
