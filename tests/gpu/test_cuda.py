@@ -131,3 +131,25 @@ def test_whole_server(tmp_path: Path, flags: list[str], limit: int) -> None:
             assert abs(many - one).max() <= limit, f"{ranks} ranks"
             assert abs(many - one).mean() <= max(0.5, limit / 10), f"{ranks} ranks"
     assert os.path.isdir(tmp_path / "output")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_tells_of_itself_and_its_clock_needs_no_waiting() -> None:
+    """NVML answers for torch's device; times of calls come in while later ones run."""
+    from comfy.taco_dit.utils.performance_monitor import Clock
+    from comfy.taco_dit.utils.rank_sampler import RankSampler
+
+    device = torch.device("cuda", 0)
+    room = torch.empty(2**28, dtype=torch.uint8, device=device)
+    read = RankSampler(device).read()
+    assert room.numel() <= read["memory_used"] <= read["memory_total"]
+    assert read["temperature"] is None or 0 < read["temperature"] < 120
+    clock = Clock(device)
+    for _ in range(3):
+        with clock.call(), clock.exchange():
+            torch.cuda._sleep(10_000_000)
+        torch.cuda.synchronize()
+    assert clock.run.calls == 2, "the third is read with the next one, or at the end"
+    times = clock.read()
+    assert times["calls"] == 3 and 0 < times["exchange"] <= times["total"]

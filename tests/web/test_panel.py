@@ -115,6 +115,24 @@ def test_an_error_of_a_rank_comes_with_its_cure_and_can_be_cleared(page: tuple[S
     assert server.json("/taco_dit/status")["events"] == []
 
 
+def test_markup_in_messages_stays_text(page: tuple[Server, Browser]) -> None:
+    _, browser = page
+    markup = "<img src=x onerror=window.__taken=1> <b>bold</b>"
+    shown = browser.run(
+        "(async (markup) => { const status = await (await fetch('/api/taco_dit/status')).json();"
+        " const { Panel } = await import('/extensions/taco_dit/panel/view.js');"
+        " const { textsFor } = await import('/extensions/taco_dit/panel/texts.js');"
+        " const at = document.createElement('div');"
+        " const event = { id: 1, level: 'error', text: markup, cure: markup, ranks: [0], node: markup, time: 0, count: 1 };"
+        " status.ranks[0].name = markup; status.reason = markup; status.events = [event];"
+        " const panel = new Panel(at, textsFor('zh'), () => {}); panel.show(status);"
+        " return [at.querySelectorAll('img, b').length, at.querySelector('.taco-message').textContent,"
+        " at.querySelector('h3').textContent]; })(%s)" % json.dumps(markup)
+    )
+    assert shown == [0, markup, "警告和错误"]
+    assert not browser.run("window.__taken")
+
+
 def test_messages_stop_when_the_tab_is_closed(page: tuple[Server, Browser]) -> None:
     server, browser = page
     browser.run(f"{TAB}.click()")
