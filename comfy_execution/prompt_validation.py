@@ -145,6 +145,8 @@ class PromptCheck:
         inputs = self.prompt[node_id]["inputs"]
         function, named, takes_all = self._own_checks(class_def)
         received: dict[str, Any] = {}
+        # what INPUT_TYPES says of an input that several choices bring holds for all of them; here one is chosen
+        chosen = class_def.CHOSEN_INPUTS(inputs) if hasattr(class_def, "CHOSEN_INPUTS") else {}
         for name in _declared_names(class_inputs, inputs):
             info = get_input_info(class_def, name, class_inputs)
             if name not in inputs:
@@ -152,7 +154,7 @@ class PromptCheck:
                     yield error("required_input_missing", "Required input is missing", name, input_name=name)
                 continue
             value = inputs[name]
-            config = (info[0], info[2])
+            config = chosen.get(name, (info[0], info[2]))
             if isinstance(value, list):
                 for found in self._check_link(name, value, config, named, received, result):
                     yield found

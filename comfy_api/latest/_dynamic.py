@@ -50,6 +50,20 @@ def declare_flat(inputs: Sequence[Input], prefix: str = "") -> Declared:
     return groups
 
 
+def declare_chosen(inputs: Sequence[Input], values: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The inputs that come with the choices made in `values`, by flat name, with the bounds they have there."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for entry in inputs:
+        if isinstance(entry, _DynamicComboInput):
+            name = f"{prefix}{entry.id}"
+            for option in entry.options:
+                if option.key == values.get(name):
+                    for group in declare_flat(option.inputs, f"{name}.").values():
+                        found.update(group)
+                    found.update(declare_chosen(option.inputs, values, f"{name}."))
+    return found
+
+
 def nest(inputs: Sequence[Input], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by flat name -> values by input, those of dynamic inputs as dicts. Raises ValueError for a missing one."""
     dynamic = [entry for entry in inputs if isinstance(entry, DynamicInput)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
-from comfy_api.latest._dynamic import DynamicInput, declare, declare_flat, nest
+from comfy_api.latest._dynamic import DynamicInput, declare, declare_chosen, declare_flat, nest
 from comfy_api.latest._types import Input, Output
 from comfy_execution.graph_utils import ExecutionBlocker
 
@@ -232,6 +232,11 @@ class ComfyNode(ABC):
         if schema.hidden:
             groups["hidden"] = {kind.name: kind.value for kind in schema.hidden}
         return groups
+
+    @classmethod
+    def CHOSEN_INPUTS(cls, values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:  # noqa: N802
+        """(type, options) of the inputs that come with the choices made in `values`, under the names a prompt has."""
+        return declare_chosen(cls.GET_SCHEMA().inputs, values)
 
     @classmethod
     def GET_NODE_INFO_V1(cls) -> dict[str, Any]:  # noqa: N802

@@ -161,3 +161,36 @@ def test_types_fit(received, wanted, fits):
 def test_types_fit_strictly():
     assert not validate_node_input("INT,STRING", "INT", strict=True)
     assert validate_node_input("INT", "INT,STRING", strict=True)
+
+
+@pytest.mark.parametrize("key, value, problem", [
+    ("small", 5, None), ("small", 50, "value_bigger_than_max"), ("large", 50, None), ("large", 5, "value_smaller_than_min"),
+    ("inner", 5, None), ("other", 5, "value_not_in_list"),
+])
+def test_bounds_are_those_of_the_choice(monkeypatch, key, value, problem):
+    """Two choices bring an input of the same name with other bounds."""
+    from comfy_api.latest import io
+
+    inner = io.DynamicCombo.Input("deep", options=[io.DynamicCombo.Option("x", [io.Int.Input("size", max=3)])])
+
+    class Sized(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(node_id="Sized", outputs=[io.Int.Output()], inputs=[io.DynamicCombo.Input("kind", options=[
+                io.DynamicCombo.Option("small", [io.Int.Input("size", default=1, min=0, max=10)]),
+                io.DynamicCombo.Option("large", [io.Int.Input("size", default=20, min=11, max=100)]),
+                io.DynamicCombo.Option("inner", [inner]),
+            ])])
+
+        @classmethod
+        def execute(cls, kind):
+            return io.NodeOutput(0)
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Sized", Sized)
+    prompt = {"s": {"class_type": "Sized", "inputs": {"kind": key, "kind.size": value}}, "out": out("s")}
+    result = check(prompt)
+    assert result[0] is (problem is None)
+    if problem is not None:
+        assert kinds(result, "s") == [problem]
+    prompt["s"]["inputs"] = {"kind": "inner", "kind.deep": "x", "kind.deep.size": 4}
+    assert kinds(check(prompt), "s") == ["value_bigger_than_max"]
