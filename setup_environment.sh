@@ -2,6 +2,7 @@
 # Make .venv and install what is needed, once per change of the requirement files.
 #   ./setup_environment.sh runtime    what the program needs (CUDA extras too where there is an NVIDIA driver)
 #   ./setup_environment.sh tests      also what the tests need
+# TACO_TEMPLATE_PICTURES=no: without the preview pictures of the page's templates, which are large.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 
@@ -22,8 +23,11 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
 
+pictures=no
+if [ "$kind" = runtime ]; then pictures=${TACO_TEMPLATE_PICTURES:-yes}; fi
+
 stamp=.venv/installed-$kind
-current=$(cat "${files[@]}" requirements_no_deps.txt requirements_taco_dit.txt | cksum)-$cuda
+current=$(cat "${files[@]}" requirements_no_deps.txt requirements_taco_dit.txt requirements_template_pictures.txt | cksum)-$cuda-$pictures
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$current" ]; then
   # torch first and alone: with it in place nothing else asks for another build of it
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
@@ -34,6 +38,11 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$current" ]; then
   if [ "$cuda" = yes ]; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements_taco_dit.txt ||
       echo "TACO-DiT: optional CUDA packages could not be installed; the native engine works without them"
+  fi
+  if [ "$pictures" = yes ]; then
+    echo "TACO-DiT: fetching the pictures of the page's templates (about 600 MB; TACO_TEMPLATE_PICTURES=no skips them)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements_template_pictures.txt ||
+      echo "TACO-DiT: the templates' pictures could not be installed; the page shows gradients in their place"
   fi
   echo "$current" >"$stamp"
 fi
