@@ -16,6 +16,7 @@ import json
 import os
 import random
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -68,10 +69,12 @@ def cases(number: int, seed: int = 0) -> list[Case]:
     return out
 
 
-def workflow(case: Case, steps: int = 20, cfg: float = 3.0, name: str | None = None) -> Workflow:
-    """The API workflow that draws a case with the demo model."""
+def workflow(
+    case: Case, steps: int = 20, cfg: float = 3.0, name: str = os.path.basename(networks.CHECKPOINT)
+) -> Workflow:
+    """The API workflow that draws a case with the demo model, or with another checkpoint of the server's list."""
     return {
-        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name or _listed_name()}},
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"text": case.text, "clip": ["1", 1]}},
         "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["1", 1]}},
         "4": {
@@ -91,12 +94,11 @@ def workflow(case: Case, steps: int = 20, cfg: float = 3.0, name: str | None = N
     }  # fmt: skip
 
 
-def _listed_name() -> str:
-    return os.path.basename(networks.CHECKPOINT)
-
-
 def through_server(address: str) -> Draw:
-    """Draw by posting workflows to a server, as the page does."""
+    """Draw by posting workflows to a server, as the page does.
+
+    Drawing raises RuntimeError when the server refuses or fails, with its reason, and TimeoutError without an answer.
+    """
     client = uuid.uuid4().hex
 
     def get(path: str, **query: str) -> bytes:
@@ -109,8 +111,11 @@ def through_server(address: str) -> Draw:
         request = urllib.request.Request(
             f"{address.rstrip('/')}/prompt", body, headers={"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
-            number = json.load(answer)["prompt_id"]
+        try:
+            with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
+                number = json.load(answer)["prompt_id"]
+        except urllib.error.HTTPError as refused:
+            raise RuntimeError(f"{address} refuses the workflow: {refused.read().decode()}") from refused
         end = time.monotonic() + _ANSWER_SECONDS
         while time.monotonic() < end:
             history = json.loads(get(f"history/{number}"))

@@ -9,9 +9,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import psutil
 import torch
+
+from comfy.taco_dit.utils.events import cure_for
 
 from .findings import OK, PROBLEM, WARNING, Finding
 
@@ -58,10 +61,9 @@ def _package(name: str, relation: str | None, version: str | None) -> Iterator[F
 def devices(gpus: Sequence[int], cpu: bool, messages: Sequence[str]) -> Iterator[Finding]:
     """The devices ranks would get; `messages` are what the start itself complains of."""
     for message in messages:
-        cure = "name GPUs that exist (--gpus, CUDA_VISIBLE_DEVICES; nvidia-smi lists them), or add --cpu to mean it"
-        yield Finding(
-            PROBLEM if "names GPU" in message or message.startswith("GPU ") else WARNING, "GPUs", message, cure
-        )
+        # That a machine has no GPU at all may well be meant; one that was named and is not there is a mistake.
+        level = WARNING if message.startswith("no NVIDIA GPU") else PROBLEM
+        yield Finding(level, "GPUs", message, cure_for(message))
     yield Finding(OK, "CPU", f"{os.cpu_count()} cores, {psutil.cpu_percent(0.1):.0f}% busy")
     if cpu:
         return
@@ -84,13 +86,12 @@ def devices(gpus: Sequence[int], cpu: bool, messages: Sequence[str]) -> Iterator
         pynvml.nvmlShutdown()
 
 
-def _gpu(pynvml: object, gpu: int) -> Iterator[Finding]:
-    nvml: object = pynvml
-    handle = nvml.nvmlDeviceGetHandleByIndex(gpu)  # type: ignore[attr-defined]
-    name = nvml.nvmlDeviceGetName(handle)  # type: ignore[attr-defined]
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)  # type: ignore[attr-defined]
-    rates = nvml.nvmlDeviceGetUtilizationRates(handle)  # type: ignore[attr-defined]
-    degrees = nvml.nvmlDeviceGetTemperature(handle, 0)  # type: ignore[attr-defined]
+def _gpu(nvml: Any, gpu: int) -> Iterator[Finding]:
+    handle = nvml.nvmlDeviceGetHandleByIndex(gpu)
+    name = nvml.nvmlDeviceGetName(handle)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    rates = nvml.nvmlDeviceGetUtilizationRates(handle)
+    degrees = nvml.nvmlDeviceGetTemperature(handle, 0)
     text = (
         f"{name if isinstance(name, str) else name.decode()}, {memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB "
         f"free, {rates.gpu}% busy, {degrees} C"
@@ -135,12 +136,12 @@ _LEVELS = {
 }
 
 
-def _nvlinks(pynvml: object, handle: object) -> int:
+def _nvlinks(pynvml: Any, handle: Any) -> int:
     """Active NVLinks of a GPU; 0 where there are none."""
     count = 0
     for link in range(18):
         try:
-            count += bool(pynvml.nvmlDeviceGetNvLinkState(handle, link))  # type: ignore[attr-defined]
+            count += bool(pynvml.nvmlDeviceGetNvLinkState(handle, link))
         except Exception:  # NVML raises for links the GPU does not have, with a kind that differs by driver
             break
     return count
