@@ -119,7 +119,6 @@ MODULES: dict[str, str] = {
     "comfy_extras.nodes_freelunch": "FreeU",
     "comfy_extras.nodes_hunyuan": "HunyuanVideo",
     "comfy_extras.nodes_lt": "LTX-Video",
-    "comfy_extras.nodes_model_patch": "model patches (Qwen-Image, Z-Image, USO)",
     "comfy_extras.nodes_stable3d": "Stable Zero123",
     "comfy_api_nodes.util": "remote, paid nodes",
 }

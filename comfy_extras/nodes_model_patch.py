@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import folder_paths
-from comfy.missing import missing
+from comfy.missing import missing, missing_names
 from comfy_nodes.loaders import files
 
 _FEATURE = "Patch networks (USO style reference)"
+# Networks of this module that packs import, here or there.
+__getattr__ = missing_names(
+    __name__,
+    dict.fromkeys(
+        ("QwenImageBlockWiseControlNet", "SigLIPMultiFeatProjModel", "ZImageControlPatch", "z_image_convert"),
+        "Patch networks (Qwen-Image, Z-Image, USO)",
+    ),
+)
 
 
 class ModelPatchLoader:
