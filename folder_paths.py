@@ -24,6 +24,8 @@ input_directory: str = os.path.join(base_path, "input")
 user_directory: str = os.path.join(base_path, "user")
 
 folder_names_and_paths: dict[str, tuple[list[str], set[str]]] = {}
+# directories of models that come with the program: searched and listed after all others, whenever those were added
+_last_directories: set[str] = set()
 
 # kind -> (its directories below models/, its extensions; None stands for the usual weight files)
 _MODEL_FOLDERS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
@@ -106,6 +108,7 @@ def set_base_directory(path: str | None) -> None:
     input_directory = os.path.join(base_path, "input")
     user_directory = os.path.join(base_path, "user")
     folder_names_and_paths.clear()
+    _last_directories.clear()
     for kind, (directories, extensions) in _MODEL_FOLDERS.items():
         found = supported_pt_extensions if extensions is None else set(extensions)
         folder_names_and_paths[kind] = ([os.path.join(models_dir, name) for name in directories], found)
@@ -235,9 +238,21 @@ def add_model_folder_path(folder_name: str, full_folder_path: str, is_default: b
     paths.insert(0 if is_default else len(paths), full_folder_path)
 
 
+def add_last_models(directory: str) -> None:
+    """Search a directory that is laid out like models/ after a person's own, so that theirs are found and listed first.
+
+    Kinds it has no sub-directory for keep their directories as they are.
+    """
+    for kind, (names, _) in _MODEL_FOLDERS.items():
+        for path in (os.path.join(directory, name) for name in names):
+            if os.path.isdir(path):
+                _last_directories.add(path)
+                add_model_folder_path(kind, path)
+
+
 def get_folder_paths(folder_name: str) -> list[str]:
-    """Directories of a model kind, a new list. Raises KeyError for an unknown kind."""
-    return folder_names_and_paths[map_legacy(folder_name)][0][:]
+    """Directories of a model kind in the order of search, a new list. Raises KeyError for an unknown kind."""
+    return sorted(folder_names_and_paths[map_legacy(folder_name)][0], key=_last_directories.__contains__)
 
 
 def recursive_search(
@@ -296,7 +311,7 @@ def get_full_path(folder_name: str, filename: str) -> str | None:
 
     Raises KeyError for an unknown kind.
     """
-    for directory in folder_names_and_paths[map_legacy(folder_name)][0]:
+    for directory in get_folder_paths(folder_name):
         try:
             path = _inside(directory, filename)
         except ValueError:
@@ -312,7 +327,7 @@ def get_full_path_or_raise(folder_name: str, filename: str) -> str:
     """Like `get_full_path`. Raises FileNotFoundError naming the file, the kind and where to put it."""
     path = get_full_path(folder_name, filename)
     if path is None:
-        where = folder_names_and_paths[map_legacy(folder_name)][0]
+        where = [path for path in get_folder_paths(folder_name) if path not in _last_directories]
         raise FileNotFoundError(
             f"Model in folder '{folder_name}' with filename '{filename}' not found; "
             f"put it into {' or '.join(where) or 'a folder of that kind'} and press R to refresh the list"
@@ -321,16 +336,24 @@ def get_full_path_or_raise(folder_name: str, filename: str) -> str:
 
 
 def _list_folder(kind: str) -> tuple[list[str], dict[str, float], float]:
-    names: set[str] = set()
+    last: dict[str, bool] = {}  # name -> whether only a last directory has it
     times: dict[str, float] = {}
-    directories, extensions = folder_names_and_paths[kind]
-    for directory in directories:
+    extensions = folder_names_and_paths[kind][1]
+    for directory in get_folder_paths(kind):
         files, seen = recursive_search(directory, excluded_dir_names=[".git"])
-        names.update(filter_files_extensions(files, extensions))
+        for name in filter_files_extensions(files, extensions):
+            last.setdefault(name, directory in _last_directories)
         times.update(seen)
         # a directory that does not exist yet is noticed when it appears
         times.setdefault(directory, -1.0)
-    return sorted(names), times, time.perf_counter()
+    return sorted(last, key=lambda name: (last[name], name)), times, time.perf_counter()
+
+
+def has_own_files(folder_name: str) -> bool:
+    """Whether a kind has a file besides those that come with the program. Raises KeyError for an unknown kind."""
+    paths = (get_full_path(folder_name, name) for name in get_filename_list(folder_name))
+    last = tuple(os.path.join(directory, "") for directory in _last_directories)
+    return any(path is not None and not path.startswith(last) for path in paths)
 
 
 def _still_valid(kind: str, listing: tuple[list[str], dict[str, float], float]) -> bool:
@@ -348,7 +371,8 @@ def _still_valid(kind: str, listing: tuple[list[str], dict[str, float], float]) 
 def get_filename_list(folder_name: str) -> list[str]:
     """Names of all model files of a kind, relative to its directories, sorted; a new list.
 
-    Listings are remembered until a directory below changes. Raises KeyError for an unknown kind.
+    Those that come with the program are the last ones, so that a loader's first choice is a person's own. Listings are
+    remembered until a directory below changes. Raises KeyError for an unknown kind.
     """
     kind = map_legacy(folder_name)
     listing = cache_helper.get(kind)

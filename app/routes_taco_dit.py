@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from aiohttp import web
 
+from app import demo
 from app.responses import json_object, json_response
 
 
@@ -16,7 +18,7 @@ def _panel(server: Any) -> Any:
 
 
 def add_routes(routes: web.RouteTableDef, server: Any) -> None:
-    """/taco_dit/status, /taco_dit/watch, /taco_dit/events and /metrics."""
+    """/taco_dit/status, /taco_dit/watch, /taco_dit/events, /taco_dit/first_screen and /metrics."""
 
     @routes.get("/taco_dit/status")
     async def status(request: web.Request) -> web.Response:
@@ -34,6 +36,10 @@ def add_routes(routes: web.RouteTableDef, server: Any) -> None:
         if body.get("clear"):
             _panel(server).clear_events()
         return web.Response()
+
+    @routes.get("/taco_dit/first_screen")
+    async def first_screen(request: web.Request) -> web.Response:
+        return json_response({"graph": await asyncio.to_thread(demo.first_graph)})
 
     @routes.get("/metrics")
     async def metrics(request: web.Request) -> web.Response:

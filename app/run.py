@@ -67,6 +67,7 @@ def _set_up_logging(args: argparse.Namespace, rank: int) -> None:
 
 def _apply_directories(args: argparse.Namespace, root: str) -> None:
     import folder_paths
+    from app import demo
     from utils.extra_config import load_extra_path_config
 
     folder_paths.configure(args)
@@ -75,6 +76,8 @@ def _apply_directories(args: argparse.Namespace, root: str) -> None:
     files += [path for group in args.extra_model_paths_config or [] for path in group]
     for path in files:
         load_extra_path_config(path)
+    if not args.no_demo:
+        folder_paths.add_last_models(demo.MODELS)
 
 
 def _make_runtime(args: argparse.Namespace, root: str, info: Any) -> Any:
@@ -119,6 +122,7 @@ def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEve
 
 def _serve(args: argparse.Namespace, current: Any) -> int:
     import comfy.model_management as management
+    from app import demo
     from comfy_execution.worker import PromptWorker, cache_choice
     from execution import PromptQueue
     from server import PromptServer
@@ -128,6 +132,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     asyncio.set_event_loop(loop)
     server = PromptServer(loop)
     panel = _make_panel(server, current)
+    demo.add_workflows()
     queue = PromptQueue(server)
     _load_nodes(args, server, loop)
     announce = getattr(current.lockstep, "announce", None)

@@ -222,6 +222,7 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
                           "help": "number of ranks; default: one per visible GPU, one on the CPU"}),
         ("--taco-config", {"metavar": "FILE", "help": "configuration; default: taco_dit_config.yaml"}),
         ("--disable-taco-dit", {"action": "store_true", "help": "one rank, no parallelism"}),
+        ("--no-demo", {"action": "store_true", "help": "without the demo model, its workflows and the first screen"}),
     ],
 }  # fmt: skip
 

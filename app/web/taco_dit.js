@@ -1,7 +1,8 @@
-// TACO-DiT in the page: a sidebar tab that shows the ranks at work, and the texts of our display nodes.
+// TACO-DiT in the page: a sidebar tab that shows the ranks at work, the texts of our display nodes, and the first screen.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { prepareFirstScreen } from "./first_screen.js";
 import { textsFor } from "./panel/texts.js";
 import { Panel } from "./panel/view.js";
 
@@ -84,9 +85,10 @@ function showTextIn(nodeType) {
 
 app.registerExtension({
   name: "TACO-DiT",
-  setup() {
+  async setup() {
     addStyle();
     app.extensionManager.registerSidebarTab(sidebarTab(textsFor(app.extensionManager.setting.get("Comfy.Locale"))));
+    await prepareFirstScreen(); // before the page chooses its first workflow
   },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (DISPLAYS.includes(nodeData.name)) showTextIn(nodeType);

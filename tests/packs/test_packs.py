@@ -220,7 +220,7 @@ def test_folders_elsewhere(home, tmp_path, ranks):
         "  custom_nodes: packs\n"
     )
     with Server(str(base), ranks, ["--extra-model-paths-config", str(tmp_path / "paths.yaml")]) as server:
-        assert server.json("/models/checkpoints") == ["elsewhere.safetensors"]
+        assert server.json("/models/checkpoints")[0] == "elsewhere.safetensors"
         folders = [str(other / "nothing_here"), str(other / "ckpts"), str(base / "models" / "checkpoints")]
         listed = server.json("/internal/folder_paths")["checkpoints"]
         assert listed[:2] == folders[:2] and folders[2] in listed
