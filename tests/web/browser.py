@@ -88,6 +88,8 @@ class Browser:
                 self._answers.pop(message["id"]).set_result(message)
             elif message["method"] == "Page.loadEventFired":
                 self._loaded.set()
+            elif message["method"] == "Page.javascriptDialogOpening":  # "leave this page?"
+                self._consent = asyncio.create_task(self._send("Page.handleJavaScriptDialog", {"accept": True}))
             elif message["method"] == "Runtime.exceptionThrown":
                 details = message["params"]["exceptionDetails"]
                 self.errors.append(details.get("exception", {}).get("description") or details["text"])

@@ -1,4 +1,5 @@
-"""Take the pictures of the page that the documentation shows: two ranks on the CPU, tiny models with random weights.
+"""Take the pictures of the page that the documentation shows, of two ranks on the CPU: the first screen with the demo
+model, page and panel with tiny models of random weights.
 
 python -m tests.web.pictures docs/images
 """
@@ -22,8 +23,9 @@ from .test_panel import PANEL, TAB
 
 SIZE = (1400, 900)
 NO_NOTICE = "!/Job (queued|completed|failed)/.test(document.body.textContent)"
+VISITED = "Comfy.TutorialCompleted"
 SETTINGS = {
-    "Comfy.TutorialCompleted": True,
+    VISITED: True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
 }
@@ -83,8 +85,24 @@ def _take_panel(browser: Browser, folder: str) -> None:
     browser.screenshot(os.path.join(folder, "panel.png"))
 
 
+def _take_first_screen(folder: str) -> None:
+    """A newcomer's page, after Run."""
+    base = tempfile.mkdtemp()
+    with Server(base, ranks=2) as server, Browser(os.path.join(base, "profile"), SIZE) as browser:
+        server.request("/settings", {name: value for name, value in SETTINGS.items() if name != VISITED})
+        browser.resize(*SIZE)
+        browser.open(f"http://127.0.0.1:{server.port}/")
+        browser.wait(READY, 60)
+        browser.run("app.queuePrompt(0)")
+        browser.wait("app.graph._nodes.some(n => n.type === 'SaveImage' && n.imgs?.length)", 120)
+        browser.wait(NO_NOTICE)
+        browser.screenshot(os.path.join(folder, "first_screen.png"))
+    shutil.rmtree(base)
+
+
 def main(folder: str) -> None:
-    """Write page.png and panel.png."""
+    """Write first_screen.png, page.png and panel.png."""
+    _take_first_screen(folder)
     base = tempfile.mkdtemp()
     write_flux(os.path.join(base, "models"))
     shutil.copytree(os.path.join(ROOT, "tests", "e2e", "pack"), os.path.join(base, "custom_nodes", "e2e_pack"))

@@ -1,7 +1,10 @@
-"""A new user: the page opens with the templates, one is searched, chosen and loaded, and its nodes are all known."""
+"""A new user, without the demo model: the page opens with the templates, one is searched, chosen and loaded, and its
+nodes are all known."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,16 +18,20 @@ DIALOG = "!!document.querySelector('[data-testid=template-workflows-content]')"
 CARDS = "[...document.querySelectorAll('[data-testid^=template-workflow-]')].map(card => card.dataset.testid)"
 
 
+@contextlib.contextmanager
+def newcomer_opens(base: str, *flags: str) -> Iterator[Browser]:
+    """The page in a new browser, with its dialog of templates."""
+    with Server(base, flags=flags) as server, Browser(os.path.join(base, "profile")) as browser:
+        browser.open(f"http://127.0.0.1:{server.port}/")
+        browser.wait(DIALOG, 60)
+        yield browser
+
+
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """The page as it opens for the first time, on a server without models."""
-    base = tmp_path_factory.mktemp("newcomer")
-    with Server(str(base), ranks=1) as server:
-        server.wait_ready()
-        with Browser(str(base / "profile")) as browser:
-            browser.open(f"http://127.0.0.1:{server.port}/")
-            browser.wait(DIALOG, 60)
-            yield browser
+    with newcomer_opens(str(tmp_path_factory.mktemp("newcomer")), "--no-demo") as browser:
+        yield browser
 
 
 def test_a_template_is_found_and_loaded(newcomer: Browser) -> None:
