@@ -2,9 +2,10 @@
 
     python -m demo.train                     the whole recipe, under half an hour on one H200
     python -m demo.train --smoke             a few steps of each stage, to see that it runs
+    torchrun --nproc-per-node 4 -m demo.train        each batch spread over four GPUs
 
-State is saved to --work every minute; the same command goes on from there. The same seed gives the same scenes,
-captions, times and noise for every step, whatever the number of workers or interruptions.
+State is saved to --work every minute; the same command goes on from there. The same seed and number of GPUs give the
+same scenes, captions, times and noise for every step, whatever the number of workers or interruptions.
 """
 
 from __future__ import annotations
@@ -14,21 +15,24 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from demo import networks
 from demo.data import CHOICES, Pool, make_pool
 from demo.render import SceneArrays, render
-from demo.run import Recipe, Run, apply
+from demo.run import Batch, Recipe, Run, apply
 
 SIZES = ((128, 128), (160, 112), (112, 160))
 _SIZE_SHARES = (0.76, 0.12, 0.12)
 _CROP = 64
+_TIME_MEAN, _TIME_DEVIATION = 0.5, 1.2
 _LATENT_NOISE = 0.1  # deviation added to latents of unit deviation while the VAE trains
 _PARTS = ("kind", "place", "rgb", "background")
 
@@ -81,13 +85,16 @@ def train_text(run: Run, scenes: list[Pool]) -> Reader:
     parameters = {f"reader.{k}": v for k, v in reader.named_parameters()}
     parameters |= {k: v for k, v in run.model.named_parameters() if not k.startswith("dit.")}
 
-    def loss_of(number: int, generator: torch.Generator) -> torch.Tensor:
-        batch = pick(texts, run.recipe.text_batch, generator)
+    def batch_of(number: int, generator: torch.Generator) -> Batch:
+        batch = pick(texts, run.share(run.recipe.text_batch), generator)
+        return {"t5": _padded(batch["t5"], number % 4 == 3), "clip": batch["clip"], "meaning": batch["meaning"]}
+
+    def loss_of(batch: Batch) -> torch.Tensor:
         loss, right = reader(*run.model.text(batch["t5"], batch["clip"]), batch)
         run.note("captions read", right)
         return loss
 
-    average = run.stage("text", parameters, run.recipe.text_steps, run.recipe.text_rate, loss_of)
+    average = run.stage("text", parameters, run.recipe.text_steps, run.recipe.text_rate, batch_of, loss_of)
     if "model" not in run.averages:
         apply(run.model, average)
     apply(reader, {key.removeprefix("reader."): value for key, value in average.items()})
@@ -120,19 +127,23 @@ def train_vae(run: Run, scenes: Pool) -> None:
     compiled = run.compiled(reconstruction)
     windows = recipe.vae_steps * 3 // 4
 
-    def loss_of(number: int, generator: torch.Generator) -> torch.Tensor:
+    def batch_of(number: int, generator: torch.Generator) -> Batch:
         whole = number >= windows
-        batch = pick(scenes, recipe.vae_batch // 4 if whole else recipe.vae_batch, generator)
+        batch = pick(scenes, run.share(recipe.vae_batch // 4 if whole else recipe.vae_batch), generator)
         arrays = {name: batch[name] for name in _PARTS}
         side = 128 if whole else _CROP
         pictures = run.draw(
             arrays if whole else _cropped(arrays, generator), side, side, "night" if number % 4 == 3 else "plain"
         )
         shape = (len(pictures), networks.LATENT_CHANNELS, side // 8, side // 8)
-        return compiled(pictures, torch.randn(shape, generator=generator, device=run.device))
+        return {"pictures": pictures, "noise": torch.randn(shape, generator=generator, device=run.device)}
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        return compiled(batch["pictures"], batch["noise"])
 
     if "standardised" not in run.done:
-        apply(vae, run.stage("vae", dict(vae.named_parameters()), recipe.vae_steps, recipe.vae_rate, loss_of))
+        parameters = dict(vae.named_parameters())
+        apply(vae, run.stage("vae", parameters, recipe.vae_steps, recipe.vae_rate, batch_of, loss_of))
         networks.standardise(vae, *_statistics(run, scenes))
         run.averages.pop("vae")
         run.done["standardised"] = 1
@@ -153,30 +164,53 @@ def _statistics(run: Run, scenes: Pool) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def add_latents(run: Run, scenes: list[Pool], style: str) -> None:
-    """Give each pool its pictures' latents [N, 16, h, w] in half precision."""
-    for pool, size in zip(scenes, SIZES):
-        parts = []
-        for start in range(0, len(pool["kind"]), 512):
+    """Give each pool its pictures' latents [N, 16, h, w] in half precision; each rank makes some of them."""
+    for pool, (width, height) in zip(scenes, SIZES):
+        count = len(pool["kind"])
+        latent = torch.zeros(
+            (count, networks.LATENT_CHANNELS, height // 8, width // 8), dtype=torch.half, device=run.device
+        )
+        share = run.share(count)
+        for start in range(run.rank * share, min((run.rank + 1) * share, count), 512):
             arrays = {name: pool[name][start : start + 512] for name in _PARTS}
             with run.amp():
-                parts.append(run.encode(arrays, *size, style).half())
-        pool["latent"] = torch.cat(parts)
+                latent[start : start + 512] = run.encode(arrays, width, height, style).half()
+        for rank in range(run.ranks if run.ranks > 1 else 0):
+            dist.broadcast(latent[rank * share : (rank + 1) * share], rank)
+        pool["latent"] = latent
 
 
-def _flow_loss(run: Run, batch: Pool, generator: torch.Generator, length: int) -> tuple[torch.Tensor, Any]:
-    """(mean squared error of the predicted flow (Lipman et al. 2022), the text it was given).
+def _padded(t5: torch.Tensor, whole: bool) -> torch.Tensor:
+    """T5's ids as they are in the pool, or padded as Flux pads them: whole prompts take three times as long."""
+    return F.pad(t5, (0, networks.T5_LENGTH - t5.shape[1])) if whole else t5
 
-    Times are logit-normal (Esser et al. 2024), a fifth of them uniform; T5's ids are padded to `length`.
+
+def _flow_batch(run: Run, pool: Pool, generator: torch.Generator, whole: bool) -> Batch:
+    """Some latents with their captions, and for each noise and a moment between picture (0) and noise (1).
+
+    Moments are logit-normal (Esser et al. 2024), a fifth of them uniform. They lean towards noise, where a picture's
+    layout is settled: neighbouring latents repeat each other, so that objects show through much noise.
     """
+    batch = pick(pool, run.share(run.recipe.batch), generator)
     latent = batch["latent"].float()
-    noise = torch.randn(latent.shape, generator=generator, device=latent.device)
     logits = torch.randn(len(latent), generator=generator, device=latent.device)
     uniform = torch.rand(len(latent), generator=generator, device=latent.device)
-    moment = torch.where(uniform < 0.2, uniform * 5, logits.sigmoid())
-    at = moment[:, None, None, None]
-    text = run.model.text(F.pad(batch["t5"], (0, length - batch["t5"].shape[1])), batch["clip"])
-    flow = run.model.dit((1 - at) * latent + at * noise, moment, *text)
-    return F.mse_loss(flow.float(), noise - latent), text
+    return {
+        "latent": latent,
+        "noise": torch.randn(latent.shape, generator=generator, device=latent.device),
+        "moment": torch.where(uniform < 0.2, uniform * 5, (_TIME_MEAN + _TIME_DEVIATION * logits).sigmoid()),
+        "t5": _padded(batch["t5"], whole),
+        "clip": batch["clip"],
+        "meaning": batch["meaning"],
+    }
+
+
+def _flow_loss(run: Run, batch: Batch) -> tuple[torch.Tensor, Any]:
+    """(mean squared error of the predicted flow (Lipman et al. 2022), the text it was given)."""
+    at = batch["moment"][:, None, None, None]
+    text = run.model.text(batch["t5"], batch["clip"])
+    flow = run.model.dit((1 - at) * batch["latent"] + at * batch["noise"], batch["moment"], *text)
+    return F.mse_loss(flow.float(), batch["noise"] - batch["latent"]), text
 
 
 def _pool_of_step(scenes: list[Pool], number: int) -> Pool:
@@ -185,21 +219,22 @@ def _pool_of_step(scenes: list[Pool], number: int) -> Pool:
 
 
 def train_model(run: Run, scenes: list[Pool], reader: Reader) -> None:
-    """Network, T5 and CLIP together; prompts are short at first, for speed, and padded as Flux pads them at last."""
+    """Network, T5 and CLIP together; prompts are whole in every seventh step, and at last in all."""
     recipe = run.recipe
-    short = recipe.steps * 4 // 5
+    short = recipe.steps * 9 // 10
     parameters = dict(run.model.named_parameters())
 
-    def loss_of(number: int, generator: torch.Generator) -> torch.Tensor:
-        batch = pick(_pool_of_step(scenes, number), recipe.batch, generator)
-        length = batch["t5"].shape[1] if number < short else networks.T5_LENGTH
-        loss, text = _flow_loss(run, batch, generator, length)
+    def batch_of(number: int, generator: torch.Generator) -> Batch:
+        return _flow_batch(run, _pool_of_step(scenes, number), generator, number % 7 == 6 or number >= short)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        loss, text = _flow_loss(run, batch)
         reading, right = reader(*text, batch)
         run.note("captions read", right)
         return loss + 0.02 * reading
 
     reader.requires_grad_(False)
-    run.stage("model", parameters, recipe.steps, recipe.rate, loss_of)
+    run.stage("model", parameters, recipe.steps, recipe.rate, batch_of, loss_of)
 
 
 class _LowRank(nn.Module):
@@ -236,11 +271,13 @@ def train_lora(run: Run, scenes: list[Pool]) -> None:
         nn.utils.parametrize.register_parametrization(layer, "weight", change)
         parameters |= {f"{name}.down": change.down, f"{name}.up": change.up}
 
-    def loss_of(number: int, generator: torch.Generator) -> torch.Tensor:
-        batch = pick(_pool_of_step(scenes, number), recipe.batch, generator)
-        return _flow_loss(run, batch, generator, networks.T5_LENGTH)[0]
+    def batch_of(number: int, generator: torch.Generator) -> Batch:
+        return _flow_batch(run, _pool_of_step(scenes, number), generator, number % 4 == 3)
 
-    run.lora = run.stage("lora", parameters, recipe.lora_steps, recipe.lora_rate, loss_of, compiled=False)
+    def loss_of(batch: Batch) -> torch.Tensor:
+        return _flow_loss(run, batch)[0]
+
+    run.lora = run.stage("lora", parameters, recipe.lora_steps, recipe.lora_rate, batch_of, loss_of, compiled=False)
     for _, layer in layers:
         nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
     apply(run.model, trained)
@@ -299,6 +336,22 @@ def train(run: Run) -> None:
         train_lora(run, scenes)
 
 
+@contextmanager
+def _ranks(device: str) -> Iterator[torch.device]:
+    """This rank's device, inside a process group when torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield torch.device(device)
+        return
+    chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -307,7 +360,10 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="few steps, few scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--workers", type=int, default=max((os.cpu_count() or 2) - 1, 1), help="processes making scenes"
+        "--workers",
+        type=int,
+        default=max((os.cpu_count() or 2) // int(os.environ.get("WORLD_SIZE", 1)) - 1, 1),
+        help="processes making scenes",
     )
     parser.add_argument("--work", default="temp/demo", help="folder for the state of the run")
     parser.add_argument("--out", default="demo/models", help="models folder to write into")
@@ -320,14 +376,16 @@ def main() -> None:
                          lora_steps=2)  # fmt: skip
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64  # sizes of pictures, styles, last batches
-    run = Run(recipe, torch.device(arguments["device"]), arguments["work"], arguments["workers"])
-    began = time.monotonic()
-    if not arguments["export"]:
-        train(run)
-    export(run, arguments["out"])
-    plot(run, arguments["plot"])
-    minutes = (time.monotonic() - began) / 60
-    print(f"done after {minutes:.1f} minutes: {os.path.join(arguments['out'], networks.CHECKPOINT)}")
+    with _ranks(arguments["device"]) as device:
+        run = Run(recipe, device, arguments["work"], arguments["workers"])
+        began = time.monotonic()
+        if not arguments["export"]:
+            train(run)
+        if run.rank == 0:
+            export(run, arguments["out"])
+            plot(run, arguments["plot"])
+            minutes = (time.monotonic() - began) / 60
+            print(f"done after {minutes:.1f} minutes: {os.path.join(arguments['out'], networks.CHECKPOINT)}")
 
 
 if __name__ == "__main__":

@@ -79,5 +79,5 @@ def test_the_same_picture_here_and_through_servers(tmp_path):
         server.wait_ready()
         draw = through_server(f"http://127.0.0.1:{server.port}/")
         assert np.abs(draw(prompt) - here).max() <= 1.01 / 255
-        with pytest.raises(RuntimeError, match="refuses the workflow.*taco_dit_demo"):
-            draw(workflow(case))
+        with pytest.raises(RuntimeError, match="refuses the workflow.*not_there.safetensors"):
+            draw(workflow(case, name="not_there.safetensors"))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from demo import networks
 from demo.run import Recipe, Run
 from demo.train import export, train
+from tests.parallel.ranks import run_ranks
 
 TINY = Recipe(scenes=40, text_batch=4, text_steps=3, vae_batch=4, vae_steps=4, batch=3, steps=3, lora_steps=2)
 
@@ -117,7 +118,46 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     run = Run(TINY, torch.device("cpu"), str(tmp_path), 1)
     weight = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(SystemExit, match="text: the loss is no number at step 50"):
-        run.stage("text", {"w": weight}, 60, 0.1, lambda number, generator: (weight * float("nan")).sum())
+        run.stage(
+            "text", {"w": weight}, 60, 0.1, lambda number, generator: {}, lambda batch: (weight * float("nan")).sum()
+        )
+
+
+def _fit(manager, work):
+    """A weight fitted to one number per rank."""
+    store = f"file://{work}/ranks"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=manager.rank, world_size=manager.world_size)
+    run = Run(TINY, torch.device("cpu"), work, 1)
+    weight = torch.nn.Parameter(torch.zeros(3))
+
+    def batch_of(number, generator):
+        return {"target": torch.full((3,), 1.0 + manager.rank)}
+
+    def loss_of(batch):
+        return (weight - batch["target"]).square().sum()
+
+    run.stage("fit", {"w": weight}, 300, 0.1, batch_of, loss_of)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return weight.detach(), os.path.exists(run.file)
+
+
+def test_ranks_train_one_model_on_all_their_data(tmp_path):
+    results = run_ranks(2, _fit, str(tmp_path))
+    (one, _), (other, _) = results
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, torch.full((3,), 1.5), atol=0.02, rtol=0)
+    assert all(written for _, written in results)
+
+
+def test_several_ranks_write_one_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "demo.train", "--smoke", "--device", "cpu", "--work", str(tmp_path / "work"), "--out", str(tmp_path),
+               "--plot", str(tmp_path / "loss.png")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done after") == 1
+    assert load_file(str(tmp_path / networks.CHECKPOINT))
 
 
 def test_nothing_to_export_is_said(tmp_path):
