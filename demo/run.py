@@ -42,7 +42,6 @@ class Recipe:
     batch: int = 1024
     steps: int = 18000
     rate: float = 2e-3
-    optimizer: str = "muon"
     lora_steps: int = 300
     lora_rate: float = 2e-3
     lora_rank: int = 8
@@ -255,16 +254,12 @@ class Run:
         """New ones, or those of the interrupted stage, whose parameters are put back too."""
         optimizers: list[torch.optim.Optimizer] = []
         # Muon (Jordan et al. 2024) for the matrices of the network's blocks, at the step size AdamW would take.
-        matrices = [key for key, value in parameters.items() if value.ndim == 2 and _MATRICES.match(key)]
-        if self.recipe.optimizer == "muon" and matrices:
+        matrices = {key: value for key, value in parameters.items() if value.ndim == 2 and _MATRICES.match(key)}
+        if matrices:
             optimizers.append(
-                torch.optim.Muon(
-                    [parameters[key] for key in matrices], lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-                )
+                torch.optim.Muon(matrices.values(), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
             )
-        else:
-            matrices = []
-        rest = [value for key, value in parameters.items() if key not in set(matrices)]
+        rest = [value for key, value in parameters.items() if key not in matrices]
         optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.97), weight_decay=0.01, fused=self.fast))
         if self._optimizer is not None:
             with torch.no_grad():

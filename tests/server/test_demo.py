@@ -137,7 +137,8 @@ def test_the_page_gets_graph_and_workflows(shipped, folders, serve):
         names = (await api.json("GET", "/api/workflow_templates"))[demo.GROUP]
         assert names == [os.path.basename(path)[:-5] for path in WORKFLOWS]
         for name in names:
-            assert await api.status("GET", f"/api/workflow_templates/{demo.GROUP}/{name}.json") == 200
+            for kind in ("json", "jpg"):
+                assert await api.status("GET", f"/api/workflow_templates/{demo.GROUP}/{name}.{kind}") == 200
         add(folders, "checkpoints", "own.safetensors")
         assert await api.json("GET", "/taco_dit/first_screen") == {"graph": None}
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from app import demo
+from demo.judge import judge
+from demo.scenes import Spec, Thing
 from tests.e2e.server import Server
 from tests.tiny_models import write_flux
 
@@ -68,6 +73,10 @@ def test_run_draws_it(page: tuple[Server, Browser]) -> None:
     browser.wait(f"{PICTURES} === 1", 90)  # three seconds on an idle machine
     done = server.json("/jobs?status=completed")["jobs"]
     assert len(done) == 1 and done[0]["preview_output"]["subfolder"] == "taco_dit_demo"
+    image = {key: done[0]["preview_output"][key] for key in ("filename", "subfolder", "type")}
+    picture = np.asarray(Image.open(io.BytesIO(server.file(image))).convert("RGB")) / 255
+    verdict = judge(picture, Spec("pair", (Thing("circle", "red"), Thing("square", "green")), "above"))
+    assert verdict.right, verdict.wrong
     ran = server.json("/taco_dit/status")
     assert ran["last_run"]["calls"] == 20 and ran["last_run"]["world_size"] == server.ranks
     _shot(browser, f"first_picture_{server.ranks}.png")
