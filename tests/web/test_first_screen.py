@@ -82,6 +82,7 @@ def test_run_draws_it(page: tuple[Server, Browser]) -> None:
     _shot(browser, f"first_picture_{server.ranks}.png")
 
 
+@pytest.mark.parametrize("page", [1], indirect=True, ids=["1 rank"])
 def test_a_second_visit_keeps_what_was_edited(page: tuple[Server, Browser]) -> None:
     server, browser = page
     field = f"[...document.querySelectorAll('textarea')].find(e => e.value === {json.dumps(PROMPT)})"
@@ -101,6 +102,7 @@ def test_a_second_visit_keeps_what_was_edited(page: tuple[Server, Browser]) -> N
     assert not _ours(browser)
 
 
+@pytest.mark.parametrize("page", [1], indirect=True, ids=["1 rank"])
 def test_another_browser_begins_with_it_too(page: tuple[Server, Browser], tmp_path: os.PathLike[str]) -> None:
     server, _ = page
     with Browser(str(tmp_path)) as other:
