@@ -9,6 +9,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 import comfy.cli_args
+import comfy.utils
 import execution
 import folder_paths
 import nodes
@@ -50,6 +51,13 @@ class Api:
         async with self.client.request(method, path, **arguments) as response:
             await response.read()
             return response.status
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind():
+    """A test's server reports progress to its own event loop, which is closed after the test."""
+    yield
+    comfy.utils.set_progress_bar_global_hook(None)
 
 
 @pytest.fixture
