@@ -21,7 +21,7 @@ fi
 .venv/bin/ruff format --check comfy/taco_dit comfy/ldm benchmarks demo tests/demo tests/parallel tests/e2e tests/packs tests/web tests/core tests/models main.py
 .venv/bin/mypy
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
-# Tests that start servers have both cores to themselves; the others share them.
-servers=(tests/demo tests/e2e tests/packs tests/web)
-.venv/bin/python -m pytest -n 2 --dist loadfile "${servers[@]/#/--ignore=}"
-exec .venv/bin/python -m pytest "${servers[@]}"
+# Tests that start ranks, servers or browsers have both cores to themselves; the others share them.
+alone=(tests/core tests/demo tests/e2e tests/packs tests/parallel tests/web)
+.venv/bin/python -m pytest -n 2 --dist loadfile "${alone[@]/#/--ignore=}"
+exec .venv/bin/python -m pytest "${alone[@]}"
