@@ -160,12 +160,21 @@ async def _wanted_lazy_inputs(call: NodeCall, missing: dict[str, bool]) -> list[
         assert call.input_data_all is not None
         target = call.class_def if is_v3(call.class_def) else call.instance()
         answers = await _async_map_node_over_list(
-            call.prompt_id, call.unique_id, target, call.input_data_all, "check_lazy_status",
-            allow_interrupt=False, v3_data=call.v3_data,
+            call.prompt_id,
+            call.unique_id,
+            target,
+            call.input_data_all,
+            "check_lazy_status",
+            allow_interrupt=False,
+            v3_data=call.v3_data,
         )
         answers = await resolve_map_node_over_list_results(answers)
-        names = [name for answer in answers if isinstance(answer, list | tuple | set | frozenset)
-                 for name in (sorted(answer) if isinstance(answer, set | frozenset) else answer)]
+        names = [
+            name
+            for answer in answers
+            if isinstance(answer, list | tuple | set | frozenset)
+            for name in (sorted(answer) if isinstance(answer, set | frozenset) else answer)
+        ]
         return [name for name in dict.fromkeys(names) if missing.get(name) or name not in call.input_data_all]
 
     return await call.ranks.decide_async("lazy inputs", ask)
@@ -206,8 +215,12 @@ async def _run(call: NodeCall, executed: Any, pending_async_nodes: dict[str, Any
         # an asynchronous node is not alone: others run while it waits
         with call.ranks.lockstep.alone() if call.first_only and not is_async else nullcontext():
             output, ui, has_subgraph, pending = await get_output_data(
-                call.prompt_id, unique_id, call.class_def if is_v3(call.class_def) else call.instance(),
-                call.input_data_all or {}, execution_block_cb=call.blocked(executed), pre_execute_cb=before,
+                call.prompt_id,
+                unique_id,
+                call.class_def if is_v3(call.class_def) else call.instance(),
+                call.input_data_all or {},
+                execution_block_cb=call.blocked(executed),
+                pre_execute_cb=before,
                 v3_data=call.v3_data,
             )
     outcome = PENDING if pending else EXPAND if has_subgraph else DONE
@@ -239,8 +252,9 @@ def _wait_for(call: NodeCall, begun: Any, pending_async_nodes: dict[str, Any]) -
     call.execution_list.background.append(asyncio.get_running_loop().create_task(wait()))
 
 
-async def _execute_node(call: NodeCall, executed: Any, pending_subgraph_results: dict[str, Any],
-                        pending_async_nodes: dict[str, Any]) -> ExecutionResult:
+async def _execute_node(
+    call: NodeCall, executed: Any, pending_subgraph_results: dict[str, Any], pending_async_nodes: dict[str, Any]
+) -> ExecutionResult:
     unique_id = call.unique_id
     if unique_id in pending_subgraph_results:
         results = pending_subgraph_results.pop(unique_id)

@@ -122,8 +122,13 @@ def configure(args: Any) -> None:
         set_base_directory(args.base_directory)
     if args.output_directory:
         set_output_directory(os.path.abspath(args.output_directory))
-        for kind, name in (("checkpoints", "checkpoints"), ("clip", "clip"), ("vae", "vae"),
-                           ("diffusion_models", "diffusion_models"), ("loras", "loras")):
+        for kind, name in (
+            ("checkpoints", "checkpoints"),
+            ("clip", "clip"),
+            ("vae", "vae"),
+            ("diffusion_models", "diffusion_models"),
+            ("loras", "loras"),
+        ):
             add_model_folder_path(kind, os.path.join(get_output_directory(), name))
     if args.input_directory:
         set_input_directory(os.path.abspath(args.input_directory))
@@ -436,7 +441,7 @@ def get_save_image_path(
         for entry in entries:
             name = os.path.normcase(entry.name)
             if name.startswith(start):
-                digits = name[len(start):].split("_", 1)[0].split(".", 1)[0]
+                digits = name[len(start) :].split("_", 1)[0].split(".", 1)[0]
                 if digits.isdecimal():
                     counter = max(counter, int(digits))
     return folder, filename, counter + 1, subfolder, filename_prefix

@@ -18,7 +18,7 @@ if [ "${1:-}" = goldens ]; then
   exec .venv/bin/python -m tests.goldens.report "$@"
 fi
 .venv/bin/ruff check .
-.venv/bin/ruff format --check comfy/taco_dit comfy/ldm benchmarks demo tests/demo tests/parallel tests/e2e tests/packs tests/web tests/core tests/models main.py
+.venv/bin/ruff format --check .
 .venv/bin/mypy
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
 # Tests that start ranks, servers or browsers have both cores to themselves; the others share them.

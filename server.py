@@ -259,7 +259,9 @@ class PromptServer:
         await self.start_multi_address([(address, port)], call_on_start, verbose)
 
     async def start_multi_address(
-        self, addresses: Iterable[tuple[str, int]], call_on_start: Callable[..., Any] | None = None,
+        self,
+        addresses: Iterable[tuple[str, int]],
+        call_on_start: Callable[..., Any] | None = None,
         verbose: bool = True,
     ) -> None:
         """Listen on `(address, port)` pairs; port 0 takes a free one, `self.port` then says which.

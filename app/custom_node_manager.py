@@ -70,15 +70,21 @@ def _packs() -> dict[str, str]:
     """Custom packs by name; built-in extra nodes have neither translations nor examples of their own."""
     import nodes
 
-    return {name: folder for name, folder in nodes.LOADED_MODULE_DIRS.items()
-            if os.path.basename(folder) not in ("comfy_extras", "custom_nodes")}
+    return {
+        name: folder
+        for name, folder in nodes.LOADED_MODULE_DIRS.items()
+        if os.path.basename(folder) not in ("comfy_extras", "custom_nodes")
+    }
 
 
 def _blueprint_files() -> dict[str, tuple[str, str]]:
     """Blueprint id -> (path, where it is from)."""
     found: dict[str, tuple[str, str]] = {}
-    sources = [(folder, f"custom_nodes.{name}") for name, pack in _packs().items()
-               if os.path.isdir(folder := os.path.join(pack, "subgraphs"))]
+    sources = [
+        (folder, f"custom_nodes.{name}")
+        for name, pack in _packs().items()
+        if os.path.isdir(folder := os.path.join(pack, "subgraphs"))
+    ]
     official = blueprints_folder()
     if official is not None:
         sources.append((official, "templates"))
@@ -92,8 +98,7 @@ def _blueprint_files() -> dict[str, tuple[str, str]]:
 
 def _blueprint(path: str, source: str, with_data: bool) -> dict[str, Any]:
     name = os.path.splitext(os.path.basename(path))[0]
-    entry: dict[str, Any] = {"source": source.split(".")[0], "name": name,
-                             "info": {"node_pack": source}}
+    entry: dict[str, Any] = {"source": source.split(".")[0], "name": name, "info": {"node_pack": source}}
     if with_data:
         with open(path, encoding="utf-8") as stream:
             entry["data"] = stream.read()
@@ -114,14 +119,16 @@ class CustomNodeManager:
             for name, folder in _packs().items():
                 examples = example_folder(folder)
                 if examples is not None:
-                    result[name] = sorted(os.path.splitext(file)[0] for file in os.listdir(examples)
-                                          if file.endswith(".json"))
+                    result[name] = sorted(
+                        os.path.splitext(file)[0] for file in os.listdir(examples) if file.endswith(".json")
+                    )
             return json_response(result)
 
         @routes.get("/global_subgraphs")
         async def subgraphs(request: web.Request) -> web.Response:
-            return json_response({key: _blueprint(path, source, False)
-                                  for key, (path, source) in _blueprint_files().items()})
+            return json_response(
+                {key: _blueprint(path, source, False) for key, (path, source) in _blueprint_files().items()}
+            )
 
         @routes.get("/global_subgraphs/{id}")
         async def subgraph(request: web.Request) -> web.Response:

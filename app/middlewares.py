@@ -117,7 +117,9 @@ def _from_another_site(request: web.Request) -> bool:
     """Whether the browser says that another site's page asks. Following a link to here is no harm."""
     if request.headers.get("Sec-Fetch-Site", "").lower() != "cross-site":
         return False
-    follows_link = request.headers.get("Sec-Fetch-Mode") == "navigate" and request.headers.get("Sec-Fetch-Dest") == "document"
+    follows_link = (
+        request.headers.get("Sec-Fetch-Mode") == "navigate" and request.headers.get("Sec-Fetch-Dest") == "document"
+    )
     return not (follows_link and request.method in ("GET", "HEAD"))
 
 

@@ -7,8 +7,16 @@ import re
 
 # shown as text or downloaded, never run by the browser in our origin
 _ACTIVE_TYPES = {
-    "text/html", "text/html-sandboxed", "application/xhtml+xml", "text/javascript", "application/javascript",
-    "application/x-javascript", "text/css", "image/svg+xml", "text/xml", "application/xml",
+    "text/html",
+    "text/html-sandboxed",
+    "application/xhtml+xml",
+    "text/javascript",
+    "application/javascript",
+    "application/x-javascript",
+    "text/css",
+    "image/svg+xml",
+    "text/xml",
+    "application/xml",
 }
 _DRIVE = re.compile(r"^[A-Za-z]:")
 

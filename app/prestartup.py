@@ -33,7 +33,9 @@ def run_prestartup_scripts(args: argparse.Namespace) -> None:
 
 def _run(script: str) -> bool:
     try:
-        spec = importlib.util.spec_from_file_location(os.path.dirname(script).replace(".", "_x_") + "_prestartup", script)
+        spec = importlib.util.spec_from_file_location(
+            os.path.dirname(script).replace(".", "_x_") + "_prestartup", script
+        )
         assert spec is not None and spec.loader is not None
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     except Exception as error:  # noqa: BLE001 - a broken pack must not stop the program

@@ -97,8 +97,11 @@ async def _view(request: web.Request) -> web.StreamResponse:
         data, kind = await _worked(_channel, path, channel)
     else:
         kind = served_type(mimetypes.guess_type(name)[0] or "application/octet-stream")
-        headers = {"Content-Disposition": disposition(kind, name), "Content-Type": kind,
-                   "X-Content-Type-Options": "nosniff"}
+        headers = {
+            "Content-Disposition": disposition(kind, name),
+            "Content-Type": kind,
+            "X-Content-Type-Options": "nosniff",
+        }
         return web.FileResponse(path, headers=headers)
     headers = {"Content-Disposition": disposition(kind, name), "X-Content-Type-Options": "nosniff"}
     return web.Response(body=data, content_type=kind, headers=headers)

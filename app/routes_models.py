@@ -52,8 +52,15 @@ def _described(kind: str) -> list[dict[str, Any]]:
                 stat = os.stat(os.path.join(directory, name))
             except OSError:
                 continue
-            result.append({"name": name, "pathIndex": index, "modified": stat.st_mtime, "created": stat.st_ctime,
-                           "size": stat.st_size})
+            result.append(
+                {
+                    "name": name,
+                    "pathIndex": index,
+                    "modified": stat.st_mtime,
+                    "created": stat.st_ctime,
+                    "size": stat.st_size,
+                }
+            )
     return result
 
 

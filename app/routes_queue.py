@@ -43,8 +43,12 @@ async def _queue_prompt(server: Any, body: Any) -> web.Response:
 
     body = server.trigger_on_prompt(body)
     if not isinstance(body, dict) or "prompt" not in body:
-        error = {"type": "no_prompt", "message": "No prompt provided", "details": "No prompt provided",
-                 "extra_info": {}}
+        error = {
+            "type": "no_prompt",
+            "message": "No prompt provided",
+            "details": "No prompt provided",
+            "extra_info": {},
+        }
         return json_response({"error": error, "node_errors": {}}, 400)
     if not isinstance(body["prompt"], dict):
         raise bad_request("invalid_prompt", "The prompt is not an object of nodes")
@@ -190,8 +194,13 @@ def _add_jobs(routes: web.RouteTableDef, server: Any) -> None:
             raise web.HTTPBadRequest(text=f"unknown status {sorted(unknown)[0]!r}; use {', '.join(jobs.STATUSES)}")
         limit = _number(query.get("limit"), "limit", None)
         offset = _number(query.get("offset"), "offset", 0) or 0
-        chosen = jobs.select(every_job(), status, query.get("workflow_id"), query.get("sort_by", "created_at"),
-                             query.get("sort_order", "desc"))
+        chosen = jobs.select(
+            every_job(),
+            status,
+            query.get("workflow_id"),
+            query.get("sort_by", "created_at"),
+            query.get("sort_order", "desc"),
+        )
         return json_response(jobs.page(chosen, limit, max(offset, 0)))
 
     @routes.get("/jobs/{job_id}")

@@ -48,7 +48,9 @@ def _name_flags_without_effect(args: argparse.Namespace) -> None:
     from comfy.cli_args import PerformanceFeature, build_parser
 
     options = {action.dest: action for action in build_parser()._actions}
-    given = [options[name].option_strings[0] for name in _WITHOUT_EFFECT if getattr(args, name) != options[name].default]
+    given = [
+        options[name].option_strings[0] for name in _WITHOUT_EFFECT if getattr(args, name) != options[name].default
+    ]
     if PerformanceFeature.CublasOps in args.fast:
         given.append(f"--fast {PerformanceFeature.CublasOps.value}")
     if given:
@@ -261,4 +263,3 @@ def _say_hello(current: Any, infos: list[dict[str, Any]]) -> None:
     for info in infos:
         free, total = info["memory_free"] / 2**30, info["memory_total"] / 2**30
         logging.info("rank %d: %s %s, %.1f of %.1f GiB free", info["rank"], info["device"], info["name"], free, total)
-

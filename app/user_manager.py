@@ -149,7 +149,10 @@ class UserManager:
             if not os.path.isdir(path):
                 return web.Response(status=404, text="Directory not found")
             result = await asyncio.to_thread(
-                _listed, path, query.get("recurse") == "true", query.get("full_info") == "true",
+                _listed,
+                path,
+                query.get("recurse") == "true",
+                query.get("full_info") == "true",
                 query.get("split") == "true",
             )
             return json_response(result)

@@ -93,7 +93,10 @@ def _uniform(frames: int, handler: IndexListContextHandler) -> list[Window]:
 
 
 SCHEDULES: dict[str, Callable[[int, IndexListContextHandler], list[Window]]] = {
-    STATIC: _static, UNIFORM: _uniform, LOOPED: _looped, BATCHED: _batched,
+    STATIC: _static,
+    UNIFORM: _uniform,
+    LOOPED: _looped,
+    BATCHED: _batched,
 }
 
 # ---- how they are blended --------------------------------------------------------------------------------------------
@@ -127,7 +130,10 @@ def _relative(window: Window, frames: int, handler: IndexListContextHandler) -> 
 
 
 FUSE_METHODS: dict[str, Callable[[Window, int, IndexListContextHandler], torch.Tensor]] = {
-    PYRAMID: _pyramid, RELATIVE: _relative, FLAT: _flat, OVERLAP_LINEAR: _overlap_linear,
+    PYRAMID: _pyramid,
+    RELATIVE: _relative,
+    FLAT: _flat,
+    OVERLAP_LINEAR: _overlap_linear,
 }
 
 
@@ -189,8 +195,14 @@ class IndexListContextHandler:
     """Predicts latents that are longer than `context_length` on axis `dim` in windows."""
 
     def __init__(
-        self, context_schedule: ContextSchedule, fuse_method: ContextFuseMethod, context_length: int = 1,
-        context_overlap: int = 0, context_stride: int = 1, closed_loop: bool = False, dim: int = 0,
+        self,
+        context_schedule: ContextSchedule,
+        fuse_method: ContextFuseMethod,
+        context_length: int = 1,
+        context_overlap: int = 0,
+        context_stride: int = 1,
+        closed_loop: bool = False,
+        dim: int = 0,
     ) -> None:
         if context_overlap >= context_length:
             raise ValueError(
@@ -206,11 +218,14 @@ class IndexListContextHandler:
         self.dim = dim
         self.step = 0
 
-    def should_use_context(self, model: Any, conds: Any, x_in: torch.Tensor, timestep: torch.Tensor,
-                           model_options: dict[str, Any]) -> bool:
+    def should_use_context(
+        self, model: Any, conds: Any, x_in: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any]
+    ) -> bool:
         """Whether x [B, C, ...] is longer than a window."""
         if self.dim >= x_in.ndim:
-            raise ValueError(f"context windows on axis {self.dim}, but the latent has {x_in.ndim} axes; use a lower dim")
+            raise ValueError(
+                f"context windows on axis {self.dim}, but the latent has {x_in.ndim} axes; use a lower dim"
+            )
         frames = x_in.shape[self.dim]
         if frames <= self.context_length:
             return False
@@ -244,8 +259,15 @@ class IndexListContextHandler:
         """A conditioning for a window: tensors as long as the latent are cut."""
         return None if cond_in is None else [self._part(cond, x_in, window) for cond in cond_in]
 
-    def execute(self, calc_cond_batch: Any, model: Any, conds: list[Any], x_in: torch.Tensor, timestep: torch.Tensor,
-                model_options: dict[str, Any]) -> list[torch.Tensor]:
+    def execute(
+        self,
+        calc_cond_batch: Any,
+        model: Any,
+        conds: list[Any],
+        x_in: torch.Tensor,
+        timestep: torch.Tensor,
+        model_options: dict[str, Any],
+    ) -> list[torch.Tensor]:
         """The predictions of all windows, blended."""
         self.set_step(timestep, model_options)
         frames = x_in.shape[self.dim]

@@ -1,8 +1,8 @@
 """Models in diffusers' layout: a folder with a model_index.json and a folder for each part.
 
-    transformer/      diffusion_pytorch_model.safetensors, or several with a .safetensors.index.json
-    vae/              the same
-    text_encoder/, text_encoder_2/   model.safetensors, or several
+transformer/      diffusion_pytorch_model.safetensors, or several with a .safetensors.index.json
+vae/              the same
+text_encoder/, text_encoder_2/   model.safetensors, or several
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ def load_diffusers(
     if output_clip:
         present = [name for name in ("text_encoder", "text_encoder_2") if os.path.isdir(os.path.join(model_path, name))]
         encoders = [load_part(os.path.join(model_path, name)) for name in present or ["text_encoder"]]
-        clip = load_text_encoder_state_dicts(
-            encoders, embedding_directory=embedding_directory, clip_type=CLIPType.FLUX
-        )
+        clip = load_text_encoder_state_dicts(encoders, embedding_directory=embedding_directory, clip_type=CLIPType.FLUX)
     if output_vae:
         vae = comfy.sd.VAE(sd=load_part(os.path.join(model_path, "vae")))
     return model, clip, vae

@@ -157,9 +157,7 @@ class CFGGuider:
         options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
         extra_args = {"model_options": options, "seed": seed}
         executor = _wrapped(WrappersMP.SAMPLER_SAMPLE, sampler.sample, sampler, options)
-        samples = executor.execute(
-            self, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
-        )
+        samples = executor.execute(self, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
         return self.inner_model.process_latent_out(samples.to(torch.float32))
 
     def outer_sample(
@@ -208,9 +206,7 @@ class CFGGuider:
             helpers.prepare_model_patcher(patcher, self.conds, self.model_options)
             helpers.filter_registered_hooks_on_conds(self.conds, self.model_options)
             executor = _wrapped(WrappersMP.OUTER_SAMPLE, self.outer_sample, self, self.model_options)
-            return executor.execute(
-                noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed
-            )
+            return executor.execute(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
         finally:
             helpers.cast_to_load_options(self.model_options, device=patcher.offload_device)
             self.model_options = model_options

@@ -415,4 +415,3 @@ def load_hook_lora_for_models(
         new_clip = clip.clone()
         new_clip.patcher.add_hook_patches(hook=hook, patches=patches, strength_patch=strength_clip)
     return new_model, new_clip, group
-

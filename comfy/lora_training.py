@@ -256,9 +256,7 @@ def _checkpointed(network: nn.Module) -> Iterator[None]:
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def _optimize(
-    data: _Data, changes: list[_At], settings: TrainingSettings, generator: torch.Generator
-) -> list[float]:
+def _optimize(data: _Data, changes: list[_At], settings: TrainingSettings, generator: torch.Generator) -> list[float]:
     parameters = [parameter for at in changes for parameter in at.change.parameters()]
     optimizer = getattr(torch.optim, settings.optimizer)(parameters, lr=settings.learning_rate)
     compare = LOSSES[settings.loss_function]

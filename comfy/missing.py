@@ -92,14 +92,37 @@ def provide_modules() -> None:
 
 # modules of ComfyUI that packs import, and whose feature is missing
 MODULES: dict[str, str] = {
-    **{f"comfy.ldm.{module}": f"the model family of comfy.ldm.{module.split('.')[0]}" for module in (
-        "anima.model", "anima.lllite", "aura.mmdit", "ace.ace_step15", "cascade.stage_c_coder", "chroma.layers",
-        "chroma.model", "cosmos.predict2", "ernie.model", "hidream.model", "hidream_o1.model", "hunyuan_video.model",
-        "lens.model", "lightricks.av_model", "lightricks.model", "lightricks.symmetric_patchifier",
-        "lightricks.vae.audio_vae", "lightricks.vae.causal_conv3d", "lightricks.vae.causal_video_autoencoder",
-        "lightricks.vae.pixel_norm", "lumina.controlnet", "lumina.model", "minimax.model", "qwen_image.model",
-        "wan.model", "wan.vae",
-    )},
+    **{
+        f"comfy.ldm.{module}": f"the model family of comfy.ldm.{module.split('.')[0]}"
+        for module in (
+            "anima.model",
+            "anima.lllite",
+            "aura.mmdit",
+            "ace.ace_step15",
+            "cascade.stage_c_coder",
+            "chroma.layers",
+            "chroma.model",
+            "cosmos.predict2",
+            "ernie.model",
+            "hidream.model",
+            "hidream_o1.model",
+            "hunyuan_video.model",
+            "lens.model",
+            "lightricks.av_model",
+            "lightricks.model",
+            "lightricks.symmetric_patchifier",
+            "lightricks.vae.audio_vae",
+            "lightricks.vae.causal_conv3d",
+            "lightricks.vae.causal_video_autoencoder",
+            "lightricks.vae.pixel_norm",
+            "lumina.controlnet",
+            "lumina.model",
+            "minimax.model",
+            "qwen_image.model",
+            "wan.model",
+            "wan.vae",
+        )
+    },
     "comfy.ldm.modules.diffusionmodules.openaimodel": "the UNet of SD and SDXL",
     "comfy.ldm.modules.diffusionmodules.util": "the UNet of SD and SDXL",
     "comfy.ldm.modules.diffusionmodules.mmdit": "SD3",

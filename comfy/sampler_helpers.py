@@ -53,9 +53,7 @@ def convert_cond(cond: list[Any]) -> list[dict[str, Any]]:
     return out
 
 
-def get_additional_models(
-    conds: dict[str, list[dict[str, Any]]], dtype: torch.dtype | None
-) -> tuple[list[Any], float]:
+def get_additional_models(conds: dict[str, list[dict[str, Any]]], dtype: torch.dtype | None) -> tuple[list[Any], float]:
     """(models that conditionings need beside the main one, bytes their inference takes)."""
     controls: list[Any] = []
     models: list[Any] = []
@@ -90,9 +88,7 @@ def cleanup_additional_models(models: list[Any]) -> None:
             model.cleanup()
 
 
-def estimate_memory(
-    model: Any, noise_shape: Any, conds: dict[str, list[dict[str, Any]]]
-) -> tuple[float, float]:
+def estimate_memory(model: Any, noise_shape: Any, conds: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
     """(bytes to run positive and negative together, bytes to run one at a time)."""
     together: dict[str, list[Any]] = collections.defaultdict(list)
     alone: dict[str, list[Any]] = collections.defaultdict(list)
@@ -181,9 +177,7 @@ def prepare_model_patcher(
     return to_load
 
 
-def cast_to_load_options(
-    model_options: dict[str, Any], device: Any = None, dtype: torch.dtype | None = None
-) -> None:
+def cast_to_load_options(model_options: dict[str, Any], device: Any = None, dtype: torch.dtype | None = None) -> None:
     """Move what wrappers, callbacks and hooks brought along to a device; objects with a `to` method take part."""
 
     def move(value: Any) -> None:
@@ -232,9 +226,7 @@ def get_total_hook_groups_in_conds(conds: dict[str, list[dict[str, Any]]]) -> in
     return len({c.get("hooks") for cond in conds.values() for c in cond})
 
 
-def filter_registered_hooks_on_conds(
-    conds: dict[str, list[dict[str, Any]]], model_options: dict[str, Any]
-) -> None:
+def filter_registered_hooks_on_conds(conds: dict[str, list[dict[str, Any]]], model_options: dict[str, Any]) -> None:
     """Leave only hooks that were registered, or that need no registration."""
     registered = model_options.get("registered_hooks")
     if registered is None:

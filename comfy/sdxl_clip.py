@@ -123,9 +123,7 @@ class SDXLRefinerClipModel(SD1ClipModel):
     def __init__(
         self, device: Any = "cpu", dtype: torch.dtype | None = None, model_options: dict[str, Any] | None = None
     ) -> None:
-        super().__init__(
-            device=device, dtype=dtype, clip_name="g", clip_model=SDXLClipG, model_options=model_options
-        )
+        super().__init__(device=device, dtype=dtype, clip_name="g", clip_model=SDXLClipG, model_options=model_options)
 
 
 class StableCascadeClipGTokenizer(SDTokenizer):

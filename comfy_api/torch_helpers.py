@@ -12,8 +12,15 @@ __all__ = ["set_torch_compile_wrapper"]
 
 
 def set_torch_compile_wrapper(
-    model: Any, backend: str, options: dict[str, str] | None = None, mode: str | None = None, fullgraph: bool = False,
-    dynamic: bool | None = None, keys: Sequence[str] = ("diffusion_model",), *args: Any, **kwargs: Any,
+    model: Any,
+    backend: str,
+    options: dict[str, str] | None = None,
+    mode: str | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    keys: Sequence[str] = ("diffusion_model",),
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """Let a patcher's network run through torch.compile with these options; replaces an earlier wrapper.
 

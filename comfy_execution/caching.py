@@ -236,8 +236,9 @@ class OutputCache:
         return entry.used >= self._grown.get(entry.owner, 0)
 
     def _forget(self, kept: AbstractSet[Signature], owners: AbstractSet[tuple[str, str]]) -> None:
-        for key in [key for key, entry in self._entries.items()
-                    if key not in kept and not self._belongs(entry, owners)]:
+        for key in [
+            key for key, entry in self._entries.items() if key not in kept and not self._belongs(entry, owners)
+        ]:
             del self._entries[key]
 
 

@@ -60,8 +60,9 @@ class IsChangedCache:
             answers = await execution.resolve_map_node_over_list_results(answers)
             return [None if isinstance(answer, execution.ExecutionBlocker) else answer for answer in answers]
         except Exception as error:  # noqa: BLE001 - a node that cannot say is run again
-            logging.warning("node %s (%s): %s failed, so it counts as changed: %s",
-                            node_id, node["class_type"], name, error)
+            logging.warning(
+                "node %s (%s): %s failed, so it counts as changed: %s", node_id, node["class_type"], name, error
+            )
             return float("nan")
 
 
@@ -114,9 +115,11 @@ class PromptRun(ExecutionList):
         if not self.output_cache.signed:
             return {}
         asked = [
-            node_id for node_id in node_ids
-            if has_function(node_class(self.dynprompt.get_node(node_id)["class_type"]),
-                            "IS_CHANGED", "fingerprint_inputs")
+            node_id
+            for node_id in node_ids
+            if has_function(
+                node_class(self.dynprompt.get_node(node_id)["class_type"]), "IS_CHANGED", "fingerprint_inputs"
+            )
         ]
         if asked:
 
@@ -283,8 +286,16 @@ class PromptExecutor:
                     raise _agreed_end(action, chosen)
                 run.stage(current)
                 result, error, exception = await execution.execute(
-                    self.server, run.dynprompt, self.caches, current, extra_data, executed, prompt_id, run,
-                    pending_subgraph_results, pending_async_nodes,
+                    self.server,
+                    run.dynprompt,
+                    self.caches,
+                    current,
+                    extra_data,
+                    executed,
+                    prompt_id,
+                    run,
+                    pending_subgraph_results,
+                    pending_async_nodes,
                 )
                 if result is execution.ExecutionResult.FAILURE:
                     assert error is not None and exception is not None
@@ -321,7 +332,11 @@ class PromptExecutor:
     # ---- reports ---------------------------------------------------------------------------------------------------
 
     def _report(
-        self, run: PromptRun, prompt_id: str, prompt: Mapping[str, Any], executed: Executed,
+        self,
+        run: PromptRun,
+        prompt_id: str,
+        prompt: Mapping[str, Any],
+        executed: Executed,
         problem: tuple[dict[str, Any], BaseException] | None,
     ) -> None:
         self.history_result = {
@@ -335,8 +350,13 @@ class PromptExecutor:
             self.handle_execution_error(prompt_id, prompt, list(executed), list(executed), *problem)
 
     def handle_execution_error(
-        self, prompt_id: str, prompt: Mapping[str, Any], current_outputs: Iterable[str], executed: Iterable[str],
-        error: dict[str, Any], ex: BaseException,
+        self,
+        prompt_id: str,
+        prompt: Mapping[str, Any],
+        current_outputs: Iterable[str],
+        executed: Iterable[str],
+        error: dict[str, Any],
+        ex: BaseException,
     ) -> None:
         """Tell the client how the prompt failed; after an out-of-memory, free what can be freed."""
         import comfy.model_management
@@ -364,8 +384,9 @@ class PromptExecutor:
                 "workflow worked before, load the diffusion model in a smaller weight type or add a GPU."
             )
         self._log_failure(node_id, message["node_type"], details, ex)
-        self.add_message("execution_error", {**message, **details, "current_outputs": list(current_outputs)},
-                         broadcast=False)
+        self.add_message(
+            "execution_error", {**message, **details, "current_outputs": list(current_outputs)}, broadcast=False
+        )
         if _out_of_memory(ex):
             logging.error("Got an OOM, unloading all loaded models.")
             comfy.model_management.unload_all_models()
@@ -374,13 +395,25 @@ class PromptExecutor:
         """Where it came from is told once, on rank 0; with several ranks the others say one line each."""
         reason = details["exception_message"].rstrip()
         if not self.lockstep.is_first:
-            logging.warning("node %s (%s): %s", node_id, node_type, reason.splitlines()[0] if reason else type(ex).__name__,
-                            extra={"reported": True})
+            logging.warning(
+                "node %s (%s): %s",
+                node_id,
+                node_type,
+                reason.splitlines()[0] if reason else type(ex).__name__,
+                extra={"reported": True},
+            )
             return
         foreign = isinstance(ex, RankError)
         where = "\n" + "".join(details["traceback"]).rstrip() if foreign and details["traceback"] else ""
-        logging.error("!!! Exception during processing !!! node %s (%s): %s%s", node_id, node_type, reason, where,
-                      exc_info=None if foreign else ex, extra={"reported": True})
+        logging.error(
+            "!!! Exception during processing !!! node %s (%s): %s%s",
+            node_id,
+            node_type,
+            reason,
+            where,
+            exc_info=None if foreign else ex,
+            extra={"reported": True},
+        )
 
 
 def _agreed_end(action: str, chosen: Any) -> Exception:

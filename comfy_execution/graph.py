@@ -218,7 +218,9 @@ class TopologicalSort:
         """Ask for a lazy input. Raises NodeInputError when there is no such link."""
         inputs = self.dynprompt.get_node(to_node_id)["inputs"]
         if to_input not in inputs:
-            raise NodeInputError(f"Node {to_node_id} says it needs input {to_input}, but there is no input to that node")
+            raise NodeInputError(
+                f"Node {to_node_id} says it needs input {to_input}, but there is no input to that node"
+            )
         value = inputs[to_input]
         if not is_link(value):
             raise NodeInputError(f"Node {to_node_id} says it needs input {to_input}, but that value is a constant")

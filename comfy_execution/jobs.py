@@ -22,13 +22,15 @@ def _files(outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
             for item in ui.get(key, ()) if isinstance(ui, Mapping) else ():
                 if isinstance(item, Mapping) and "filename" in item:
                     media = "video" if str(item["filename"]).lower().endswith(_VIDEO) else kind
-                    found.append({
-                        "filename": item["filename"],
-                        "subfolder": item.get("subfolder", ""),
-                        "type": item.get("type", "output"),
-                        "nodeId": node_id,
-                        "mediaType": media,
-                    })
+                    found.append(
+                        {
+                            "filename": item["filename"],
+                            "subfolder": item.get("subfolder", ""),
+                            "type": item.get("type", "output"),
+                            "nodeId": node_id,
+                            "mediaType": media,
+                        }
+                    )
     return found
 
 
@@ -66,7 +68,10 @@ def _from_history(entry: Mapping[str, Any]) -> Job:
     files = _files(outputs)
     job["_entry"] = entry
     job["outputs_count"] = sum(
-        len(value) for ui in outputs.values() if isinstance(ui, Mapping) for value in ui.values()
+        len(value)
+        for ui in outputs.values()
+        if isinstance(ui, Mapping)
+        for value in ui.values()
         if isinstance(value, list | tuple)
     )
     job["previewable_outputs_count"] = len(files)
@@ -76,15 +81,17 @@ def _from_history(entry: Mapping[str, Any]) -> Job:
     start = messages.get("execution_start")
     if start:
         job["execution_start_time"] = start["timestamp"]
-    ends = [data["timestamp"] for event, data in messages.items()
-            if event in ("execution_success", "execution_error", "execution_interrupted") and "timestamp" in data]
+    ends = [
+        data["timestamp"]
+        for event, data in messages.items()
+        if event in ("execution_success", "execution_error", "execution_interrupted") and "timestamp" in data
+    ]
     if ends:
         job["execution_end_time"] = ends[-1]
     error = messages.get("execution_error")
     if error and state == FAILED:
         job["execution_error"] = {
-            key: error.get(key)
-            for key in ("node_id", "node_type", "exception_message", "exception_type", "traceback")
+            key: error.get(key) for key in ("node_id", "node_type", "exception_message", "exception_type", "traceback")
         }
     return job
 
@@ -99,12 +106,16 @@ def all_jobs(running: Sequence[Any], waiting: Sequence[Any], history: Mapping[st
 
 
 def select(
-    jobs: Sequence[Job], status: Collection[str] = (), workflow_id: str | None = None, sort_by: str = "created_at",
+    jobs: Sequence[Job],
+    status: Collection[str] = (),
+    workflow_id: str | None = None,
+    sort_by: str = "created_at",
     sort_order: str = "desc",
 ) -> list[Job]:
     """Jobs with one of `status` (empty: any) and of one workflow, sorted by creation or by duration."""
     chosen = [
-        job for job in jobs
+        job
+        for job in jobs
         if (not status or job["status"] in status) and (workflow_id is None or job["workflow_id"] == workflow_id)
     ]
 

@@ -22,9 +22,7 @@ class DuplicateNodeError(Exception):
 
 
 def failure(unique_id: str, error: BaseException, input_data_all: InputData | None) -> dict[str, Any]:
-    inputs = {
-        name: [format_value(value) for value in values] for name, values in (input_data_all or {}).items()
-    }
+    inputs = {name: [format_value(value) for value in values] for name, values in (input_data_all or {}).items()}
     if isinstance(error, RankError):
         return {
             "node_id": unique_id,
@@ -45,8 +43,16 @@ def failure(unique_id: str, error: BaseException, input_data_all: InputData | No
 class NodeCall:
     """One turn of `execute` for one node: the steps that do not depend on the names custom nodes wrap."""
 
-    def __init__(self, server: Any, dynprompt: Any, caches: CacheSet, unique_id: str, extra_data: Any,
-                 prompt_id: str, execution_list: Any) -> None:
+    def __init__(
+        self,
+        server: Any,
+        dynprompt: Any,
+        caches: CacheSet,
+        unique_id: str,
+        extra_data: Any,
+        prompt_id: str,
+        execution_list: Any,
+    ) -> None:
         self.server = server
         self.dynprompt = dynprompt
         self.caches = caches
@@ -104,8 +110,12 @@ class NodeCall:
 
     def announce_output(self, output: Any) -> None:
         if self.server.client_id is not None:
-            message = {"node": self.unique_id, "display_node": self.display_node_id, "output": output,
-                       "prompt_id": self.prompt_id}
+            message = {
+                "node": self.unique_id,
+                "display_node": self.display_node_id,
+                "output": output,
+                "prompt_id": self.prompt_id,
+            }
             self.server.send_sync("executed", message, self.server.client_id)
 
     def blocked(self, executed: Any) -> Callable[[ExecutionBlocker], ExecutionBlocker]:

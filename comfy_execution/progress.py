@@ -92,8 +92,12 @@ class WebUIProgressHandler(ProgressHandler):
         self._dirty = False
         self._sent_at = time.monotonic()
         nodes = {
-            node_id: {"value": state["value"], "max": state["max"], "state": state["state"].value,
-                      **self._describe(node_id)}
+            node_id: {
+                "value": state["value"],
+                "max": state["max"],
+                "state": state["state"].value,
+                **self._describe(node_id),
+            }
             for node_id, state in list(registry.nodes.items())
             if state["state"] is not NodeState.Pending
         }

@@ -99,9 +99,12 @@ class PromptCheck:
         return self.checked[output_id].valid
 
     def _cycle(self, node_id: str, source: str) -> _Checked:
-        found = error("exception_during_inner_validation", "Exception when validating inner node",
-                      f"Dependency cycle detected: node {node_id} depends on node {source}, which depends on it",
-                      linked_node=[source, 0])
+        found = error(
+            "exception_during_inner_validation",
+            "Exception when validating inner node",
+            f"Dependency cycle detected: node {node_id} depends on node {source}, which depends on it",
+            linked_node=[source, 0],
+        )
         return _Checked([found], valid=False)
 
     async def _check_safely(self, node_id: str, is_output: bool) -> _Checked:
@@ -113,8 +116,13 @@ class PromptCheck:
             kind = "exception_during_validation" if is_output else "exception_during_inner_validation"
             message = "Exception when validating node" if is_output else "Exception when validating inner node"
             result.errors.append(
-                error(kind, message, str(problem), exception_type=full_type_name(type(problem)),
-                      traceback=traceback.format_tb(sys.exc_info()[2]))
+                error(
+                    kind,
+                    message,
+                    str(problem),
+                    exception_type=full_type_name(type(problem)),
+                    traceback=traceback.format_tb(sys.exc_info()[2]),
+                )
             )
         result.valid = result.valid and not result.errors
         return result
@@ -165,37 +173,69 @@ class PromptCheck:
             async for found in self._ask_node(node_id, class_def, function, named, takes_all, received):
                 yield found
 
-    def _check_link(self, name: str, value: list[Any], config: tuple[Any, Any], named: list[str],
-                    received: dict[str, Any], result: _Checked) -> Iterable[Error]:
+    def _check_link(
+        self,
+        name: str,
+        value: list[Any],
+        config: tuple[Any, Any],
+        named: list[str],
+        received: dict[str, Any],
+        result: _Checked,
+    ) -> Iterable[Error]:
         if not is_link(value):
-            yield error("bad_linked_input", "Bad linked input, must be a length-2 list of [node_id, slot_index]", name,
-                        input_name=name, input_config=config, received_value=value)
+            yield error(
+                "bad_linked_input",
+                "Bad linked input, must be a length-2 list of [node_id, slot_index]",
+                name,
+                input_name=name,
+                input_config=config,
+                received_value=value,
+            )
             return
         source, slot = value[0], int(value[1])
         if source not in self.prompt:
-            yield error("bad_linked_input", f"Bad linked input, node {source} is not in the prompt", name,
-                        input_name=name, input_config=config, received_value=value)
+            yield error(
+                "bad_linked_input",
+                f"Bad linked input, node {source} is not in the prompt",
+                name,
+                input_name=name,
+                input_config=config,
+                received_value=value,
+            )
             return
         types = self._class(source).RETURN_TYPES
         # some packs' RETURN_TYPES answer any index, so only a failing look-up proves that the slot is missing
         try:
             kind = types[slot]
         except IndexError:
-            yield error("bad_linked_input", f"Bad linked input, node {source} has {len(types)} output(s)", name,
-                        input_name=name, input_config=config, received_value=value)
+            yield error(
+                "bad_linked_input",
+                f"Bad linked input, node {source} has {len(types)} output(s)",
+                name,
+                input_name=name,
+                input_config=config,
+                received_value=value,
+            )
             return
         received[name] = kind
         if "input_types" not in named and not validate_node_input(kind, config[0]):
-            yield error("return_type_mismatch", "Return type mismatch between linked nodes",
-                        f"{name}, received_type({kind}) mismatch input_type({config[0]})", input_name=name,
-                        input_config=config, received_type=kind, linked_node=value)
+            yield error(
+                "return_type_mismatch",
+                "Return type mismatch between linked nodes",
+                f"{name}, received_type({kind}) mismatch input_type({config[0]})",
+                input_name=name,
+                input_config=config,
+                received_type=kind,
+                linked_node=value,
+            )
             return
         before = self.checked.get(source)
         if before is not None and not before.valid:
             result.valid = False
 
-    def _check_constant(self, inputs: dict[str, Any], name: str, config: tuple[Any, Any],
-                        checks_itself: bool) -> Iterable[Error]:
+    def _check_constant(
+        self, inputs: dict[str, Any], name: str, config: tuple[Any, Any], checks_itself: bool
+    ) -> Iterable[Error]:
         kind, options = config
         value = inputs[name]
         if isinstance(value, dict) and "__value__" in value:
@@ -203,9 +243,15 @@ class PromptCheck:
         try:
             value = inputs[name] = _convert(value, kind) if isinstance(kind, str) else value
         except (TypeError, ValueError, OverflowError) as problem:
-            yield error("invalid_input_type", f"Failed to convert an input value to a {kind} value",
-                        f"{name}, {value}, {problem}", input_name=name, input_config=config, received_value=value,
-                        exception_message=str(problem))
+            yield error(
+                "invalid_input_type",
+                f"Failed to convert an input value to a {kind} value",
+                f"{name}, {value}, {problem}",
+                input_name=name,
+                input_config=config,
+                received_value=value,
+                exception_message=str(problem),
+            )
             return
         if checks_itself:
             return
@@ -213,19 +259,22 @@ class PromptCheck:
         options = options or {}
         if isinstance(value, int | float):
             if "min" in options and value < options["min"]:
-                yield error("value_smaller_than_min", f"Value {value} smaller than min of {options['min']}", name,
-                            **about)
+                yield error(
+                    "value_smaller_than_min", f"Value {value} smaller than min of {options['min']}", name, **about
+                )
                 return
             if "max" in options and value > options["max"]:
-                yield error("value_bigger_than_max", f"Value {value} bigger than max of {options['max']}", name,
-                            **about)
+                yield error(
+                    "value_bigger_than_max", f"Value {value} bigger than max of {options['max']}", name, **about
+                )
                 return
         choices = kind if isinstance(kind, list | tuple) else options.get("options") if kind == "COMBO" else None
         if choices is not None:
             yield from self._check_choice(name, value, choices, bool(options.get("multiselect")), about)
 
-    def _check_choice(self, name: str, value: Any, choices: Any, several: bool,
-                      about: dict[str, Any]) -> Iterable[Error]:
+    def _check_choice(
+        self, name: str, value: Any, choices: Any, several: bool, about: dict[str, Any]
+    ) -> Iterable[Error]:
         chosen = value if several and isinstance(value, list) else [value]
         wrong = [item for item in chosen if item not in choices]
         if not wrong:
@@ -237,8 +286,9 @@ class PromptCheck:
             shown = str(list(choices))
         yield error("value_not_in_list", "Value not in list", f"{name}: '{wrong[0]}' not in {shown}", **about)
 
-    async def _ask_node(self, node_id: str, class_def: Any, function: str, named: list[str], takes_all: bool,
-                        received: dict[str, Any]) -> Any:
+    async def _ask_node(
+        self, node_id: str, class_def: Any, function: str, named: list[str], takes_all: bool, received: dict[str, Any]
+    ) -> Any:
         import execution
 
         values, _, v3_data = get_input_data(self.prompt[node_id]["inputs"], class_def, node_id)
@@ -253,8 +303,9 @@ class PromptCheck:
             for answer in answers:
                 if answer is not True and not isinstance(answer, ExecutionBlocker):
                     details = name if answer is False else f"{name} - {answer}"
-                    yield error("custom_validation_failed", "Custom validation failed for node", details,
-                                input_name=name)
+                    yield error(
+                        "custom_validation_failed", "Custom validation failed for node", details, input_name=name
+                    )
 
 
 async def validate_inputs(
@@ -274,14 +325,23 @@ def _structure_error(prompt: Mapping[str, Any]) -> Error | None:
 
     for node_id, node in prompt.items():
         if not isinstance(node, Mapping) or "class_type" not in node:
-            return error("invalid_prompt", "Cannot execute because a node is missing the class_type property.",
-                         f"Node ID '#{node_id}'")
+            return error(
+                "invalid_prompt",
+                "Cannot execute because a node is missing the class_type property.",
+                f"Node ID '#{node_id}'",
+            )
         if not isinstance(node["class_type"], str) or node["class_type"] not in nodes.NODE_CLASS_MAPPINGS:
-            return error("invalid_prompt", f"Cannot execute because node {node['class_type']} does not exist.",
-                         f"Node ID '#{node_id}'")
+            return error(
+                "invalid_prompt",
+                f"Cannot execute because node {node['class_type']} does not exist.",
+                f"Node ID '#{node_id}'",
+            )
         if not isinstance(node.get("inputs"), dict):
-            return error("invalid_prompt", f"Cannot execute because node {node['class_type']} has no inputs property.",
-                         f"Node ID '#{node_id}'")
+            return error(
+                "invalid_prompt",
+                f"Cannot execute because node {node['class_type']} has no inputs property.",
+                f"Node ID '#{node_id}'",
+            )
     return None
 
 
@@ -290,7 +350,8 @@ def _outputs(prompt: Mapping[str, Any], wanted: Iterable[str] | None) -> list[st
 
     chosen = None if wanted is None else set(wanted)
     return [
-        node_id for node_id, node in prompt.items()
+        node_id
+        for node_id, node in prompt.items()
         if getattr(nodes.NODE_CLASS_MAPPINGS[node["class_type"]], "OUTPUT_NODE", False)
         and (chosen is None or node_id in chosen)
     ]
@@ -343,4 +404,9 @@ async def validate_prompt(
         + "\n".join(f"  - {found['message']}: {found['details']}" for found in entry["errors"])
         for node_id, entry in node_errors.items()
     )
-    return False, error("prompt_outputs_failed_validation", "Prompt outputs failed validation", details), [], node_errors
+    return (
+        False,
+        error("prompt_outputs_failed_validation", "Prompt outputs failed validation", details),
+        [],
+        node_errors,
+    )

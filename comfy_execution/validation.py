@@ -22,8 +22,10 @@ def validate_node_input(received_type: Any, input_type: Any, strict: bool = Fals
         return True
     if isinstance(received_type, list | tuple) or isinstance(input_type, list | tuple):
         # a choice with its options spelled out against a choice that only says it is one
-        return "COMBO" in (received_type if isinstance(received_type, str) else "",
-                           input_type if isinstance(input_type, str) else "")
+        return "COMBO" in (
+            received_type if isinstance(received_type, str) else "",
+            input_type if isinstance(input_type, str) else "",
+        )
     if not isinstance(received_type, str) or not isinstance(input_type, str):
         return False
     received, accepted = _parts(received_type), _parts(input_type)

@@ -23,8 +23,15 @@ def _sizes(total: float, steps: int, wanted: int | None) -> list[float]:
 
 @torch.no_grad()
 def sample_lcm_upscale(
-    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None, callback: Any = None,
-    disable: Any = None, total_upscale: float = 2.0, upscale_method: str = "bislerp", upscale_steps: int | None = None,
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Any = None,
+    disable: Any = None,
+    total_upscale: float = 2.0,
+    upscale_method: str = "bislerp",
+    upscale_steps: int | None = None,
 ) -> torch.Tensor:
     """Consistency sampling of x [B, C, H, W] that makes the prediction larger before it adds noise again.
 
@@ -52,9 +59,11 @@ class SamplerLCMUpscale(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="SamplerLCMUpscale", category="sampling/custom_sampling/samplers",
+            node_id="SamplerLCMUpscale",
+            category="sampling/custom_sampling/samplers",
             inputs=[
-                share("scale_ratio", 1.0, 20.0, 0.1), io.Int.Input("scale_steps", default=-1, min=-1, max=1000, step=1),
+                share("scale_ratio", 1.0, 20.0, 0.1),
+                io.Int.Input("scale_steps", default=-1, min=-1, max=1000, step=1),
                 io.Combo.Input("upscale_method", options=METHODS),
             ],
             outputs=[io.Sampler.Output()],
@@ -62,14 +71,21 @@ class SamplerLCMUpscale(io.ComfyNode):
 
     @classmethod
     def execute(cls, scale_ratio: float, scale_steps: int, upscale_method: str):
-        options = {"total_upscale": scale_ratio, "upscale_steps": None if scale_steps < 0 else scale_steps,
-                   "upscale_method": upscale_method}
+        options = {
+            "total_upscale": scale_ratio,
+            "upscale_steps": None if scale_steps < 0 else scale_steps,
+            "upscale_method": upscale_method,
+        }
         return io.NodeOutput(comfy.samplers.KSAMPLER(sample_lcm_upscale, extra_options=options))
 
 
 @torch.no_grad()
 def sample_euler_pp(
-    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None, callback: Any = None,
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Any = None,
     disable: Any = None,
 ) -> torch.Tensor:
     """Euler steps along the noise of the negative prediction (CFG++, arXiv 2406.08070), the picture staying guided."""
@@ -96,8 +112,11 @@ class SamplerEulerCFGpp(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="SamplerEulerCFGpp", display_name="SamplerEulerCFG++", category="_for_testing",
-            is_experimental=True, inputs=[io.Combo.Input("version", options=["regular", "alternative"])],
+            node_id="SamplerEulerCFGpp",
+            display_name="SamplerEulerCFG++",
+            category="_for_testing",
+            is_experimental=True,
+            inputs=[io.Combo.Input("version", options=["regular", "alternative"])],
             outputs=[io.Sampler.Output()],
         )
 

@@ -13,7 +13,9 @@ class AlignYourStepsScheduler(io.ComfyNode):
     def define_schema(cls):
         kinds = io.Combo.Input("model_type", options=["SD1", "SDXL", "SVD"])
         return io.Schema(
-            node_id="AlignYourStepsScheduler", category=SCHEDULERS, outputs=[io.Sigmas.Output()],
+            node_id="AlignYourStepsScheduler",
+            category=SCHEDULERS,
+            outputs=[io.Sigmas.Output()],
             inputs=[kinds, io.Int.Input("steps", default=10, min=1, max=10000), share("denoise", 1.0)],
         )
 

@@ -59,7 +59,9 @@ class APG(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="APG", display_name="Adaptive Projected Guidance", category="sampling/custom_sampling",
+            node_id="APG",
+            display_name="Adaptive Projected Guidance",
+            category="sampling/custom_sampling",
             inputs=[
                 io.Model.Input("model"),
                 share("eta", 1.0, 10.0, -10.0, tooltip="Weight of the part along the prediction; 1 is plain guidance."),

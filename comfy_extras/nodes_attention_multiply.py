@@ -30,7 +30,10 @@ def attention_node(node_id: str, kind: Any, name: str, parts: tuple[str, ...]) -
         def define_schema(cls):
             factors = [share(part, 1.0, 10.0) for part in ("q", "k", "v", "out")]
             return io.Schema(
-                node_id=node_id, category=EXPERIMENTS, is_experimental=True, inputs=[kind.Input(name), *factors],
+                node_id=node_id,
+                category=EXPERIMENTS,
+                is_experimental=True,
+                inputs=[kind.Input(name), *factors],
                 outputs=[kind.Output()],
             )
 
@@ -58,14 +61,17 @@ class UNetTemporalAttentionMultiply(io.ComfyNode):
     def define_schema(cls):
         names = ("self_structural", "self_temporal", "cross_structural", "cross_temporal")
         return io.Schema(
-            node_id="UNetTemporalAttentionMultiply", category=EXPERIMENTS, is_experimental=True,
+            node_id="UNetTemporalAttentionMultiply",
+            category=EXPERIMENTS,
+            is_experimental=True,
             inputs=[io.Model.Input("model"), *(share(name, 1.0, 10.0) for name in names)],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, self_structural: float, self_temporal: float, cross_structural: float,
-                cross_temporal: float):
+    def execute(
+        cls, model: Any, self_structural: float, self_temporal: float, cross_structural: float, cross_temporal: float
+    ):
         """Scales what attention adds, apart for layers over space and (`time_stack`) over time."""
         model = model.clone()
         factors = {"attn1": (self_structural, self_temporal), "attn2": (cross_structural, cross_temporal)}

@@ -84,8 +84,10 @@ class ConditioningStableAudio:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "positive": ("CONDITIONING",), "negative": ("CONDITIONING",),
-                "seconds_start": number(0.0, 0.0, 1000.0, 0.1), "seconds_total": number(47.0, 0.0, 1000.0, 0.1),
+                "positive": ("CONDITIONING",),
+                "negative": ("CONDITIONING",),
+                "seconds_start": number(0.0, 0.0, 1000.0, 0.1),
+                "seconds_total": number(47.0, 0.0, 1000.0, 0.1),
             }
         }
 
@@ -110,7 +112,8 @@ class SaveAudio(_AudioNode):
     @classmethod
     def INPUT_TYPES(cls):
         required: dict[str, Any] = {
-            "audio": ("AUDIO",), "filename_prefix": ("STRING", {"default": "audio/ComfyUI"}),
+            "audio": ("AUDIO",),
+            "filename_prefix": ("STRING", {"default": "audio/ComfyUI"}),
         }
         if cls.QUALITIES:
             required["quality"] = (list(cls.QUALITIES), {"default": cls.DEFAULT})
@@ -120,8 +123,14 @@ class SaveAudio(_AudioNode):
     OUTPUT_NODE = True
     FOLDER = io.FolderType.output
 
-    def run(self, audio: Audio, filename_prefix: str = "ComfyUI", quality: str = "128k", prompt: Any = None,
-            extra_pnginfo: Any = None):
+    def run(
+        self,
+        audio: Audio,
+        filename_prefix: str = "ComfyUI",
+        quality: str = "128k",
+        prompt: Any = None,
+        extra_pnginfo: Any = None,
+    ):
         texts = metadata_texts(prompt, extra_pnginfo)
         return {"ui": {"audio": save_audio(audio, filename_prefix, self.FOLDER, self.FORMAT, quality, texts)}}
 
@@ -178,11 +187,17 @@ class RecordAudio(LoadAudio):
 class TrimAudioDuration(_AudioNode):
     @classmethod
     def INPUT_TYPES(cls):
-        start = {"default": 0.0, "min": -LONGEST, "max": LONGEST, "step": 0.01,
-                 "tooltip": "In seconds; below 0 from the end."}
+        start = {
+            "default": 0.0,
+            "min": -LONGEST,
+            "max": LONGEST,
+            "step": 0.01,
+            "tooltip": "In seconds; below 0 from the end.",
+        }
         return {
             "required": {
-                "audio": ("AUDIO",), "start_index": ("FLOAT", start),
+                "audio": ("AUDIO",),
+                "start_index": ("FLOAT", start),
                 "duration": ("FLOAT", {"default": 60.0, "min": 0.0, "step": 0.01, "tooltip": "In seconds."}),
             }
         }
@@ -240,8 +255,10 @@ class AudioConcat(_AudioNode):
 
 
 MERGES = {
-    "add": lambda first, second: first + second, "mean": lambda first, second: (first + second) / 2,
-    "subtract": lambda first, second: first - second, "multiply": lambda first, second: first * second,
+    "add": lambda first, second: first + second,
+    "mean": lambda first, second: (first + second) / 2,
+    "subtract": lambda first, second: first - second,
+    "multiply": lambda first, second: first * second,
 }
 
 
@@ -280,7 +297,8 @@ class EmptyAudio(_AudioNode):
         return {
             "required": {
                 "duration": number(60.0, 0.0, LONGEST, 0.01, tooltip="In seconds."),
-                "sample_rate": ("INT", {"default": 44100}), "channels": whole(2, 1, 2),
+                "sample_rate": ("INT", {"default": 44100}),
+                "channels": whole(2, 1, 2),
             }
         }
 
@@ -290,11 +308,21 @@ class EmptyAudio(_AudioNode):
 
 
 _TITLES = {
-    EmptyLatentAudio: "Empty Latent Audio", VAEEncodeAudio: "VAE Encode Audio", VAEDecodeAudio: "VAE Decode Audio",
-    PreviewAudio: "Preview Audio", LoadAudio: "Load Audio", SaveAudio: "Save Audio (FLAC)",
-    SaveAudioMP3: "Save Audio (MP3)", SaveAudioOpus: "Save Audio (Opus)", RecordAudio: "Record Audio",
-    TrimAudioDuration: "Trim Audio Duration", SplitAudioChannels: "Split Audio Channels", AudioConcat: "Audio Concat",
-    AudioMerge: "Audio Merge", AudioAdjustVolume: "Audio Adjust Volume", EmptyAudio: "Empty Audio",
+    EmptyLatentAudio: "Empty Latent Audio",
+    VAEEncodeAudio: "VAE Encode Audio",
+    VAEDecodeAudio: "VAE Decode Audio",
+    PreviewAudio: "Preview Audio",
+    LoadAudio: "Load Audio",
+    SaveAudio: "Save Audio (FLAC)",
+    SaveAudioMP3: "Save Audio (MP3)",
+    SaveAudioOpus: "Save Audio (Opus)",
+    RecordAudio: "Record Audio",
+    TrimAudioDuration: "Trim Audio Duration",
+    SplitAudioChannels: "Split Audio Channels",
+    AudioConcat: "Audio Concat",
+    AudioMerge: "Audio Merge",
+    AudioAdjustVolume: "Audio Adjust Volume",
+    EmptyAudio: "Empty Audio",
 }
 NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (*_TITLES, ConditioningStableAudio)}
 NODE_DISPLAY_NAME_MAPPINGS = {cls.__name__: title for cls, title in _TITLES.items()}

@@ -13,9 +13,11 @@ class Canny(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Canny", category="image/preprocessors",
+            node_id="Canny",
+            category="image/preprocessors",
             inputs=[
-                io.Image.Input("image"), share("low_threshold", 0.4, 0.99, 0.01),
+                io.Image.Input("image"),
+                share("low_threshold", 0.4, 0.99, 0.01),
                 share("high_threshold", 0.8, 0.99, 0.01),
             ],
             outputs=[io.Image.Output()],

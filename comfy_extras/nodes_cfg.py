@@ -23,7 +23,9 @@ class CFGZeroStar(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="CFGZeroStar", category=GUIDANCE, inputs=[io.Model.Input("model")],
+            node_id="CFGZeroStar",
+            category=GUIDANCE,
+            inputs=[io.Model.Input("model")],
             outputs=[io.Model.Output(display_name="patched_model")],
         )
 
@@ -45,7 +47,9 @@ class CFGNorm(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="CFGNorm", category=GUIDANCE, is_experimental=True,
+            node_id="CFGNorm",
+            category=GUIDANCE,
+            is_experimental=True,
             inputs=[io.Model.Input("model"), share("strength", 1.0, 100.0)],
             outputs=[io.Model.Output(display_name="patched_model")],
         )

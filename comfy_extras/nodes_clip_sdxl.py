@@ -14,10 +14,14 @@ class CLIPTextEncodeSDXLRefiner(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="CLIPTextEncodeSDXLRefiner", category="advanced/conditioning",
+            node_id="CLIPTextEncodeSDXLRefiner",
+            category="advanced/conditioning",
             inputs=[
-                share("ascore", 6.0, 1000.0), side("width", 1024, 0, None), side("height", 1024, 0, None),
-                prompt("text"), io.Clip.Input("clip"),
+                share("ascore", 6.0, 1000.0),
+                side("width", 1024, 0, None),
+                side("height", 1024, 0, None),
+                prompt("text"),
+                io.Clip.Input("clip"),
             ],
             outputs=[io.Conditioning.Output()],
         )
@@ -34,25 +38,48 @@ class CLIPTextEncodeSDXLRefiner(io.ComfyNode):
 class CLIPTextEncodeSDXL(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        sizes = [("width", 1024), ("height", 1024), ("crop_w", 0), ("crop_h", 0), ("target_width", 1024),
-                 ("target_height", 1024)]
+        sizes = [
+            ("width", 1024),
+            ("height", 1024),
+            ("crop_w", 0),
+            ("crop_h", 0),
+            ("target_width", 1024),
+            ("target_height", 1024),
+        ]
         return io.Schema(
-            node_id="CLIPTextEncodeSDXL", category="advanced/conditioning",
+            node_id="CLIPTextEncodeSDXL",
+            category="advanced/conditioning",
             inputs=[
-                io.Clip.Input("clip"), *(side(name, default, 0, None) for name, default in sizes), prompt("text_g"),
+                io.Clip.Input("clip"),
+                *(side(name, default, 0, None) for name, default in sizes),
+                prompt("text_g"),
                 prompt("text_l"),
             ],
             outputs=[io.Conditioning.Output()],
         )
 
     @classmethod
-    def execute(cls, clip: Any, width: int, height: int, crop_w: int, crop_h: int, target_width: int,
-                target_height: int, text_g: str, text_l: str):
+    def execute(
+        cls,
+        clip: Any,
+        width: int,
+        height: int,
+        crop_w: int,
+        crop_h: int,
+        target_width: int,
+        target_height: int,
+        text_g: str,
+        text_l: str,
+    ):
         need_clip(clip)
         tokens = {**clip.tokenize(text_g), "l": clip.tokenize(text_l)["l"]}
         pad_alike(tokens, clip.tokenize(""))
         fields = {
-            "width": width, "height": height, "crop_w": crop_w, "crop_h": crop_h, "target_width": target_width,
+            "width": width,
+            "height": height,
+            "crop_w": crop_w,
+            "crop_h": crop_h,
+            "target_width": target_width,
             "target_height": target_height,
         }
         return io.NodeOutput(clip.encode_from_tokens_scheduled(tokens, add_dict=fields))

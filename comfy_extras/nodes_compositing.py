@@ -33,7 +33,8 @@ MODES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
     "LIGHTEN": lambda s, sa, d, da: ((1 - da) * s + (1 - sa) * d + torch.maximum(s, d), _both(sa, da)),
     "MULTIPLY": lambda s, sa, d, da: (s * d, sa * da),
     "OVERLAY": lambda s, sa, d, da: (
-        torch.where(2 * d < da, 2 * s * d, sa * da - 2 * (da - s) * (sa - d)), _both(sa, da)
+        torch.where(2 * d < da, 2 * s * d, sa * da - 2 * (da - s) * (sa - d)),
+        _both(sa, da),
     ),
     "SCREEN": lambda s, sa, d, da: (s + d - s * d, _both(sa, da)),
     "SRC": lambda s, sa, d, da: (s, sa),
@@ -66,17 +67,28 @@ class PorterDuffImageComposite(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="PorterDuffImageComposite", display_name="Porter-Duff Image Composite", category=COMPOSITING,
+            node_id="PorterDuffImageComposite",
+            display_name="Porter-Duff Image Composite",
+            category=COMPOSITING,
             inputs=[
-                io.Image.Input("source"), io.Mask.Input("source_alpha"), io.Image.Input("destination"),
-                io.Mask.Input("destination_alpha"), io.Combo.Input("mode", options=list(MODES), default="DST"),
+                io.Image.Input("source"),
+                io.Mask.Input("source_alpha"),
+                io.Image.Input("destination"),
+                io.Mask.Input("destination_alpha"),
+                io.Combo.Input("mode", options=list(MODES), default="DST"),
             ],
             outputs=[io.Image.Output(), io.Mask.Output()],
         )
 
     @classmethod
-    def execute(cls, source: torch.Tensor, source_alpha: torch.Tensor, destination: torch.Tensor,
-                destination_alpha: torch.Tensor, mode: str):
+    def execute(
+        cls,
+        source: torch.Tensor,
+        source_alpha: torch.Tensor,
+        destination: torch.Tensor,
+        destination_alpha: torch.Tensor,
+        mode: str,
+    ):
         """Everything is brought to the destination's size; as many pictures come out as the shortest input has."""
         height, width = destination.shape[1:3]
         if source.shape[1:3] != destination.shape[1:3]:
@@ -93,8 +105,11 @@ class SplitImageWithAlpha(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="SplitImageWithAlpha", display_name="Split Image with Alpha", category=COMPOSITING,
-            inputs=[io.Image.Input("image")], outputs=[io.Image.Output(), io.Mask.Output()],
+            node_id="SplitImageWithAlpha",
+            display_name="Split Image with Alpha",
+            category=COMPOSITING,
+            inputs=[io.Image.Input("image")],
+            outputs=[io.Image.Output(), io.Mask.Output()],
         )
 
     @classmethod
@@ -109,8 +124,11 @@ class JoinImageWithAlpha(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="JoinImageWithAlpha", display_name="Join Image with Alpha", category=COMPOSITING,
-            inputs=[io.Image.Input("image"), io.Mask.Input("alpha")], outputs=[io.Image.Output()],
+            node_id="JoinImageWithAlpha",
+            display_name="Join Image with Alpha",
+            category=COMPOSITING,
+            inputs=[io.Image.Input("image"), io.Mask.Input("alpha")],
+            outputs=[io.Image.Output()],
         )
 
     @classmethod

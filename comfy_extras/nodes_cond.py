@@ -15,7 +15,9 @@ class CLIPTextEncodeControlnet(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="CLIPTextEncodeControlnet", category="_for_testing/conditioning", is_experimental=True,
+            node_id="CLIPTextEncodeControlnet",
+            category="_for_testing/conditioning",
+            is_experimental=True,
             inputs=[io.Clip.Input("clip"), io.Conditioning.Input("conditioning"), prompt("text")],
             outputs=[io.Conditioning.Output()],
         )
@@ -36,8 +38,11 @@ class T5TokenizerOptions(io.ComfyNode):
     def define_schema(cls):
         lengths = [io.Int.Input(name, default=0, min=0, max=10000, step=1) for name in ("min_padding", "min_length")]
         return io.Schema(
-            node_id="T5TokenizerOptions", category="_for_testing/conditioning", is_experimental=True,
-            inputs=[io.Clip.Input("clip"), *lengths], outputs=[io.Clip.Output()],
+            node_id="T5TokenizerOptions",
+            category="_for_testing/conditioning",
+            is_experimental=True,
+            inputs=[io.Clip.Input("clip"), *lengths],
+            outputs=[io.Clip.Output()],
         )
 
     @classmethod

@@ -25,7 +25,8 @@ def with_windows(model: Any, context_schedule: str, fuse_method: str, **settings
     """A clone of a model that predicts in windows."""
     model = model.clone()
     model.model_options["context_handler"] = windows.IndexListContextHandler(
-        windows.get_matching_context_schedule(context_schedule), windows.get_matching_fuse_method(fuse_method),
+        windows.get_matching_context_schedule(context_schedule),
+        windows.get_matching_fuse_method(fuse_method),
         **settings,
     )
     windows.create_prepare_sampling_wrapper(model)
@@ -36,23 +37,45 @@ class ContextWindowsManualNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ContextWindowsManual", display_name="Context Windows (Manual)", category="context",
-            is_experimental=True, description="Predicts long latents in overlapping windows.",
+            node_id="ContextWindowsManual",
+            display_name="Context Windows (Manual)",
+            category="context",
+            is_experimental=True,
+            description="Predicts long latents in overlapping windows.",
             inputs=[
-                io.Model.Input("model"), io.Int.Input("context_length", min=1, default=16),
-                io.Int.Input("context_overlap", min=0, default=4), *_shared(),
+                io.Model.Input("model"),
+                io.Int.Input("context_length", min=1, default=16),
+                io.Int.Input("context_overlap", min=0, default=4),
+                *_shared(),
                 io.Int.Input("dim", min=0, max=5, default=0, tooltip="Axis of the latent that is cut."),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, context_length: int, context_overlap: int, context_schedule: str,
-                context_stride: int, closed_loop: bool, fuse_method: str, dim: int):
-        return io.NodeOutput(with_windows(
-            model, context_schedule, fuse_method, context_length=context_length, context_overlap=context_overlap,
-            context_stride=context_stride, closed_loop=closed_loop, dim=dim,
-        ))
+    def execute(
+        cls,
+        model: Any,
+        context_length: int,
+        context_overlap: int,
+        context_schedule: str,
+        context_stride: int,
+        closed_loop: bool,
+        fuse_method: str,
+        dim: int,
+    ):
+        return io.NodeOutput(
+            with_windows(
+                model,
+                context_schedule,
+                fuse_method,
+                context_length=context_length,
+                context_overlap=context_overlap,
+                context_stride=context_stride,
+                closed_loop=closed_loop,
+                dim=dim,
+            )
+        )
 
 
 comfy_entrypoint = extension(ContextWindowsManualNode)

@@ -9,8 +9,14 @@ from comfy_nodes.controlnet import ControlNetApplyAdvanced
 
 # number of a mode in the union network of Xinsir
 UNION_TYPES = {
-    "openpose": 0, "depth": 1, "hed/pidi/scribble/ted": 2, "canny/lineart/anime_lineart/mlsd": 3, "normal": 4,
-    "segment": 5, "tile": 6, "repaint": 7,
+    "openpose": 0,
+    "depth": 1,
+    "hed/pidi/scribble/ted": 2,
+    "canny/lineart/anime_lineart/mlsd": 3,
+    "normal": 4,
+    "segment": 5,
+    "tile": 6,
+    "repaint": 7,
 }
 
 
@@ -39,8 +45,18 @@ class ControlNetInpaintingAliMamaApply(ControlNetApplyAdvanced):
 
     FUNCTION = "apply_inpaint_controlnet"
 
-    def apply_inpaint_controlnet(self, positive: Any, negative: Any, control_net: Any, vae: Any, image: Any, mask: Any,
-                                 strength: float, start_percent: float, end_percent: float):
+    def apply_inpaint_controlnet(
+        self,
+        positive: Any,
+        negative: Any,
+        control_net: Any,
+        vae: Any,
+        image: Any,
+        mask: Any,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+    ):
         """The network sees the picture without its masked part, and, where it takes one, the mask."""
         extra = []
         if control_net.concat_mask:

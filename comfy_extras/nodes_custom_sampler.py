@@ -177,13 +177,27 @@ class Guider_DualCFG(comfy.samplers.CFGGuider):
         )
         if self.nested:
             guided = comfy.samplers.cfg_function(
-                self.inner_model, positive, middle, self.cfg1, x, timestep, model_options=options,
-                cond=conds["positive"], uncond=conds["middle"],
+                self.inner_model,
+                positive,
+                middle,
+                self.cfg1,
+                x,
+                timestep,
+                model_options=options,
+                cond=conds["positive"],
+                uncond=conds["middle"],
             )
             return negative + self.cfg2 * (guided - negative)
         guided = comfy.samplers.cfg_function(
-            self.inner_model, middle, negative, self.cfg2, x, timestep, model_options=options,
-            cond=conds["middle"], uncond=conds["negative"],
+            self.inner_model,
+            middle,
+            negative,
+            self.cfg2,
+            x,
+            timestep,
+            model_options=options,
+            cond=conds["middle"],
+            uncond=conds["negative"],
         )
         return guided + (positive - middle) * self.cfg1
 
@@ -207,8 +221,9 @@ class DualCFGGuider:
     FUNCTION = "get_guider"
     CATEGORY = GUIDERS
 
-    def get_guider(self, model: Any, cond1: Any, cond2: Any, negative: Any, cfg_conds: float,
-                   cfg_cond2_negative: float, style: str):
+    def get_guider(
+        self, model: Any, cond1: Any, cond2: Any, negative: Any, cfg_conds: float, cfg_cond2_negative: float, style: str
+    ):
         guider = Guider_DualCFG(model)
         guider.set_conds(cond1, cond2, negative)
         guider.set_cfg(cfg_conds, cfg_cond2_negative, nested=style == "nested")
@@ -248,16 +263,34 @@ class SamplerCustom:
     FUNCTION = "sample"
     CATEGORY = SAMPLING
 
-    def sample(self, model: Any, add_noise: bool, noise_seed: int, cfg: float, positive: Any, negative: Any,
-               sampler: Any, sigmas: torch.Tensor, latent_image: Latent):
+    def sample(
+        self,
+        model: Any,
+        add_noise: bool,
+        noise_seed: int,
+        cfg: float,
+        positive: Any,
+        negative: Any,
+        sampler: Any,
+        sigmas: torch.Tensor,
+        latent_image: Latent,
+    ):
         latent = {**latent_image, "samples": check_latent(model, latent_image)}
         noise = Noise_RandomNoise(noise_seed) if add_noise else Noise_EmptyNoise()
         x0_output: dict[str, Any] = {}
         samples = comfy.sample.sample_custom(
-            model, noise.generate_noise(latent), cfg, sampler, sigmas, positive, negative, latent["samples"],
+            model,
+            noise.generate_noise(latent),
+            cfg,
+            sampler,
+            sigmas,
+            positive,
+            negative,
+            latent["samples"],
             noise_mask=latent.get("noise_mask"),
             callback=latent_preview.prepare_callback(model, sigmas.shape[-1] - 1, x0_output),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=noise_seed,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=noise_seed,
         )
         return _both_outputs(latent, samples, x0_output, model.model)
 
@@ -285,10 +318,14 @@ class SamplerCustomAdvanced:
         latent = {**latent_image, "samples": check_latent(patcher, latent_image)}
         x0_output: dict[str, Any] = {}
         samples = guider.sample(
-            noise.generate_noise(latent), latent["samples"], sampler, sigmas,
+            noise.generate_noise(latent),
+            latent["samples"],
+            sampler,
+            sigmas,
             denoise_mask=latent.get("noise_mask"),
             callback=latent_preview.prepare_callback(patcher, sigmas.shape[-1] - 1, x0_output),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=noise.seed,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=noise.seed,
         )
         return _both_outputs(latent, samples.to(comfy.model_management.intermediate_device()), x0_output, patcher.model)
 
@@ -296,8 +333,16 @@ class SamplerCustomAdvanced:
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        SamplerCustom, *sigmas.NODE_CLASSES, *sampler_choice.NODE_CLASSES, CFGGuider, DualCFGGuider, BasicGuider,
-        RandomNoise, DisableNoise, AddNoise, SamplerCustomAdvanced,
+        SamplerCustom,
+        *sigmas.NODE_CLASSES,
+        *sampler_choice.NODE_CLASSES,
+        CFGGuider,
+        DualCFGGuider,
+        BasicGuider,
+        RandomNoise,
+        DisableNoise,
+        AddNoise,
+        SamplerCustomAdvanced,
     )
 }
 NODE_DISPLAY_NAME_MAPPINGS = {"SamplerEulerAncestralCFGPP": "SamplerEulerAncestralCFG++"}

@@ -14,8 +14,11 @@ class DifferentialDiffusion(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="DifferentialDiffusion", display_name="Differential Diffusion", category="_for_testing",
-            is_experimental=True, inputs=[io.Model.Input("model"), share("strength", 1.0, optional=True)],
+            node_id="DifferentialDiffusion",
+            display_name="Differential Diffusion",
+            category="_for_testing",
+            is_experimental=True,
+            inputs=[io.Model.Input("model"), share("strength", 1.0, optional=True)],
             outputs=[io.Model.Output()],
         )
 
@@ -30,8 +33,9 @@ class DifferentialDiffusion(io.ComfyNode):
     apply = execute
 
     @classmethod
-    def forward(cls, sigma: torch.Tensor, denoise_mask: torch.Tensor, extra_options: dict[str, Any],
-                strength: float = 1.0) -> torch.Tensor:
+    def forward(
+        cls, sigma: torch.Tensor, denoise_mask: torch.Tensor, extra_options: dict[str, Any], strength: float = 1.0
+    ) -> torch.Tensor:
         """The mask of this step: a cell is repainted once the schedule is down to its grey value."""
         sampling = extra_options["model"].inner_model.model_sampling
         steps = extra_options["sigmas"]

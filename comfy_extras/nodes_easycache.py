@@ -77,8 +77,13 @@ class StepCache:
         self.collected += float(self.rate * change / self.output_size)
         skip = self.collected < self.threshold
         if self.verbose:
-            logging.info("%s [verbose] - %s step; cumulative_change_rate: %s, reuse_threshold: %s", self.title,
-                         "skipping" if skip else "NOT skipping", self.collected, self.threshold)
+            logging.info(
+                "%s [verbose] - %s step; cumulative_change_rate: %s, reuse_threshold: %s",
+                self.title,
+                "skipping" if skip else "NOT skipping",
+                self.collected,
+                self.threshold,
+            )
         if skip:
             self.skipped += 1
         else:
@@ -103,8 +108,9 @@ class StepCache:
         logging.info("%s - skipped %s/%s steps (%.2fx speedup).", self.title, self.skipped, steps, speed)
 
 
-def around_run(executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: torch.Tensor, *more: Any,
-               **named: Any) -> Any:
+def around_run(
+    executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: torch.Tensor, *more: Any, **named: Any
+) -> Any:
     """OUTER_SAMPLE: give the run a cache of its own."""
     guider = executor.class_obj
     before = guider.model_options
@@ -122,8 +128,9 @@ def _name(position: int, cond: list[dict[str, Any]]) -> Hashable:
     return cond[0].get("uuid", position) if cond else position
 
 
-def around_conds(executor: Any, model: Any, conds: list[Any], x: torch.Tensor, timestep: torch.Tensor,
-                 model_options: dict[str, Any]) -> list[torch.Tensor]:
+def around_conds(
+    executor: Any, model: Any, conds: list[Any], x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any]
+) -> list[torch.Tensor]:
     """CALC_COND_BATCH: works on the network's own input and output, from which the predictions follow."""
     cache: StepCache = model_options["transformer_options"][KEY]
     sigma = float(timestep[0])
@@ -143,8 +150,9 @@ def around_conds(executor: Any, model: Any, conds: list[Any], x: torch.Tensor, t
     return predictions
 
 
-def around_prediction(executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any],
-                      seed: int | None = None) -> torch.Tensor:
+def around_prediction(
+    executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any], seed: int | None = None
+) -> torch.Tensor:
     """PREDICT_NOISE: works on the guided prediction."""
     cache: StepCache = model_options["transformer_options"][KEY]
     sigma = float(timestep[0])
@@ -165,11 +173,16 @@ def cache_node(node_id: str, description: str, kind: str, wrapper: Any) -> type[
         @classmethod
         def define_schema(cls):
             return io.Schema(
-                node_id=node_id, display_name=node_id, category="advanced/debug/model", is_experimental=True,
+                node_id=node_id,
+                display_name=node_id,
+                category="advanced/debug/model",
+                is_experimental=True,
                 description=description,
                 inputs=[
-                    io.Model.Input("model"), share("reuse_threshold", 0.2, 3.0, tooltip="Higher skips more steps."),
-                    share("start_percent", 0.15), share("end_percent", 0.95),
+                    io.Model.Input("model"),
+                    share("reuse_threshold", 0.2, 3.0, tooltip="Higher skips more steps."),
+                    share("start_percent", 0.15),
+                    share("end_percent", 0.95),
                     io.Boolean.Input("verbose", default=False),
                 ],
                 outputs=[io.Model.Output()],
@@ -189,12 +202,16 @@ def cache_node(node_id: str, description: str, kind: str, wrapper: Any) -> type[
 
 
 EasyCacheNode = cache_node(
-    "EasyCache", "Skips steps in which the network's output would hardly change.", WRAPPERS.CALC_COND_BATCH,
+    "EasyCache",
+    "Skips steps in which the network's output would hardly change.",
+    WRAPPERS.CALC_COND_BATCH,
     around_conds,
 )
 LazyCacheNode = cache_node(
-    "LazyCache", "EasyCache on the guided prediction: simpler, works with everything, less exact.",
-    WRAPPERS.PREDICT_NOISE, around_prediction,
+    "LazyCache",
+    "EasyCache on the guided prediction: simpler, works with everything, less exact.",
+    WRAPPERS.PREDICT_NOISE,
+    around_prediction,
 )
 
 comfy_entrypoint = extension(EasyCacheNode, LazyCacheNode)

@@ -13,7 +13,8 @@ class ReferenceLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ReferenceLatent", category="advanced/conditioning/edit_models",
+            node_id="ReferenceLatent",
+            category="advanced/conditioning/edit_models",
             description="Sets the guiding latent of an edit model; several can follow each other.",
             inputs=[io.Conditioning.Input("conditioning"), io.Latent.Input("latent", optional=True)],
             outputs=[io.Conditioning.Output()],

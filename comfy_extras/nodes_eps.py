@@ -17,7 +17,9 @@ class EpsilonScaling(io.ComfyNode):
             "scaling_factor", default=1.005, min=0.5, max=1.5, step=0.001, display_mode=io.NumberDisplay.number
         )
         return io.Schema(
-            node_id="Epsilon Scaling", category="model_patches/unet", inputs=[io.Model.Input("model"), factor],
+            node_id="Epsilon Scaling",
+            category="model_patches/unet",
+            inputs=[io.Model.Input("model"), factor],
             outputs=[io.Model.Output()],
         )
 

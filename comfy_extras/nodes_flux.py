@@ -18,7 +18,14 @@ CATEGORY = "advanced/conditioning/flux"
 
 # width and height of the pictures FLUX.1 Kontext was trained on (model card); upright ones are these turned over
 KONTEXT_SIZES = [
-    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
+    (672, 1568),
+    (688, 1504),
+    (720, 1456),
+    (752, 1392),
+    (800, 1328),
+    (832, 1248),
+    (880, 1184),
+    (944, 1104),
     (1024, 1024),
 ]
 PREFERED_KONTEXT_RESOLUTIONS = KONTEXT_SIZES + [(b, a) for a, b in reversed(KONTEXT_SIZES[:-1])]
@@ -126,8 +133,11 @@ class EmptyFlux2LatentImage(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="EmptyFlux2LatentImage", display_name="Empty Flux 2 Latent", category="latent",
-            inputs=[side("width"), side("height"), batch()], outputs=[io.Latent.Output()],
+            node_id="EmptyFlux2LatentImage",
+            display_name="Empty Flux 2 Latent",
+            category="latent",
+            inputs=[side("width"), side("height"), batch()],
+            outputs=[io.Latent.Output()],
         )
 
     @classmethod
@@ -152,9 +162,12 @@ class Flux2Scheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Flux2Scheduler", category="sampling/custom_sampling/schedulers",
+            node_id="Flux2Scheduler",
+            category="sampling/custom_sampling/schedulers",
             inputs=[
-                io.Int.Input("steps", default=20, min=1, max=4096), side("width", step=1), side("height", step=1),
+                io.Int.Input("steps", default=20, min=1, max=4096),
+                side("width", step=1),
+                side("height", step=1),
             ],
             outputs=[io.Sigmas.Output()],
         )
@@ -167,6 +180,11 @@ class Flux2Scheduler(io.ComfyNode):
 
 
 comfy_entrypoint = extension(
-    CLIPTextEncodeFlux, FluxGuidance, FluxDisableGuidance, FluxKontextImageScale, FluxKontextMultiReferenceLatentMethod,
-    EmptyFlux2LatentImage, Flux2Scheduler,
+    CLIPTextEncodeFlux,
+    FluxGuidance,
+    FluxDisableGuidance,
+    FluxKontextImageScale,
+    FluxKontextMultiReferenceLatentMethod,
+    EmptyFlux2LatentImage,
+    Flux2Scheduler,
 )

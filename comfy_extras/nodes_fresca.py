@@ -31,7 +31,10 @@ class FreSca(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="FreSca", display_name="FreSca", category="_for_testing", is_experimental=True,
+            node_id="FreSca",
+            display_name="FreSca",
+            category="_for_testing",
+            is_experimental=True,
             description="Scales low and high frequencies of the guidance on their own.",
             inputs=[
                 io.Model.Input("model"),

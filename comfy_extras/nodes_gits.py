@@ -14,9 +14,12 @@ class GITSScheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="GITSScheduler", category=SCHEDULERS, outputs=[io.Sigmas.Output()],
+            node_id="GITSScheduler",
+            category=SCHEDULERS,
+            outputs=[io.Sigmas.Output()],
             inputs=[
-                share("coeff", 1.2, 1.5, 0.8, 0.05), io.Int.Input("steps", default=10, min=2, max=1000),
+                share("coeff", 1.2, 1.5, 0.8, 0.05),
+                io.Int.Input("steps", default=10, min=2, max=1000),
                 share("denoise", 1.0),
             ],
         )
@@ -26,7 +29,9 @@ class GITSScheduler(io.ComfyNode):
         """Up to 20 steps are tabulated; more follow the curve of 20."""
         rows = NOISE_LEVELS.get(round(coeff, 2))
         if rows is None:
-            raise ValueError(f"coeff is {coeff:g}, for which there is no schedule; use a multiple of 0.05 from 0.8 to 1.5")
+            raise ValueError(
+                f"coeff is {coeff:g}, for which there is no schedule; use a multiple of 0.05 from 0.8 to 1.5"
+            )
         return io.NodeOutput(as_sigmas(stretched(rows[min(steps, 20) - 2], steps), steps, denoise))
 
     def get_sigmas(self, coeff: float, steps: int, denoise: float):

@@ -15,7 +15,8 @@ class QuadrupleCLIPLoader(io.ComfyNode):
     def define_schema(cls):
         names = [f"clip_name{number}" for number in range(1, 5)]
         return io.Schema(
-            node_id="QuadrupleCLIPLoader", category="advanced/loaders",
+            node_id="QuadrupleCLIPLoader",
+            category="advanced/loaders",
             description="Loads four text encoder files: for hidream clip-l, clip-g, t5 and llama 3.1 8b instruct.",
             inputs=[io.Combo.Input(name, options=files("text_encoders")) for name in names],
             outputs=[io.Clip.Output()],
@@ -32,9 +33,14 @@ class CLIPTextEncodeHiDream(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="CLIPTextEncodeHiDream", category="advanced/conditioning",
+            node_id="CLIPTextEncodeHiDream",
+            category="advanced/conditioning",
             inputs=[
-                io.Clip.Input("clip"), prompt("clip_l"), prompt("clip_g"), prompt("t5xxl"), prompt("llama"),
+                io.Clip.Input("clip"),
+                prompt("clip_l"),
+                prompt("clip_g"),
+                prompt("t5xxl"),
+                prompt("llama"),
             ],
             outputs=[io.Conditioning.Output()],
         )

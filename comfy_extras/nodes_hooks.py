@@ -53,8 +53,15 @@ class PairConditioningSetProperties(_Node):
     RETURN_NAMES: tuple[str, ...] = ("positive", "negative")
     CATEGORY = PAIR
 
-    def run(self, strength: float, set_cond_area: str, mask: Any = None, hooks: Any = None, timesteps: Any = None,
-            **conds: Any):
+    def run(
+        self,
+        strength: float,
+        set_cond_area: str,
+        mask: Any = None,
+        hooks: Any = None,
+        timesteps: Any = None,
+        **conds: Any,
+    ):
         new = [conds[name] for name in self.NAMES]
         return tuple(comfy.hook_conds.set_conds_props(new, strength, set_cond_area, mask, hooks, timesteps))
 
@@ -69,13 +76,22 @@ class ConditioningSetProperties(PairConditioningSetProperties):
 class PairConditioningSetPropertiesAndCombine(PairConditioningSetProperties):
     NAMES = ("positive", "negative", "positive_NEW", "negative_NEW")
 
-    def run(self, strength: float, set_cond_area: str, mask: Any = None, hooks: Any = None, timesteps: Any = None,
-            **conds: Any):
+    def run(
+        self,
+        strength: float,
+        set_cond_area: str,
+        mask: Any = None,
+        hooks: Any = None,
+        timesteps: Any = None,
+        **conds: Any,
+    ):
         given = [conds[name] for name in self.NAMES]
         half = len(given) // 2
-        return tuple(comfy.hook_conds.set_conds_props_and_combine(
-            given[:half], given[half:], strength, set_cond_area, mask, hooks, timesteps
-        ))
+        return tuple(
+            comfy.hook_conds.set_conds_props_and_combine(
+                given[:half], given[half:], strength, set_cond_area, mask, hooks, timesteps
+            )
+        )
 
 
 class ConditioningSetPropertiesAndCombine(PairConditioningSetPropertiesAndCombine):
@@ -127,7 +143,8 @@ class SetClipHooks(_Node):
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "clip": ("CLIP",), "apply_to_conds": ("BOOLEAN", {"default": True}),
+                "clip": ("CLIP",),
+                "apply_to_conds": ("BOOLEAN", {"default": True}),
                 "schedule_clip": ("BOOLEAN", {"default": False}),
             },
             "optional": {"hooks": ("HOOKS",)},
@@ -217,7 +234,9 @@ class CreateHookModelAsLora(CreateHookLora):
     def load(self, path: str) -> Any:
         """Weights of model and text encoder, to be blended in."""
         model, clip = comfy.sd.load_checkpoint_guess_config(
-            path, output_vae=False, output_clip=True,
+            path,
+            output_vae=False,
+            output_clip=True,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )[:2]
         patches = comfy.hooks.get_patch_weights_from_model
@@ -282,16 +301,28 @@ class CreateHookKeyframesInterpolated(_Keyframes):
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "strength_start": number(1.0, 0.0, 10.0, 0.001), "strength_end": number(1.0, 0.0, 10.0, 0.001),
-                "interpolation": (InterpolationMethod._LIST,), "start_percent": percent(0.0),
-                "end_percent": percent(1.0), "keyframes_count": whole(5, 2, 100, 1),
+                "strength_start": number(1.0, 0.0, 10.0, 0.001),
+                "strength_end": number(1.0, 0.0, 10.0, 0.001),
+                "interpolation": (InterpolationMethod._LIST,),
+                "start_percent": percent(0.0),
+                "end_percent": percent(1.0),
+                "keyframes_count": whole(5, 2, 100, 1),
                 "print_keyframes": ("BOOLEAN", {"default": False}),
             },
             "optional": cls.BEFORE,
         }
 
-    def run(self, strength_start: float, strength_end: float, interpolation: str, start_percent: float,
-            end_percent: float, keyframes_count: int, print_keyframes: bool = False, prev_hook_kf: Any = None):
+    def run(
+        self,
+        strength_start: float,
+        strength_end: float,
+        interpolation: str,
+        start_percent: float,
+        end_percent: float,
+        keyframes_count: int,
+        print_keyframes: bool = False,
+        prev_hook_kf: Any = None,
+    ):
         curve = InterpolationMethod.get_weights
         strengths = curve(strength_start, strength_end, keyframes_count, interpolation)
         percents = curve(start_percent, end_percent, keyframes_count, InterpolationMethod.LINEAR)
@@ -304,14 +335,21 @@ class CreateHookKeyframesFromFloats(_Keyframes):
         return {
             "required": {
                 "floats_strength": ("FLOATS", {"default": -1, "min": -1, "step": 0.001, "forceInput": True}),
-                "start_percent": percent(0.0), "end_percent": percent(1.0),
+                "start_percent": percent(0.0),
+                "end_percent": percent(1.0),
                 "print_keyframes": ("BOOLEAN", {"default": False}),
             },
             "optional": cls.BEFORE,
         }
 
-    def run(self, floats_strength: Any, start_percent: float, end_percent: float, print_keyframes: bool = False,
-            prev_hook_kf: Any = None):
+    def run(
+        self,
+        floats_strength: Any,
+        start_percent: float,
+        end_percent: float,
+        print_keyframes: bool = False,
+        prev_hook_kf: Any = None,
+    ):
         strengths = [floats_strength] if isinstance(floats_strength, int | float) else list(floats_strength)
         percents = InterpolationMethod.get_weights(start_percent, end_percent, len(strengths), "linear")
         return self.grown(prev_hook_kf, strengths, percents, print_keyframes)
@@ -339,18 +377,24 @@ def combiner(count: int) -> type[Any]:
 
 
 _TITLES: dict[type[Any], str] = {
-    CreateHookLora: "Create Hook LoRA", CreateHookLoraModelOnly: "Create Hook LoRA (MO)",
+    CreateHookLora: "Create Hook LoRA",
+    CreateHookLoraModelOnly: "Create Hook LoRA (MO)",
     CreateHookModelAsLora: "Create Hook Model as LoRA",
-    CreateHookModelAsLoraModelOnly: "Create Hook Model as LoRA (MO)", SetHookKeyframes: "Set Hook Keyframes",
-    CreateHookKeyframe: "Create Hook Keyframe", CreateHookKeyframesInterpolated: "Create Hook Keyframes Interp.",
+    CreateHookModelAsLoraModelOnly: "Create Hook Model as LoRA (MO)",
+    SetHookKeyframes: "Set Hook Keyframes",
+    CreateHookKeyframe: "Create Hook Keyframe",
+    CreateHookKeyframesInterpolated: "Create Hook Keyframes Interp.",
     CreateHookKeyframesFromFloats: "Create Hook Keyframes From Floats",
     **{combiner(count): f"Combine Hooks [{count}]" for count in (2, 4, 8)},
-    ConditioningSetProperties: "Cond Set Props", ConditioningSetPropertiesAndCombine: "Cond Set Props Combine",
+    ConditioningSetProperties: "Cond Set Props",
+    ConditioningSetPropertiesAndCombine: "Cond Set Props Combine",
     PairConditioningSetProperties: "Cond Pair Set Props",
     PairConditioningSetPropertiesAndCombine: "Cond Pair Set Props Combine",
     ConditioningSetDefaultCombine: "Cond Set Default Combine",
-    PairConditioningSetDefaultCombine: "Cond Pair Set Default Combine", PairConditioningCombine: "Cond Pair Combine",
-    SetClipHooks: "Set CLIP Hooks", ConditioningTimestepsRange: "Timesteps Range",
+    PairConditioningSetDefaultCombine: "Cond Pair Set Default Combine",
+    PairConditioningCombine: "Cond Pair Combine",
+    SetClipHooks: "Set CLIP Hooks",
+    ConditioningTimestepsRange: "Timesteps Range",
 }
 NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in _TITLES}
 NODE_DISPLAY_NAME_MAPPINGS = {cls.__name__: title for cls, title in _TITLES.items()}

@@ -35,15 +35,25 @@ def glb(vertices: np.ndarray, faces: np.ndarray, texts: dict[str, str]) -> bytes
         {"buffer": 0, "byteOffset": points.nbytes, "byteLength": corners.nbytes, "target": INDEX_BUFFER},
     ]
     accessors = [
-        {"bufferView": 0, "componentType": FLOAT32, "count": len(points), "type": "VEC3",
-         "min": points.min(0).tolist(), "max": points.max(0).tolist()},
+        {
+            "bufferView": 0,
+            "componentType": FLOAT32,
+            "count": len(points),
+            "type": "VEC3",
+            "min": points.min(0).tolist(),
+            "max": points.max(0).tolist(),
+        },
         {"bufferView": 1, "componentType": UINT32, "count": len(corners), "type": "SCALAR"},
     ]
     scene = {
         "asset": {"version": "2.0", "generator": "TACO-DiT", **({"extras": texts} if texts else {})},
-        "buffers": [{"byteLength": len(binary)}], "bufferViews": views, "accessors": accessors,
+        "buffers": [{"byteLength": len(binary)}],
+        "bufferViews": views,
+        "accessors": accessors,
         "meshes": [{"primitives": [{"attributes": {"POSITION": 0}, "indices": 1}]}],
-        "nodes": [{"mesh": 0}], "scenes": [{"nodes": [0]}], "scene": 0,
+        "nodes": [{"mesh": 0}],
+        "scenes": [{"nodes": [0]}],
+        "scene": 0,
     }
     body = _chunk(JSON_CHUNK, json.dumps(scene).encode(), b" ") + _chunk(BINARY_CHUNK, binary, b"\0")
     return struct.pack("<4sII", b"glTF", 2, 12 + len(body)) + body

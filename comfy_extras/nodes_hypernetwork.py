@@ -12,8 +12,14 @@ import folder_paths
 from comfy_nodes.fields import number
 
 ACTIVATIONS = {
-    "linear": torch.nn.Identity, "relu": torch.nn.ReLU, "leakyrelu": torch.nn.LeakyReLU, "elu": torch.nn.ELU,
-    "swish": torch.nn.Hardswish, "tanh": torch.nn.Tanh, "sigmoid": torch.nn.Sigmoid, "softsign": torch.nn.Softsign,
+    "linear": torch.nn.Identity,
+    "relu": torch.nn.ReLU,
+    "leakyrelu": torch.nn.LeakyReLU,
+    "elu": torch.nn.ELU,
+    "swish": torch.nn.Hardswish,
+    "tanh": torch.nn.Tanh,
+    "sigmoid": torch.nn.Sigmoid,
+    "softsign": torch.nn.Softsign,
     "mish": torch.nn.Mish,
 }
 
@@ -75,7 +81,8 @@ class HypernetworkLoader:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "model": ("MODEL",), "hypernetwork_name": (folder_paths.get_filename_list("hypernetworks"),),
+                "model": ("MODEL",),
+                "hypernetwork_name": (folder_paths.get_filename_list("hypernetworks"),),
                 "strength": number(1.0, -10.0, 10.0, 0.01),
             }
         }

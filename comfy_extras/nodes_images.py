@@ -181,8 +181,9 @@ class ResizeAndPadImage:
     FUNCTION = "resize_and_pad"
     CATEGORY = "image/transform"
 
-    def resize_and_pad(self, image: torch.Tensor, target_width: int, target_height: int, padding_color: str,
-                       interpolation: str):
+    def resize_and_pad(
+        self, image: torch.Tensor, target_width: int, target_height: int, padding_color: str, interpolation: str
+    ):
         rows, columns = image.shape[1:3]
         factor = min(target_width / columns, target_height / rows)
         resized = scaled(image, int(columns * factor), int(rows * factor), interpolation, "disabled")
@@ -211,8 +212,15 @@ class ImageStitch:
     CATEGORY = "image/transform"
     DESCRIPTION = "Puts image2 beside image1, on the side you choose. Without image2, image1 is returned unchanged."
 
-    def stitch(self, image1: torch.Tensor, direction: str, match_image_size: bool, spacing_width: int,
-               spacing_color: str, image2: torch.Tensor | None = None):
+    def stitch(
+        self,
+        image1: torch.Tensor,
+        direction: str,
+        match_image_size: bool,
+        spacing_width: int,
+        spacing_color: str,
+        image2: torch.Tensor | None = None,
+    ):
         """The second picture gets the first one's length along the seam; otherwise the shorter is padded with black."""
         if image2 is None:
             return (image1,)
@@ -227,8 +235,10 @@ class ImageStitch:
         else:
             seam = 1 if side_by_side else 2
             longest = max(part.shape[seam] for part in parts)
-            parts = [_centred(part, longest if seam == 1 else part.shape[1], longest if seam == 2 else part.shape[2],
-                              0.0) for part in parts]
+            parts = [
+                _centred(part, longest if seam == 1 else part.shape[1], longest if seam == 2 else part.shape[2], 0.0)
+                for part in parts
+            ]
         channels = max(part.shape[-1] for part in parts)
         parts = [torch.nn.functional.pad(part, (0, channels - part.shape[-1]), value=1.0) for part in parts]
         if direction in ("left", "up"):
@@ -279,14 +289,30 @@ class SaveAnimatedWEBP(_SaveAnimated):
             "hidden": PNG_INFO,
         }
 
-    def save_images(self, images: torch.Tensor, fps: float, filename_prefix: str, lossless: bool, quality: int,
-                    method: str, num_frames: int = 0, prompt: Any = None, extra_pnginfo: Any = None):
+    def save_images(
+        self,
+        images: torch.Tensor,
+        fps: float,
+        filename_prefix: str,
+        lossless: bool,
+        quality: int,
+        method: str,
+        num_frames: int = 0,
+        prompt: Any = None,
+        extra_pnginfo: Any = None,
+    ):
         """`num_frames` pictures to a file; 0: all."""
         count = num_frames or len(images)
         results = [
             ImageSaveHelper.save_animated_webp(
-                images[start : start + count], filename_prefix, FolderType.output,
-                self._holder(prompt, extra_pnginfo), fps, lossless, quality, self.methods.get(method, 4),
+                images[start : start + count],
+                filename_prefix,
+                FolderType.output,
+                self._holder(prompt, extra_pnginfo),
+                fps,
+                lossless,
+                quality,
+                self.methods.get(method, 4),
             )
             for start in range(0, len(images), count)
         ]
@@ -306,8 +332,15 @@ class SaveAnimatedPNG(_SaveAnimated):
             "hidden": PNG_INFO,
         }
 
-    def save_images(self, images: torch.Tensor, fps: float, compress_level: int, filename_prefix: str = "ComfyUI",
-                    prompt: Any = None, extra_pnginfo: Any = None):
+    def save_images(
+        self,
+        images: torch.Tensor,
+        fps: float,
+        compress_level: int,
+        filename_prefix: str = "ComfyUI",
+        prompt: Any = None,
+        extra_pnginfo: Any = None,
+    ):
         result = ImageSaveHelper.save_animated_png(
             images, filename_prefix, FolderType.output, self._holder(prompt, extra_pnginfo), fps, compress_level
         )
@@ -362,10 +395,23 @@ class SaveSVGNode:
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        ImageCrop, RepeatImageBatch, ImageFromBatch, ImageAddNoise, SaveAnimatedWEBP, SaveAnimatedPNG, SaveSVGNode,
-        ImageStitch, ResizeAndPadImage, GetImageSize, ImageRotate, ImageFlip, ImageScaleToMaxDimension,
+        ImageCrop,
+        RepeatImageBatch,
+        ImageFromBatch,
+        ImageAddNoise,
+        SaveAnimatedWEBP,
+        SaveAnimatedPNG,
+        SaveSVGNode,
+        ImageStitch,
+        ResizeAndPadImage,
+        GetImageSize,
+        ImageRotate,
+        ImageFlip,
+        ImageScaleToMaxDimension,
     )
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "ImageCrop": "Image Crop", "ImageStitch": "Image Stitch", "GetImageSize": "Get Image Size",
+    "ImageCrop": "Image Crop",
+    "ImageStitch": "Image Stitch",
+    "GetImageSize": "Get Image Size",
 }

@@ -27,7 +27,8 @@ class InstructPixToPixConditioning(io.ComfyNode):
         given = [io.Conditioning.Input(name) for name in PROMPTS]
         made = [io.Conditioning.Output(display_name=name) for name in PROMPTS]
         return io.Schema(
-            node_id=cls.__name__, category="conditioning/instructpix2pix",
+            node_id=cls.__name__,
+            category="conditioning/instructpix2pix",
             inputs=[*given, io.Vae.Input("vae"), io.Image.Input("pixels")],
             outputs=[*made, io.Latent.Output(display_name="latent")],
         )

@@ -23,8 +23,10 @@ def like(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 def two_latents(node_id: str, category: str = ADVANCED, *more: Any) -> io.Schema:
     return io.Schema(
-        node_id=node_id, category=category,
-        inputs=[io.Latent.Input("samples1"), io.Latent.Input("samples2"), *more], outputs=[io.Latent.Output()],
+        node_id=node_id,
+        category=category,
+        inputs=[io.Latent.Input("samples1"), io.Latent.Input("samples2"), *more],
+        outputs=[io.Latent.Output()],
     )
 
 
@@ -54,8 +56,10 @@ class LatentMultiply(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="LatentMultiply", category=ADVANCED,
-            inputs=[io.Latent.Input("samples"), share("multiplier", 1.0, 10.0, -10.0)], outputs=[io.Latent.Output()],
+            node_id="LatentMultiply",
+            category=ADVANCED,
+            inputs=[io.Latent.Input("samples"), share("multiplier", 1.0, 10.0, -10.0)],
+            outputs=[io.Latent.Output()],
         )
 
     @classmethod
@@ -117,9 +121,11 @@ class LatentCut(io.ComfyNode):
     def define_schema(cls):
         limit = 16384
         return io.Schema(
-            node_id="LatentCut", category=ADVANCED,
+            node_id="LatentCut",
+            category=ADVANCED,
             inputs=[
-                io.Latent.Input("samples"), io.Combo.Input("dim", options=["x", "y", "t"]),
+                io.Latent.Input("samples"),
+                io.Combo.Input("dim", options=["x", "y", "t"]),
                 io.Int.Input("index", default=0, min=-limit, max=limit, step=1),
                 io.Int.Input("amount", default=1, min=1, max=limit, step=1),
             ],
@@ -140,9 +146,11 @@ class LatentCutToBatch(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="LatentCutToBatch", category=ADVANCED,
+            node_id="LatentCutToBatch",
+            category=ADVANCED,
             inputs=[
-                io.Latent.Input("samples"), io.Combo.Input("dim", options=["t", "x", "y"]),
+                io.Latent.Input("samples"),
+                io.Combo.Input("dim", options=["t", "x", "y"]),
                 io.Int.Input("slice_size", default=1, min=1, max=16384, step=1),
             ],
             outputs=[io.Latent.Output()],
@@ -172,7 +180,8 @@ class LatentBatch(io.ComfyNode):
         if first.shape[1:] != second.shape[1:]:
             second = comfy.utils.common_upscale(second, first.shape[3], first.shape[2], "bilinear", "center")
         indices = [
-            index for latent, tensor in ((samples1, first), (samples2, second))
+            index
+            for latent, tensor in ((samples1, first), (samples2, second))
             for index in latent.get("batch_index", range(tensor.shape[0]))
         ]
         joined = {**samples1, "samples": torch.cat((first, second), dim=0), "batch_index": indices}
@@ -185,7 +194,8 @@ class LatentBatchSeedBehavior(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="LatentBatchSeedBehavior", category=ADVANCED,
+            node_id="LatentBatchSeedBehavior",
+            category=ADVANCED,
             inputs=[
                 io.Latent.Input("samples"),
                 io.Combo.Input("seed_behavior", options=["random", "fixed"], default="fixed"),
@@ -209,8 +219,11 @@ class LatentApplyOperation(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="LatentApplyOperation", category=ADVANCED + "/operations", is_experimental=True,
-            inputs=[io.Latent.Input("samples"), io.LatentOperation.Input("operation")], outputs=[io.Latent.Output()],
+            node_id="LatentApplyOperation",
+            category=ADVANCED + "/operations",
+            is_experimental=True,
+            inputs=[io.Latent.Input("samples"), io.LatentOperation.Input("operation")],
+            outputs=[io.Latent.Output()],
         )
 
     @classmethod
@@ -222,8 +235,11 @@ class LatentApplyOperationCFG(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="LatentApplyOperationCFG", category=ADVANCED + "/operations", is_experimental=True,
-            inputs=[io.Model.Input("model"), io.LatentOperation.Input("operation")], outputs=[io.Model.Output()],
+            node_id="LatentApplyOperationCFG",
+            category=ADVANCED + "/operations",
+            is_experimental=True,
+            inputs=[io.Model.Input("model"), io.LatentOperation.Input("operation")],
+            outputs=[io.Model.Output()],
         )
 
     @classmethod
@@ -247,8 +263,11 @@ class LatentOperationTonemapReinhard(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="LatentOperationTonemapReinhard", category=ADVANCED + "/operations", is_experimental=True,
-            inputs=[share("multiplier", 1.0, 100.0)], outputs=[io.LatentOperation.Output()],
+            node_id="LatentOperationTonemapReinhard",
+            category=ADVANCED + "/operations",
+            is_experimental=True,
+            inputs=[share("multiplier", 1.0, 100.0)],
+            outputs=[io.LatentOperation.Output()],
         )
 
     @classmethod
@@ -269,9 +288,12 @@ class LatentOperationSharpen(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="LatentOperationSharpen", category=ADVANCED + "/operations", is_experimental=True,
+            node_id="LatentOperationSharpen",
+            category=ADVANCED + "/operations",
+            is_experimental=True,
             inputs=[
-                io.Int.Input("sharpen_radius", default=9, min=1, max=31, step=1), share("sigma", 1.0, 10.0, 0.1, 0.1),
+                io.Int.Input("sharpen_radius", default=9, min=1, max=31, step=1),
+                share("sigma", 1.0, 10.0, 0.1, 0.1),
                 share("alpha", 0.1, 5.0),
             ],
             outputs=[io.LatentOperation.Output()],
@@ -298,7 +320,17 @@ for _node in (LatentAdd, LatentSubtract, LatentMultiply, LatentInterpolate):
     _node.op = _node.execute
 
 comfy_entrypoint = extension(
-    LatentAdd, LatentSubtract, LatentMultiply, LatentInterpolate, LatentConcat, LatentCut, LatentCutToBatch,
-    LatentBatch, LatentBatchSeedBehavior, LatentApplyOperation, LatentApplyOperationCFG, LatentOperationTonemapReinhard,
+    LatentAdd,
+    LatentSubtract,
+    LatentMultiply,
+    LatentInterpolate,
+    LatentConcat,
+    LatentCut,
+    LatentCutToBatch,
+    LatentBatch,
+    LatentBatchSeedBehavior,
+    LatentApplyOperation,
+    LatentApplyOperationCFG,
+    LatentOperationTonemapReinhard,
     LatentOperationSharpen,
 )

@@ -37,8 +37,10 @@ class Load3D:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "model_file": (model_files(cls.EXTENSIONS), {"file_upload": True}), "image": (cls.KIND, {}),
-                "width": whole(1024, 1, 4096, 1), "height": whole(1024, 1, 4096, 1),
+                "model_file": (model_files(cls.EXTENSIONS), {"file_upload": True}),
+                "image": (cls.KIND, {}),
+                "width": whole(1024, 1, 4096, 1),
+                "height": whole(1024, 1, 4096, 1),
             }
         }
 
@@ -95,6 +97,8 @@ class Preview3DAnimation(Preview3D):
 
 NODE_CLASS_MAPPINGS = {cls.__name__: cls for cls in (Load3D, Load3DAnimation, Preview3D, Preview3DAnimation)}
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "Load3D": "Load 3D", "Load3DAnimation": "Load 3D - Animation", "Preview3D": "Preview 3D",
+    "Load3D": "Load 3D",
+    "Load3DAnimation": "Load 3D - Animation",
+    "Preview3D": "Preview 3D",
     "Preview3DAnimation": "Preview 3D - Animation",
 }

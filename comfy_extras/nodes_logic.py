@@ -18,10 +18,14 @@ class ComfySwitchNode(io.ComfyNode):
     def define_schema(cls):
         kind = io.MatchType.Template("switch")
         return io.Schema(
-            node_id="ComfySwitchNode", display_name="If/Else Switch", category=LOGIC, is_experimental=True,
+            node_id="ComfySwitchNode",
+            display_name="If/Else Switch",
+            category=LOGIC,
+            is_experimental=True,
             description="Passes on one of two inputs; the other is not computed.",
             inputs=[
-                io.Boolean.Input("switch"), io.MatchType.Input("on_false", template=kind, lazy=True, optional=True),
+                io.Boolean.Input("switch"),
+                io.MatchType.Input("on_false", template=kind, lazy=True, optional=True),
                 io.MatchType.Input("on_true", template=kind, lazy=True, optional=True),
             ],
             outputs=[io.MatchType.Output(template=kind, display_name="output")],
@@ -41,7 +45,10 @@ class CustomCombo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="CustomCombo", display_name="Custom Combo", category="utils", is_experimental=True,
+            node_id="CustomCombo",
+            display_name="Custom Combo",
+            category="utils",
+            is_experimental=True,
             description="A choice whose options are written on the node.",
             inputs=[io.Combo.Input("choice", options=[])],
             outputs=[io.String.Output(display_name="STRING"), io.Int.Output(display_name="INDEX")],
@@ -62,9 +69,12 @@ class ComfyNotNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ComfyNotNode", display_name="Not", category=LOGIC,
+            node_id="ComfyNotNode",
+            display_name="Not",
+            category=LOGIC,
             description="True for a value that is false, 0 or empty.",
-            inputs=[io.AnyType.Input("value")], outputs=[io.Boolean.Output()],
+            inputs=[io.AnyType.Input("value")],
+            outputs=[io.Boolean.Output()],
         )
 
     @classmethod
@@ -80,8 +90,12 @@ def joined(node_id: str, display_name: str, description: str, join: Callable[[An
         def define_schema(cls):
             values = io.Autogrow.TemplatePrefix(io.AnyType.Input("value"), prefix="value", min=1)
             return io.Schema(
-                node_id=node_id, display_name=display_name, category=LOGIC, description=description,
-                inputs=[io.Autogrow.Input("values", template=values)], outputs=[io.Boolean.Output()],
+                node_id=node_id,
+                display_name=display_name,
+                category=LOGIC,
+                description=description,
+                inputs=[io.Autogrow.Input("values", template=values)],
+                outputs=[io.Boolean.Output()],
             )
 
         @classmethod
@@ -101,7 +115,9 @@ class ComfyPassOrNoneNode(io.ComfyNode):
     def define_schema(cls):
         kind = io.MatchType.Template("value")
         return io.Schema(
-            node_id="ComfyPassOrNoneNode", display_name="Pass or None", category=LOGIC,
+            node_id="ComfyPassOrNoneNode",
+            display_name="Pass or None",
+            category=LOGIC,
             description="Passes on a value, or another one where it is missing.",
             inputs=[
                 io.MatchType.Input("anything", template=kind, optional=True),

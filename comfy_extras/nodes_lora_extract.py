@@ -60,7 +60,10 @@ class LoraSave(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="LoraSave", display_name="Extract and Save Lora", category="_for_testing", is_experimental=True,
+            node_id="LoraSave",
+            display_name="Extract and Save Lora",
+            category="_for_testing",
+            is_experimental=True,
             is_output_node=True,
             inputs=[
                 io.String.Input("filename_prefix", default="loras/ComfyUI_extracted_lora", multiline=False),
@@ -74,8 +77,15 @@ class LoraSave(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, filename_prefix: str, rank: int, lora_type: str, bias_diff: bool, model_diff: Any = None,
-                text_encoder_diff: Any = None):
+    def execute(
+        cls,
+        filename_prefix: str,
+        rank: int,
+        lora_type: str,
+        bias_diff: bool,
+        model_diff: Any = None,
+        text_encoder_diff: Any = None,
+    ):
         if model_diff is None and text_encoder_diff is None:
             return io.NodeOutput()
         folder, name, counter, _, _ = folder_paths.get_save_image_path(

@@ -18,7 +18,8 @@ class RenormCFG(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="RenormCFG", category="advanced/model",
+            node_id="RenormCFG",
+            category="advanced/model",
             inputs=[io.Model.Input("model"), share("cfg_trunc", 100, 100.0), share("renorm_cfg", 1.0, 100.0)],
             outputs=[io.Model.Output()],
         )

@@ -30,10 +30,13 @@ class Mahiro(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Mahiro", category="_for_testing", is_experimental=True,
+            node_id="Mahiro",
+            category="_for_testing",
+            is_experimental=True,
             display_name="Mahiro is so cute that she deserves a better guidance function!! (。・ω・。)",
             description="Guidance by the direction of the positive prompt more than by the difference of both.",
-            inputs=[io.Model.Input("model")], outputs=[io.Model.Output(display_name="patched_model")],
+            inputs=[io.Model.Input("model")],
+            outputs=[io.Model.Output(display_name="patched_model")],
         )
 
     @classmethod

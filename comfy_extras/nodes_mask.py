@@ -13,8 +13,13 @@ from comfy_nodes.fields import number, pixels, whole
 
 
 def composite(
-    destination: torch.Tensor, source: torch.Tensor, x: int, y: int, mask: torch.Tensor | None = None,
-    multiplier: int = 8, resize_source: bool = False,
+    destination: torch.Tensor,
+    source: torch.Tensor,
+    x: int,
+    y: int,
+    mask: torch.Tensor | None = None,
+    multiplier: int = 8,
+    resize_source: bool = False,
 ) -> torch.Tensor:
     """`destination` [B, C, H, W] with `source` pasted at (x, y), given in pixels of which a cell has `multiplier`.
 
@@ -61,8 +66,15 @@ class LatentCompositeMasked:
     FUNCTION = "composite"
     CATEGORY = "latent"
 
-    def composite(self, destination: dict[str, Any], source: dict[str, Any], x: int, y: int, resize_source: bool,
-                  mask: torch.Tensor | None = None):
+    def composite(
+        self,
+        destination: dict[str, Any],
+        source: dict[str, Any],
+        x: int,
+        y: int,
+        resize_source: bool,
+        mask: torch.Tensor | None = None,
+    ):
         under = destination["samples"].clone()
         return ({**destination, "samples": composite(under, source["samples"], x, y, mask, 8, resize_source)},)
 
@@ -85,8 +97,15 @@ class ImageCompositeMasked:
     FUNCTION = "composite"
     CATEGORY = "image"
 
-    def composite(self, destination: torch.Tensor, source: torch.Tensor, x: int, y: int, resize_source: bool,
-                  mask: torch.Tensor | None = None):
+    def composite(
+        self,
+        destination: torch.Tensor,
+        source: torch.Tensor,
+        x: int,
+        y: int,
+        resize_source: bool,
+        mask: torch.Tensor | None = None,
+    ):
         destination, source = node_helpers.image_alpha_fix(destination, source)
         under = destination.clone().movedim(-1, 1)
         return (composite(under, source.movedim(-1, 1), x, y, mask, 1, resize_source).movedim(1, -1),)
@@ -308,16 +327,28 @@ class MaskPreview(nodes.PreviewImage):
     FUNCTION = "execute"
     CATEGORY = "mask"
 
-    def execute(self, mask: torch.Tensor, filename_prefix: str = "ComfyUI", prompt: Any = None,
-                extra_pnginfo: Any = None):
+    def execute(
+        self, mask: torch.Tensor, filename_prefix: str = "ComfyUI", prompt: Any = None, extra_pnginfo: Any = None
+    ):
         return self.save_images(MaskToImage().mask_to_image(mask)[0], filename_prefix, prompt, extra_pnginfo)
 
 
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        LatentCompositeMasked, ImageCompositeMasked, MaskToImage, ImageToMask, ImageColorToMask, SolidMask, InvertMask,
-        CropMask, MaskComposite, FeatherMask, GrowMask, ThresholdMask, MaskPreview,
+        LatentCompositeMasked,
+        ImageCompositeMasked,
+        MaskToImage,
+        ImageToMask,
+        ImageColorToMask,
+        SolidMask,
+        InvertMask,
+        CropMask,
+        MaskComposite,
+        FeatherMask,
+        GrowMask,
+        ThresholdMask,
+        MaskPreview,
     )
 }
 NODE_DISPLAY_NAME_MAPPINGS = {"ImageToMask": "Convert Image to Mask", "MaskToImage": "Convert Mask to Image"}

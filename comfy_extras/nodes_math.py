@@ -12,8 +12,13 @@ from comfy_nodes.v3 import extension, share
 
 HIGHEST_POWER = 4000
 RATIOS = {
-    "1:1 (Square)": (1, 1), "3:2 (Photo)": (3, 2), "4:3 (Standard)": (4, 3), "16:9 (Widescreen)": (16, 9),
-    "21:9 (Ultrawide)": (21, 9), "2:3 (Portrait Photo)": (2, 3), "3:4 (Portrait Standard)": (3, 4),
+    "1:1 (Square)": (1, 1),
+    "3:2 (Photo)": (3, 2),
+    "4:3 (Standard)": (4, 3),
+    "16:9 (Widescreen)": (16, 9),
+    "21:9 (Ultrawide)": (21, 9),
+    "2:3 (Portrait Photo)": (2, 3),
+    "3:4 (Portrait Standard)": (3, 4),
     "9:16 (Portrait Widescreen)": (9, 16),
 }
 
@@ -30,7 +35,14 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 FUNCTIONS = {
-    "sum": _sum, "pow": _power, "min": min, "max": max, "abs": abs, "round": round, "int": int, "float": float,
+    "sum": _sum,
+    "pow": _power,
+    "min": min,
+    "max": max,
+    "abs": abs,
+    "round": round,
+    "int": int,
+    "float": float,
     **{name: getattr(math, name) for name in ("sqrt", "ceil", "floor", "log", "log2", "log10", "sin", "cos", "tan")},
 }
 
@@ -58,14 +70,17 @@ class ComfyMathExpression(io.ComfyNode):
         value = io.MultiType.Input("value", [io.Float, io.Int, io.Boolean], optional=True)
         values = io.Autogrow.TemplateNames(value, names=list(string.ascii_lowercase), min=1)
         return io.Schema(
-            node_id="ComfyMathExpression", display_name="Math Expression", category="utils",
+            node_id="ComfyMathExpression",
+            display_name="Math Expression",
+            category="utils",
             description=f"Computes with inputs a to z. Functions: {', '.join(FUNCTIONS)}.",
             inputs=[
                 io.String.Input("expression", default="a + b", multiline=True),
                 io.Autogrow.Input("values", template=values),
             ],
             outputs=[
-                io.Float.Output(display_name="FLOAT"), io.Int.Output(display_name="INT"),
+                io.Float.Output(display_name="FLOAT"),
+                io.Int.Output(display_name="INT"),
                 io.Boolean.Output(display_name="BOOL"),
             ],
         )
@@ -80,7 +95,9 @@ class ComfyNumberConvert(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ComfyNumberConvert", display_name="Number Convert", category="utils",
+            node_id="ComfyNumberConvert",
+            display_name="Number Convert",
+            category="utils",
             inputs=[io.MultiType.Input("value", [io.Int, io.Float, io.String, io.Boolean])],
             outputs=[io.Float.Output(display_name="FLOAT"), io.Int.Output(display_name="INT")],
         )
@@ -104,7 +121,9 @@ class SeedNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="SeedNode", display_name="Seed", category="utils",
+            node_id="SeedNode",
+            display_name="Seed",
+            category="utils",
             inputs=[io.Int.Input("seed", default=0, min=0, max=sys.maxsize, control_after_generate=True)],
             outputs=[io.Int.Output(display_name="seed")],
         )
@@ -118,13 +137,22 @@ class ResolutionSelector(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ResolutionSelector", display_name="Resolution Selector", category="utils",
+            node_id="ResolutionSelector",
+            display_name="Resolution Selector",
+            category="utils",
             description="Width and height of a shape and a number of pixels.",
             inputs=[
                 io.Combo.Input("aspect_ratio", options=list(RATIOS), default="1:1 (Square)"),
                 share("megapixels", 1.0, 16.0, 0.1, 0.1, tooltip="1 is 1024 x 1024."),
-                io.Int.Input("multiple", default=8, min=1, max=256, step=1, optional=True,
-                             tooltip="Width and height are multiples of this."),
+                io.Int.Input(
+                    "multiple",
+                    default=8,
+                    min=1,
+                    max=256,
+                    step=1,
+                    optional=True,
+                    tooltip="Width and height are multiples of this.",
+                ),
             ],
             outputs=[io.Int.Output("width"), io.Int.Output("height")],
         )

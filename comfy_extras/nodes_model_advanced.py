@@ -111,9 +111,7 @@ class ModelSamplingSD3:
 
     def patch(self, model: Any, shift: float, multiplier: float = 1000):
         kinds = comfy.model_sampling
-        return (
-            with_sampling(model, kinds.ModelSamplingDiscreteFlow, kinds.CONST, shift=shift, multiplier=multiplier),
-        )
+        return (with_sampling(model, kinds.ModelSamplingDiscreteFlow, kinds.CONST, shift=shift, multiplier=multiplier),)
 
 
 class ModelSamplingAuraFlow(ModelSamplingSD3):
@@ -211,7 +209,11 @@ class ModelSamplingContinuousV:
     def patch(self, model: Any, sampling: str, sigma_max: float, sigma_min: float):
         kinds = comfy.model_sampling
         changed = with_sampling(
-            model, kinds.ModelSamplingContinuousV, kinds.V_PREDICTION, sigma_min=sigma_min, sigma_max=sigma_max,
+            model,
+            kinds.ModelSamplingContinuousV,
+            kinds.V_PREDICTION,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
             sigma_data=1.0,
         )
         return (changed,)
@@ -265,7 +267,14 @@ class ModelComputeDtype:
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        ModelSamplingDiscrete, ModelSamplingContinuousEDM, ModelSamplingContinuousV, ModelSamplingStableCascade,
-        ModelSamplingSD3, ModelSamplingAuraFlow, ModelSamplingFlux, RescaleCFG, ModelComputeDtype,
+        ModelSamplingDiscrete,
+        ModelSamplingContinuousEDM,
+        ModelSamplingContinuousV,
+        ModelSamplingStableCascade,
+        ModelSamplingSD3,
+        ModelSamplingAuraFlow,
+        ModelSamplingFlux,
+        RescaleCFG,
+        ModelComputeDtype,
     )
 }

@@ -22,8 +22,18 @@ NETWORK = "diffusion_model."
 NOT_MERGED = (".position_ids", ".logit_scale")
 # text encoders by the beginning of their keys; the last takes what is left
 ENCODERS = (
-    "clip_l.", "clip_g.", "clip_h.", "t5xxl.", "pile_t5xl.", "mt5xl.", "umt5xxl.", "t5base.", "gemma2_2b.", "llama.",
-    "hydit_clip.", "",
+    "clip_l.",
+    "clip_g.",
+    "clip_h.",
+    "t5xxl.",
+    "pile_t5xl.",
+    "mt5xl.",
+    "umt5xxl.",
+    "t5base.",
+    "gemma2_2b.",
+    "llama.",
+    "hydit_clip.",
+    "",
 )
 
 
@@ -99,9 +109,7 @@ class ModelMergeBlocks:
     @classmethod
     def INPUT_TYPES(cls):
         share = number(1.0, 0.0, 1.0, 0.01)
-        return {
-            "required": {"model1": ("MODEL",), "model2": ("MODEL",), "input": share, "middle": share, "out": share}
-        }
+        return {"required": {"model1": ("MODEL",), "model2": ("MODEL",), "input": share, "middle": share, "out": share}}
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "merge"
@@ -147,9 +155,16 @@ def sampling_keys(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def save_checkpoint(model: Any, clip: Any = None, vae: Any = None, clip_vision: Any = None,
-                    filename_prefix: str | None = None, output_dir: str | None = None, prompt: Any = None,
-                    extra_pnginfo: Any = None) -> None:
+def save_checkpoint(
+    model: Any,
+    clip: Any = None,
+    vae: Any = None,
+    clip_vision: Any = None,
+    filename_prefix: str | None = None,
+    output_dir: str | None = None,
+    prompt: Any = None,
+    extra_pnginfo: Any = None,
+) -> None:
     """Write a model, with its patches applied, and what else is given, with the workflow that made it."""
     tensors, metadata = sampling_keys(model)
     metadata.update(metadata_texts(prompt, extra_pnginfo))
@@ -178,7 +193,10 @@ class _Save:
 
     def save(self, filename_prefix: str, prompt: Any = None, extra_pnginfo: Any = None, **parts: Any):
         save_checkpoint(
-            **parts, filename_prefix=filename_prefix, output_dir=self.output_dir, prompt=prompt,
+            **parts,
+            filename_prefix=filename_prefix,
+            output_dir=self.output_dir,
+            prompt=prompt,
             extra_pnginfo=extra_pnginfo,
         )
         return {}
@@ -225,9 +243,16 @@ class CLIPSave(_Save):
 
 
 NODE_CLASS_MAPPINGS = {
-    "ModelMergeSimple": ModelMergeSimple, "ModelMergeBlocks": ModelMergeBlocks, "ModelMergeSubtract": ModelSubtract,
-    "ModelMergeAdd": ModelAdd, "CheckpointSave": CheckpointSave, "CLIPMergeSimple": CLIPMergeSimple,
-    "CLIPMergeSubtract": CLIPSubtract, "CLIPMergeAdd": CLIPAdd, "CLIPSave": CLIPSave, "VAESave": VAESave,
+    "ModelMergeSimple": ModelMergeSimple,
+    "ModelMergeBlocks": ModelMergeBlocks,
+    "ModelMergeSubtract": ModelSubtract,
+    "ModelMergeAdd": ModelAdd,
+    "CheckpointSave": CheckpointSave,
+    "CLIPMergeSimple": CLIPMergeSimple,
+    "CLIPMergeSubtract": CLIPSubtract,
+    "CLIPMergeAdd": CLIPAdd,
+    "CLIPSave": CLIPSave,
+    "VAESave": VAESave,
     "ModelSave": ModelSave,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {"CheckpointSave": "Save Checkpoint"}

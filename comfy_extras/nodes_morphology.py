@@ -10,8 +10,13 @@ from comfy_nodes.v3 import extension
 
 # names of the node -> names of kornia.morphology
 OPERATIONS = {
-    "erode": "erosion", "dilate": "dilation", "open": "opening", "close": "closing", "gradient": "gradient",
-    "bottom_hat": "bottom_hat", "top_hat": "top_hat",
+    "erode": "erosion",
+    "dilate": "dilation",
+    "open": "opening",
+    "close": "closing",
+    "gradient": "gradient",
+    "bottom_hat": "bottom_hat",
+    "top_hat": "top_hat",
 }
 
 
@@ -19,9 +24,12 @@ class Morphology(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Morphology", display_name="ImageMorphology", category="image/postprocessing",
+            node_id="Morphology",
+            display_name="ImageMorphology",
+            category="image/postprocessing",
             inputs=[
-                io.Image.Input("image"), io.Combo.Input("operation", options=list(OPERATIONS)),
+                io.Image.Input("image"),
+                io.Combo.Input("operation", options=list(OPERATIONS)),
                 io.Int.Input("kernel_size", default=3, min=3, max=999, step=1),
             ],
             outputs=[io.Image.Output()],
@@ -41,7 +49,9 @@ class ImageRGBToYUV(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ImageRGBToYUV", category="image/batch", inputs=[io.Image.Input("image")],
+            node_id="ImageRGBToYUV",
+            category="image/batch",
+            inputs=[io.Image.Input("image")],
             outputs=[io.Image.Output(display_name=name) for name in "YUV"],
         )
 
@@ -58,7 +68,9 @@ class ImageYUVToRGB(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ImageYUVToRGB", category="image/batch", inputs=[io.Image.Input(name) for name in "YUV"],
+            node_id="ImageYUVToRGB",
+            category="image/batch",
+            inputs=[io.Image.Input(name) for name in "YUV"],
             outputs=[io.Image.Output()],
         )
 

@@ -13,7 +13,9 @@ class OptimalStepsScheduler(io.ComfyNode):
     def define_schema(cls):
         kinds = io.Combo.Input("model_type", options=["FLUX", "Wan", "Chroma"])
         return io.Schema(
-            node_id="OptimalStepsScheduler", category=SCHEDULERS, outputs=[io.Sigmas.Output()],
+            node_id="OptimalStepsScheduler",
+            category=SCHEDULERS,
+            outputs=[io.Sigmas.Output()],
             inputs=[kinds, io.Int.Input("steps", default=20, min=3, max=1000), share("denoise", 1.0)],
         )
 

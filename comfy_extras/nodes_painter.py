@@ -33,14 +33,18 @@ class Painter(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         def size(name: str) -> Any:
-            return io.Int.Input(name, default=512, min=64, max=4096, step=64, socketless=True,
-                                extra_dict={"hidden": True})
+            return io.Int.Input(
+                name, default=512, min=64, max=4096, step=64, socketless=True, extra_dict={"hidden": True}
+            )
 
-        drawing = io.String.Input("mask", default="", socketless=True,
-                                  extra_dict={"widgetType": "PAINTER", "image_upload": True})
+        drawing = io.String.Input(
+            "mask", default="", socketless=True, extra_dict={"widgetType": "PAINTER", "image_upload": True}
+        )
         color = io.Custom("COLOR").Input("bg_color", optional=True, extra_dict={"default": "#000000", "hidden": True})
         return io.Schema(
-            node_id="Painter", display_name="Painter", category="image",
+            node_id="Painter",
+            display_name="Painter",
+            category="image",
             description="A picture painted over in the page; without a picture, over a plain colour.",
             inputs=[io.Image.Input("image", optional=True), drawing, size("width"), size("height"), color],
             outputs=[io.Image.Output(display_name="IMAGE"), io.Mask.Output(display_name="MASK")],
@@ -94,7 +98,10 @@ def element_of(box: dict[str, Any], width: int, height: int) -> dict[str, Any]:
     """A box as an element of a picture prompt: corners [top, left, bottom, right] in thousandths, and what is in it."""
     about = {**box.get("metadata", {})}
     edges = (
-        (box["y"], height), (box["x"], width), (box["y"] + box["height"], height), (box["x"] + box["width"], width),
+        (box["y"], height),
+        (box["x"], width),
+        (box["y"] + box["height"], height),
+        (box["x"] + box["width"], width),
     )
     corners = [max(0, min(UNIT, round(UNIT * value / size))) for value, size in edges]
     element: dict[str, Any] = {"type": "text" if about.get("type") == "text" else "obj", "bbox": corners}
@@ -111,23 +118,33 @@ class CreateBoundingBoxes(io.ComfyNode):
     def define_schema(cls):
         editor = io.Custom("BOUNDING_BOXES").Input("editor_state", optional=True, extra_dict={"default": []})
         return io.Schema(
-            node_id="CreateBoundingBoxes", display_name="Create Bounding Boxes", category="utils",
+            node_id="CreateBoundingBoxes",
+            display_name="Create Bounding Boxes",
+            category="utils",
             description="Boxes drawn in the page, as boxes in pixels and as elements of a picture prompt.",
             inputs=[
                 io.Image.Input("background", optional=True),
                 io.MultiType.Input("bboxes", [io.BoundingBox, io.Array, io.String], optional=True),
                 io.Int.Input("width", default=1024, min=64, max=16384, step=16),
-                io.Int.Input("height", default=1024, min=64, max=16384, step=16), editor,
+                io.Int.Input("height", default=1024, min=64, max=16384, step=16),
+                editor,
             ],
             outputs=[
-                io.Image.Output(display_name="preview"), io.BoundingBox.Output(display_name="bboxes"),
+                io.Image.Output(display_name="preview"),
+                io.BoundingBox.Output(display_name="bboxes"),
                 io.Array.Output(display_name="elements"),
             ],
         )
 
     @classmethod
-    def execute(cls, width: int, height: int, background: torch.Tensor | None = None, bboxes: Any = None,
-                editor_state: Any = None):
+    def execute(
+        cls,
+        width: int,
+        height: int,
+        background: torch.Tensor | None = None,
+        bboxes: Any = None,
+        editor_state: Any = None,
+    ):
         """Boxes drawn in the page hold; those that come in are used while there are none."""
         if background is not None:
             height, width = background.shape[1:3]

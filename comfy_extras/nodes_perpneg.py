@@ -14,8 +14,14 @@ from comfy_api.latest import io
 from comfy_nodes.v3 import extension, share
 
 
-def perp_neg(x: torch.Tensor, noise_pred_pos: torch.Tensor, noise_pred_neg: torch.Tensor,
-             noise_pred_nocond: torch.Tensor, neg_scale: float, cond_scale: float) -> torch.Tensor:
+def perp_neg(
+    x: torch.Tensor,
+    noise_pred_pos: torch.Tensor,
+    noise_pred_neg: torch.Tensor,
+    noise_pred_nocond: torch.Tensor,
+    neg_scale: float,
+    cond_scale: float,
+) -> torch.Tensor:
     """Guidance from the empty prompt: towards the positive one, away from what of the negative one is across it."""
     wanted = noise_pred_pos - noise_pred_nocond
     unwanted = noise_pred_neg - noise_pred_nocond
@@ -27,10 +33,15 @@ class PerpNeg(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="PerpNeg", display_name="Perp-Neg (DEPRECATED by PerpNegGuider)", category="_for_testing",
-            is_experimental=True, is_deprecated=True,
+            node_id="PerpNeg",
+            display_name="Perp-Neg (DEPRECATED by PerpNegGuider)",
+            category="_for_testing",
+            is_experimental=True,
+            is_deprecated=True,
             inputs=[
-                io.Model.Input("model"), io.Conditioning.Input("empty_conditioning"), share("neg_scale", 1.0, 100.0),
+                io.Model.Input("model"),
+                io.Conditioning.Input("empty_conditioning"),
+                share("neg_scale", 1.0, 100.0),
             ],
             outputs=[io.Model.Output()],
         )
@@ -45,8 +56,9 @@ class PerpNeg(io.ComfyNode):
             (middle,) = comfy.samplers.calc_cond_batch(
                 inner, [encoded], x, arguments["sigma"], arguments["model_options"]
             )
-            return x - perp_neg(x, arguments["cond_denoised"], arguments["uncond_denoised"], middle, neg_scale,
-                                arguments["cond_scale"])
+            return x - perp_neg(
+                x, arguments["cond_denoised"], arguments["uncond_denoised"], middle, neg_scale, arguments["cond_scale"]
+            )
 
         model = model.clone()
         model.set_model_sampler_cfg_function(guide)
@@ -72,21 +84,39 @@ class Guider_PerpNeg(comfy.samplers.CFGGuider):  # noqa: N801 - ComfyUI's name
                 conds[2] = None
         return conds
 
-    def predict_noise(self, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any] = {},  # noqa: B006
-                      seed: int | None = None) -> torch.Tensor:
+    def predict_noise(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        model_options: dict[str, Any] = {},  # noqa: B006
+        seed: int | None = None,
+    ) -> torch.Tensor:
         conds = self._needed(model_options)
-        shared = {"cond_scale": self.cfg, "input": x, "sigma": timestep, "model": self.inner_model,
-                  "model_options": model_options}
+        shared = {
+            "cond_scale": self.cfg,
+            "input": x,
+            "sigma": timestep,
+            "model": self.inner_model,
+            "model_options": model_options,
+        }
         out = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)
         for function in model_options.get("sampler_pre_cfg_function", ()):
             out = function({**shared, "conds": conds, "conds_out": out, "timestep": timestep})
         positive, negative, empty = out
         result = perp_neg(x, positive, negative, empty, self.neg_scale, self.cfg)
         for function in model_options.get("sampler_post_cfg_function", ()):
-            result = function({
-                **shared, "denoised": result, "cond": conds[0], "uncond": conds[1], "cond_denoised": positive,
-                "uncond_denoised": negative, "empty_cond": conds[2], "empty_cond_denoised": empty,
-            })
+            result = function(
+                {
+                    **shared,
+                    "denoised": result,
+                    "cond": conds[0],
+                    "uncond": conds[1],
+                    "cond_denoised": positive,
+                    "uncond_denoised": negative,
+                    "empty_cond": conds[2],
+                    "empty_cond_denoised": empty,
+                }
+            )
         return result
 
 
@@ -94,10 +124,15 @@ class PerpNegGuider(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="PerpNegGuider", category="_for_testing", is_experimental=True,
+            node_id="PerpNegGuider",
+            category="_for_testing",
+            is_experimental=True,
             inputs=[
-                io.Model.Input("model"), io.Conditioning.Input("positive"), io.Conditioning.Input("negative"),
-                io.Conditioning.Input("empty_conditioning"), share("cfg", 8.0, 100.0, step=0.1, round=0.01),
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Conditioning.Input("empty_conditioning"),
+                share("cfg", 8.0, 100.0, step=0.1, round=0.01),
                 share("neg_scale", 1.0, 100.0),
             ],
             outputs=[io.Guider.Output()],

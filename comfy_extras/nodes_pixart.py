@@ -13,10 +13,14 @@ class CLIPTextEncodePixArtAlpha(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="CLIPTextEncodePixArtAlpha", category="advanced/conditioning",
+            node_id="CLIPTextEncodePixArtAlpha",
+            category="advanced/conditioning",
             description="Encodes text and sets the resolution conditioning for PixArt Alpha. Not for PixArt Sigma.",
             inputs=[
-                side("width", 1024, 0, None), side("height", 1024, 0, None), prompt("text"), io.Clip.Input("clip"),
+                side("width", 1024, 0, None),
+                side("height", 1024, 0, None),
+                prompt("text"),
+                io.Clip.Input("clip"),
             ],
             outputs=[io.Conditioning.Output()],
         )

@@ -29,9 +29,7 @@ BLENDS = {
     "normal": lambda below, above: above,
     "multiply": lambda below, above: below * above,
     "screen": lambda below, above: 1 - (1 - below) * (1 - above),
-    "overlay": lambda below, above: torch.where(
-        below <= 0.5, 2 * below * above, 1 - 2 * (1 - below) * (1 - above)
-    ),
+    "overlay": lambda below, above: torch.where(below <= 0.5, 2 * below * above, 1 - 2 * (1 - below) * (1 - above)),
     "soft_light": _soft_light,
     "difference": lambda below, above: below - above,
 }
@@ -41,9 +39,12 @@ class Blend(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ImageBlend", category=POST,
+            node_id="ImageBlend",
+            category=POST,
             inputs=[
-                io.Image.Input("image1"), io.Image.Input("image2"), share("blend_factor", 0.5),
+                io.Image.Input("image1"),
+                io.Image.Input("image2"),
+                share("blend_factor", 0.5),
                 io.Combo.Input("blend_mode", options=list(BLENDS)),
             ],
             outputs=[io.Image.Output()],
@@ -73,9 +74,11 @@ class Blur(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ImageBlur", category=POST,
+            node_id="ImageBlur",
+            category=POST,
             inputs=[
-                io.Image.Input("image"), io.Int.Input("blur_radius", default=1, min=1, max=31, step=1),
+                io.Image.Input("image"),
+                io.Int.Input("blur_radius", default=1, min=1, max=31, step=1),
                 share("sigma", 1.0, 10.0, 0.1, 0.1),
             ],
             outputs=[io.Image.Output()],
@@ -92,10 +95,13 @@ class Sharpen(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ImageSharpen", category=POST,
+            node_id="ImageSharpen",
+            category=POST,
             inputs=[
-                io.Image.Input("image"), io.Int.Input("sharpen_radius", default=1, min=1, max=31, step=1),
-                share("sigma", 1.0, 10.0, 0.1), share("alpha", 1.0, 5.0),
+                io.Image.Input("image"),
+                io.Int.Input("sharpen_radius", default=1, min=1, max=31, step=1),
+                share("sigma", 1.0, 10.0, 0.1),
+                share("alpha", 1.0, 5.0),
             ],
             outputs=[io.Image.Output()],
         )
@@ -134,9 +140,11 @@ class ImageQuantize(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ImageQuantize", category=POST,
+            node_id="ImageQuantize",
+            category=POST,
             inputs=[
-                io.Image.Input("image"), io.Int.Input("colors", default=256, min=1, max=256, step=1),
+                io.Image.Input("image"),
+                io.Int.Input("colors", default=256, min=1, max=256, step=1),
                 io.Combo.Input("dither", options=DITHERS),
             ],
             outputs=[io.Image.Output()],
@@ -166,9 +174,11 @@ class ImageScaleToTotalPixels(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ImageScaleToTotalPixels", category="image/upscaling",
+            node_id="ImageScaleToTotalPixels",
+            category="image/upscaling",
             inputs=[
-                io.Image.Input("image"), io.Combo.Input("upscale_method", options=UPSCALE_METHODS),
+                io.Image.Input("image"),
+                io.Combo.Input("upscale_method", options=UPSCALE_METHODS),
                 share("megapixels", 1.0, 16.0, 0.01),
             ],
             outputs=[io.Image.Output()],

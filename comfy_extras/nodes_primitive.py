@@ -16,7 +16,10 @@ def primitive(node_id: str, display_name: str, value: Any, kind: Any) -> type[io
         @classmethod
         def define_schema(cls):
             return io.Schema(
-                node_id=node_id, display_name=display_name, category="utils/primitive", inputs=[value],
+                node_id=node_id,
+                display_name=display_name,
+                category="utils/primitive",
+                inputs=[value],
                 outputs=[kind.Output()],
             )
 
@@ -33,8 +36,10 @@ StringMultiline = primitive(
     "PrimitiveStringMultiline", "String (Multiline)", io.String.Input("value", multiline=True), io.String
 )
 Int = primitive(
-    "PrimitiveInt", "Int",
-    io.Int.Input("value", min=-sys.maxsize, max=sys.maxsize, control_after_generate=True), io.Int,
+    "PrimitiveInt",
+    "Int",
+    io.Int.Input("value", min=-sys.maxsize, max=sys.maxsize, control_after_generate=True),
+    io.Int,
 )
 Float = primitive("PrimitiveFloat", "Float", io.Float.Input("value", min=-sys.maxsize, max=sys.maxsize), io.Float)
 Boolean = primitive("PrimitiveBoolean", "Boolean", io.Boolean.Input("value"), io.Boolean)

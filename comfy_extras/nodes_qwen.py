@@ -41,9 +41,12 @@ class TextEncodeQwenImageEdit(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TextEncodeQwenImageEdit", category="advanced/conditioning",
+            node_id="TextEncodeQwenImageEdit",
+            category="advanced/conditioning",
             inputs=[
-                io.Clip.Input("clip"), prompt("prompt"), io.Vae.Input("vae", optional=True),
+                io.Clip.Input("clip"),
+                prompt("prompt"),
+                io.Vae.Input("vae", optional=True),
                 io.Image.Input("image", optional=True),
             ],
             outputs=[io.Conditioning.Output()],
@@ -65,14 +68,22 @@ class TextEncodeQwenImageEditPlus(io.ComfyNode):
     def define_schema(cls):
         pictures = [io.Image.Input(f"image{number}", optional=True) for number in (1, 2, 3)]
         return io.Schema(
-            node_id="TextEncodeQwenImageEditPlus", category="advanced/conditioning",
+            node_id="TextEncodeQwenImageEditPlus",
+            category="advanced/conditioning",
             inputs=[io.Clip.Input("clip"), prompt("prompt"), io.Vae.Input("vae", optional=True), *pictures],
             outputs=[io.Conditioning.Output()],
         )
 
     @classmethod
-    def execute(cls, clip: Any, prompt: str, vae: Any = None, image1: torch.Tensor | None = None,
-                image2: torch.Tensor | None = None, image3: torch.Tensor | None = None):
+    def execute(
+        cls,
+        clip: Any,
+        prompt: str,
+        vae: Any = None,
+        image1: torch.Tensor | None = None,
+        image2: torch.Tensor | None = None,
+        image3: torch.Tensor | None = None,
+    ):
         """Pictures are called "Picture 1" and so on, by the input they are in."""
         need_clip(clip)
         seen, latents, names = [], [], ""

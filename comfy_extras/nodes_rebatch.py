@@ -46,8 +46,12 @@ class LatentRebatch(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="RebatchLatents", display_name="Rebatch Latents", category="latent/batch", is_input_list=True,
-            inputs=[io.Latent.Input("latents"), batch()], outputs=[io.Latent.Output(is_output_list=True)],
+            node_id="RebatchLatents",
+            display_name="Rebatch Latents",
+            category="latent/batch",
+            is_input_list=True,
+            inputs=[io.Latent.Input("latents"), batch()],
+            outputs=[io.Latent.Output(is_output_list=True)],
         )
 
     @classmethod
@@ -70,8 +74,12 @@ class ImageRebatch(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="RebatchImages", display_name="Rebatch Images", category="image/batch", is_input_list=True,
-            inputs=[io.Image.Input("images"), batch()], outputs=[io.Image.Output(is_output_list=True)],
+            node_id="RebatchImages",
+            display_name="Rebatch Images",
+            category="image/batch",
+            is_input_list=True,
+            inputs=[io.Image.Input("images"), batch()],
+            outputs=[io.Image.Output(is_output_list=True)],
         )
 
     @classmethod

@@ -15,10 +15,17 @@ from comfy_nodes.v3 import extension, share
 
 Size = tuple[int, int]
 DIMENSIONS, FACTOR, LONGER, SHORTER = (
-    "scale dimensions", "scale by multiplier", "scale longer dimension", "scale shorter dimension"
+    "scale dimensions",
+    "scale by multiplier",
+    "scale longer dimension",
+    "scale shorter dimension",
 )
 WIDTH, HEIGHT, PIXELS, MATCH, MULTIPLE = (
-    "scale width", "scale height", "scale total pixels", "match size", "scale to multiple"
+    "scale width",
+    "scale height",
+    "scale total pixels",
+    "match size",
+    "scale to multiple",
 )
 
 
@@ -31,14 +38,20 @@ def multiple(default: int) -> Any:
 
 
 def _choices() -> list[Any]:
-    crop = io.Combo.Input("crop", options=["disabled", "center"], default="center",
-                          tooltip="Where the shape differs: stretched, or cut to the middle.")
+    crop = io.Combo.Input(
+        "crop",
+        options=["disabled", "center"],
+        default="center",
+        tooltip="Where the shape differs: stretched, or cut to the middle.",
+    )
     option = io.DynamicCombo.Option
     return [
         option(DIMENSIONS, [pixels("width"), pixels("height"), crop]),
         option(FACTOR, [share("multiplier", 1.0, 8.0, 0.01)]),
-        option(LONGER, [pixels("longer_size")]), option(SHORTER, [pixels("shorter_size")]),
-        option(WIDTH, [pixels("width")]), option(HEIGHT, [pixels("height")]),
+        option(LONGER, [pixels("longer_size")]),
+        option(SHORTER, [pixels("shorter_size")]),
+        option(WIDTH, [pixels("width")]),
+        option(HEIGHT, [pixels("height")]),
         option(PIXELS, [share("megapixels", 1.0, 16.0, 0.01), multiple(1)]),
         option(MATCH, [io.MultiType.Input("match", [io.Image, io.Mask]), crop]),
         option(MULTIPLE, [multiple(8)]),
@@ -94,8 +107,13 @@ def covered(x: torch.Tensor, step: int, method: str) -> torch.Tensor:
     if 0 in (across, down) or (across, down) == (width, height):
         return x
     factor = max(across / width, down / height)
-    scaled = _resized(x, max(across, math.ceil(width * factor - 1e-9)), max(down, math.ceil(height * factor - 1e-9)),
-                      method, "disabled")
+    scaled = _resized(
+        x,
+        max(across, math.ceil(width * factor - 1e-9)),
+        max(down, math.ceil(height * factor - 1e-9)),
+        method,
+        "disabled",
+    )
     top, left = (scaled.shape[1] - down) // 2, (scaled.shape[2] - across) // 2
     return scaled[:, top : top + down, left : left + across]
 
@@ -105,10 +123,13 @@ class ResizeImageMaskNode(io.ComfyNode):
     def define_schema(cls):
         kind = io.MatchType.Template("input_type", [io.Image, io.Mask])
         return io.Schema(
-            node_id="ResizeImageMaskNode", display_name="Resize Image/Mask", category="transform",
+            node_id="ResizeImageMaskNode",
+            display_name="Resize Image/Mask",
+            category="transform",
             description="Resizes a picture or a mask.",
             inputs=[
-                io.MatchType.Input("input", template=kind), io.DynamicCombo.Input("resize_type", options=_choices()),
+                io.MatchType.Input("input", template=kind),
+                io.DynamicCombo.Input("resize_type", options=_choices()),
                 io.Combo.Input("scale_method", options=UPSCALE_METHODS, default="area"),
             ],
             outputs=[io.MatchType.Output(template=kind, display_name="resized")],
@@ -133,10 +154,12 @@ def batch_images(images: list[torch.Tensor]) -> torch.Tensor:
     channels = max(image.shape[-1] for image in images)
     full = [torch.nn.functional.pad(image, (0, channels - image.shape[-1]), value=1.0) for image in images]
     height, width = full[0].shape[1:3]
-    return torch.cat([
-        image if image.shape[1:3] == (height, width) else _resized(image, width, height, "bilinear", "center")
-        for image in full
-    ])
+    return torch.cat(
+        [
+            image if image.shape[1:3] == (height, width) else _resized(image, width, height, "bilinear", "center")
+            for image in full
+        ]
+    )
 
 
 def batch_masks(masks: list[torch.Tensor]) -> torch.Tensor:
@@ -180,8 +203,11 @@ def batch_node(node_id: str, title: str, category: str, kind: Any, name: str, fu
             grown = io.Autogrow.TemplatePrefix(one, prefix=name, min=1, max=50)
             output = io.MatchType.Output(template=match) if match else kind.Output()
             return io.Schema(
-                node_id=node_id, display_name=title, category=category,
-                inputs=[io.Autogrow.Input(f"{name}s", template=grown)], outputs=[output],
+                node_id=node_id,
+                display_name=title,
+                category=category,
+                inputs=[io.Autogrow.Input(f"{name}s", template=grown)],
+                outputs=[output],
             )
 
         @classmethod

@@ -23,8 +23,10 @@ class ManualSigmas(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ManualSigmas", category="sampling/custom_sampling/schedulers",
-            inputs=[io.String.Input("sigmas", default="1, 0.5", multiline=False)], outputs=[io.Sigmas.Output()],
+            node_id="ManualSigmas",
+            category="sampling/custom_sampling/schedulers",
+            inputs=[io.String.Input("sigmas", default="1, 0.5", multiline=False)],
+            outputs=[io.Sigmas.Output()],
         )
 
     @classmethod
@@ -40,11 +42,15 @@ class CFGOverride(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="CFGOverride", display_name="CFG Override", category="advanced/guidance",
+            node_id="CFGOverride",
+            display_name="CFG Override",
+            category="advanced/guidance",
             description="Another guidance scale in a part of sampling.",
             inputs=[
-                io.Model.Input("model"), share("cfg", 1.0, 100.0, 0.0, 0.1, round=0.01),
-                share("start_percent", 0.0, step=0.001), share("end_percent", 1.0, step=0.001),
+                io.Model.Input("model"),
+                share("cfg", 1.0, 100.0, 0.0, 0.1, round=0.01),
+                share("start_percent", 0.0, step=0.001),
+                share("end_percent", 1.0, step=0.001),
             ],
             outputs=[io.Model.Output()],
         )
@@ -75,7 +81,9 @@ class ModelAttentionBackend(io.ComfyNode):
     def define_schema(cls):
         names = [f"{name}{SUFFIX}" for name in attention_module.REGISTERED_ATTENTION_FUNCTIONS]
         return io.Schema(
-            node_id="ModelAttentionBackend", display_name="Model Attention Backend", category="advanced/model",
+            node_id="ModelAttentionBackend",
+            display_name="Model Attention Backend",
+            category="advanced/model",
             description="Computes attention of this model by one of the functions installed here.",
             inputs=[io.Model.Input("model"), io.Combo.Input("attention", options=names)],
             outputs=[io.Model.Output(display_name="model")],
@@ -100,9 +108,12 @@ class ConditioningLoader(io.ComfyNode):
     def define_schema(cls):
         names = folder_paths.get_filename_list("embeddings")
         return io.Schema(
-            node_id="ConditioningLoader", display_name="Load Conditioning", category="loaders",
+            node_id="ConditioningLoader",
+            display_name="Load Conditioning",
+            category="loaders",
             description="A conditioning computed before, from models/embeddings.",
-            inputs=[io.Combo.Input("conditioning_name", options=names)], outputs=[io.Conditioning.Output()],
+            inputs=[io.Combo.Input("conditioning_name", options=names)],
+            outputs=[io.Conditioning.Output()],
         )
 
     @classmethod

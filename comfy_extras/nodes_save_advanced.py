@@ -73,10 +73,14 @@ class SaveImageAdvanced(io.ComfyNode):
             io.DynamicCombo.Option("exr", [bits("32-bit float"), space("sRGB", "linear")]),
         ]
         return io.Schema(
-            node_id="SaveImageAdvanced", display_name="Save Image (Advanced)", category="image", is_output_node=True,
+            node_id="SaveImageAdvanced",
+            display_name="Save Image (Advanced)",
+            category="image",
+            is_output_node=True,
             description="Saves pictures as PNG of 8 or 16 bits, or as OpenEXR.",
             inputs=[
-                io.Image.Input("images"), io.String.Input("filename_prefix", default="ComfyUI"),
+                io.Image.Input("images"),
+                io.String.Input("filename_prefix", default="ComfyUI"),
                 io.DynamicCombo.Input("format", options=formats),
             ],
             outputs=[io.Image.Output(display_name="images")],
@@ -114,10 +118,14 @@ class SaveAudioAdvanced(io.ComfyNode):
             io.DynamicCombo.Option("opus", quality("64k", "96k", "128k", "192k", "320k", default="128k")),
         ]
         return io.Schema(
-            node_id="SaveAudioAdvanced", display_name="Save Audio (Advanced)", category="audio", is_output_node=True,
+            node_id="SaveAudioAdvanced",
+            display_name="Save Audio (Advanced)",
+            category="audio",
+            is_output_node=True,
             description="Saves a sound as flac, mp3 or opus.",
             inputs=[
-                io.Audio.Input("audio"), io.String.Input("filename_prefix", default="audio/ComfyUI"),
+                io.Audio.Input("audio"),
+                io.String.Input("filename_prefix", default="audio/ComfyUI"),
                 io.DynamicCombo.Input("format", options=formats),
             ],
             outputs=[io.Audio.Output(display_name="audio")],
@@ -134,10 +142,15 @@ class ImageCompare(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ImageCompare", display_name="Image Compare", category="image", is_experimental=True,
-            is_output_node=True, description="Shows two pictures with a slider between them.",
+            node_id="ImageCompare",
+            display_name="Image Compare",
+            category="image",
+            is_experimental=True,
+            is_output_node=True,
+            description="Shows two pictures with a slider between them.",
             inputs=[
-                io.Image.Input("image_a", optional=True), io.Image.Input("image_b", optional=True),
+                io.Image.Input("image_a", optional=True),
+                io.Image.Input("image_b", optional=True),
                 io.ImageCompare.Input("compare_view", optional=True),
             ],
             outputs=[],
@@ -146,10 +159,12 @@ class ImageCompare(io.ComfyNode):
     @classmethod
     def execute(cls, image_a: Any = None, image_b: Any = None, compare_view: Any = None):
         pictures = {"a_images": image_a, "b_images": image_b}
-        return io.NodeOutput(ui={
-            name: [] if images is None or len(images) == 0 else ui.PreviewImage(images, cls=cls).values
-            for name, images in pictures.items()
-        })
+        return io.NodeOutput(
+            ui={
+                name: [] if images is None or len(images) == 0 else ui.PreviewImage(images, cls=cls).values
+                for name, images in pictures.items()
+            }
+        )
 
 
 comfy_entrypoint = extension(SaveImageAdvanced, SaveAudioAdvanced, ImageCompare)

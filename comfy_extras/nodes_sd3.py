@@ -67,7 +67,10 @@ class CLIPTextEncodeSD3(io.ComfyNode):
             node_id="CLIPTextEncodeSD3",
             category="advanced/conditioning",
             inputs=[
-                io.Clip.Input("clip"), prompt("clip_l"), prompt("clip_g"), prompt("t5xxl"),
+                io.Clip.Input("clip"),
+                prompt("clip_l"),
+                prompt("clip_g"),
+                prompt("t5xxl"),
                 io.Combo.Input("empty_padding", options=["none", "empty_prompt"]),
             ],
             outputs=[io.Conditioning.Output()],
@@ -95,20 +98,34 @@ class ControlNetApplySD3(io.ComfyNode):
             display_name="Apply Controlnet with VAE",
             category="conditioning/controlnet",
             inputs=[
-                io.Conditioning.Input("positive"), io.Conditioning.Input("negative"),
-                io.ControlNet.Input("control_net"), io.Vae.Input("vae"), io.Image.Input("image"),
-                share("strength", 1.0, 10.0), share("start_percent", 0.0, step=0.001),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.ControlNet.Input("control_net"),
+                io.Vae.Input("vae"),
+                io.Image.Input("image"),
+                share("strength", 1.0, 10.0),
+                share("start_percent", 0.0, step=0.001),
                 share("end_percent", 1.0, step=0.001),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive"), io.Conditioning.Output(display_name="negative"),
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
             ],
             is_deprecated=True,
         )
 
     @classmethod
-    def execute(cls, positive: Any, negative: Any, control_net: Any, image: Any, strength: float,
-                start_percent: float, end_percent: float, vae: Any = None):
+    def execute(
+        cls,
+        positive: Any,
+        negative: Any,
+        control_net: Any,
+        image: Any,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        vae: Any = None,
+    ):
         interval = (start_percent, end_percent)
         return io.NodeOutput(*with_control([positive, negative], control_net, image, strength, interval, vae))
 
@@ -123,8 +140,10 @@ class SkipLayerGuidanceSD3(io.ComfyNode):
             category="advanced/guidance",
             description="Generic version of SkipLayerGuidance node that can be used on every DiT model.",
             inputs=[
-                io.Model.Input("model"), io.String.Input("layers", default="7, 8, 9", multiline=False),
-                share("scale", 3.0, 10.0, step=0.1), share("start_percent", 0.01, step=0.001),
+                io.Model.Input("model"),
+                io.String.Input("layers", default="7, 8, 9", multiline=False),
+                share("scale", 3.0, 10.0, step=0.1),
+                share("start_percent", 0.01, step=0.001),
                 share("end_percent", 0.15, step=0.001),
             ],
             outputs=[io.Model.Output()],

@@ -22,23 +22,34 @@ class SkipLayerGuidanceDiT(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="SkipLayerGuidanceDiT", category="advanced/guidance", is_experimental=True,
+            node_id="SkipLayerGuidanceDiT",
+            category="advanced/guidance",
+            is_experimental=True,
             description="Generic version of SkipLayerGuidance node that can be used on every DiT model.",
             inputs=[
-                io.Model.Input("model"), *LAYERS, share("scale", 3.0, 10.0, step=0.1),
-                share("start_percent", 0.01, step=0.001), share("end_percent", 0.15, step=0.001),
+                io.Model.Input("model"),
+                *LAYERS,
+                share("scale", 3.0, 10.0, step=0.1),
+                share("start_percent", 0.01, step=0.001),
+                share("end_percent", 0.15, step=0.001),
                 share("rescaling_scale", 0.0, 10.0),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, scale: float, start_percent: float, end_percent: float, double_layers: str = "",
-                single_layers: str = "", rescaling_scale: float = 0):
+    def execute(
+        cls,
+        model: Any,
+        scale: float,
+        start_percent: float,
+        end_percent: float,
+        double_layers: str = "",
+        single_layers: str = "",
+        rescaling_scale: float = 0,
+    ):
         layers = _layers(double_layers, single_layers)
-        return io.NodeOutput(
-            with_skipped_layers(model, layers, scale, start_percent, end_percent, rescaling_scale)
-        )
+        return io.NodeOutput(with_skipped_layers(model, layers, scale, start_percent, end_percent, rescaling_scale))
 
     skip_guidance = execute
 
@@ -47,18 +58,23 @@ class SkipLayerGuidanceDiTSimple(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="SkipLayerGuidanceDiTSimple", category="advanced/guidance", is_experimental=True,
+            node_id="SkipLayerGuidanceDiTSimple",
+            category="advanced/guidance",
+            is_experimental=True,
             description="Simple version of the SkipLayerGuidanceDiT node that only modifies the uncond pass.",
             inputs=[
-                io.Model.Input("model"), *LAYERS, share("start_percent", 0.0, step=0.001),
+                io.Model.Input("model"),
+                *LAYERS,
+                share("start_percent", 0.0, step=0.001),
                 share("end_percent", 1.0, step=0.001),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, start_percent: float, end_percent: float, double_layers: str = "",
-                single_layers: str = ""):
+    def execute(
+        cls, model: Any, start_percent: float, end_percent: float, double_layers: str = "", single_layers: str = ""
+    ):
         layers = _layers(double_layers, single_layers)
         return io.NodeOutput(with_weak_negative(model, layers, start_percent, end_percent))
 

@@ -62,7 +62,9 @@ def trim(string: str, mode: str) -> str:
 
 def change_case(string: str, mode: str) -> str:
     return {
-        "UPPERCASE": string.upper, "lowercase": string.lower, "Capitalize": string.capitalize,
+        "UPPERCASE": string.upper,
+        "lowercase": string.lower,
+        "Capitalize": string.capitalize,
         "Title Case": string.title,
     }[mode]()
 
@@ -87,8 +89,9 @@ def regex_match(string: str, regex_pattern: str, case_insensitive: bool, multili
         return False
 
 
-def regex_extract(string: str, regex_pattern: str, mode: str, case_insensitive: bool, multiline: bool, dotall: bool,
-                  group_index: int) -> str:
+def regex_extract(
+    string: str, regex_pattern: str, mode: str, case_insensitive: bool, multiline: bool, dotall: bool, group_index: int
+) -> str:
     """What was found, one per line; nothing for a pattern that is not one."""
     try:
         found = list(re.finditer(regex_pattern, string, flags(case_insensitive, multiline, dotall)))
@@ -104,8 +107,15 @@ def regex_extract(string: str, regex_pattern: str, mode: str, case_insensitive: 
     return "".join(match.group(0) for match in found)
 
 
-def regex_replace(string: str, regex_pattern: str, replace: str, case_insensitive: bool = True,
-                  multiline: bool = False, dotall: bool = False, count: int = 0) -> str:
+def regex_replace(
+    string: str,
+    regex_pattern: str,
+    replace: str,
+    case_insensitive: bool = True,
+    multiline: bool = False,
+    dotall: bool = False,
+    count: int = 0,
+) -> str:
     return re.sub(regex_pattern, replace, string, count=count, flags=flags(case_insensitive, multiline, dotall))
 
 
@@ -113,70 +123,113 @@ _REGEX_SWITCHES = [switch("case_insensitive", True), switch("multiline", False),
 _STRING = io.String.Output
 
 Concatenate = string_node(
-    "StringConcatenate", "Concatenate",
-    [text("string_a"), text("string_b"), text("delimiter", multiline=False, default="")], _STRING(),
+    "StringConcatenate",
+    "Concatenate",
+    [text("string_a"), text("string_b"), text("delimiter", multiline=False, default="")],
+    _STRING(),
     lambda string_a, string_b, delimiter: delimiter.join((string_a, string_b)),
 )
 Substring = string_node(
-    "StringSubstring", "Substring", [text("string"), io.Int.Input("start"), io.Int.Input("end")], _STRING(),
+    "StringSubstring",
+    "Substring",
+    [text("string"), io.Int.Input("start"), io.Int.Input("end")],
+    _STRING(),
     lambda string, start, end: string[start:end],
 )
 Length = string_node(
     "StringLength", "Length", [text("string")], io.Int.Output(display_name="length"), lambda string: len(string)
 )
 CaseConverter = string_node(
-    "CaseConverter", "Case Converter",
+    "CaseConverter",
+    "Case Converter",
     [text("string"), io.Combo.Input("mode", options=["UPPERCASE", "lowercase", "Capitalize", "Title Case"])],
-    _STRING(), change_case,
+    _STRING(),
+    change_case,
 )
 Trim = string_node(
     "StringTrim", "Trim", [text("string"), io.Combo.Input("mode", options=["Both", "Left", "Right"])], _STRING(), trim
 )
 Replace = string_node(
-    "StringReplace", "Replace", [text("string"), text("find"), text("replace")], _STRING(),
+    "StringReplace",
+    "Replace",
+    [text("string"), text("find"), text("replace")],
+    _STRING(),
     lambda string, find, replace: string.replace(find, replace),
 )
 Contains = string_node(
-    "StringContains", "Contains", [text("string"), text("substring"), switch("case_sensitive", True)],
-    io.Boolean.Output(display_name="contains"), contains,
+    "StringContains",
+    "Contains",
+    [text("string"), text("substring"), switch("case_sensitive", True)],
+    io.Boolean.Output(display_name="contains"),
+    contains,
 )
 Compare = string_node(
-    "StringCompare", "Compare",
+    "StringCompare",
+    "Compare",
     [
-        text("string_a"), text("string_b"),
-        io.Combo.Input("mode", options=["Starts With", "Ends With", "Equal"]), switch("case_sensitive", True),
+        text("string_a"),
+        text("string_b"),
+        io.Combo.Input("mode", options=["Starts With", "Ends With", "Equal"]),
+        switch("case_sensitive", True),
     ],
-    io.Boolean.Output(), compare,
+    io.Boolean.Output(),
+    compare,
 )
 RegexMatch = string_node(
-    "RegexMatch", "Regex Match", [text("string"), text("regex_pattern"), *_REGEX_SWITCHES],
-    io.Boolean.Output(display_name="matches"), regex_match,
+    "RegexMatch",
+    "Regex Match",
+    [text("string"), text("regex_pattern"), *_REGEX_SWITCHES],
+    io.Boolean.Output(display_name="matches"),
+    regex_match,
 )
 RegexExtract = string_node(
-    "RegexExtract", "Regex Extract",
+    "RegexExtract",
+    "Regex Extract",
     [
-        text("string"), text("regex_pattern"),
-        io.Combo.Input("mode", options=["First Match", "All Matches", "First Group", "All Groups"]), *_REGEX_SWITCHES,
+        text("string"),
+        text("regex_pattern"),
+        io.Combo.Input("mode", options=["First Match", "All Matches", "First Group", "All Groups"]),
+        *_REGEX_SWITCHES,
         io.Int.Input("group_index", default=1, min=0, max=100),
     ],
-    _STRING(), regex_extract,
+    _STRING(),
+    regex_extract,
 )
 RegexReplace = string_node(
-    "RegexReplace", "Regex Replace",
+    "RegexReplace",
+    "Regex Replace",
     [
-        text("string"), text("regex_pattern"), text("replace"), switch("case_insensitive", True, optional=True),
-        switch("multiline", False, optional=True), switch("dotall", False, optional=True),
+        text("string"),
+        text("regex_pattern"),
+        text("replace"),
+        switch("case_insensitive", True, optional=True),
+        switch("multiline", False, optional=True),
+        switch("dotall", False, optional=True),
         io.Int.Input("count", default=0, min=0, max=100, optional=True),
     ],
-    _STRING(), regex_replace,
+    _STRING(),
+    regex_replace,
 )
 
 JsonExtractString = string_node(
-    "JsonExtractString", "Extract Text from JSON", [text("json_string"), io.String.Input("key", multiline=False)],
-    _STRING(), json_value,
+    "JsonExtractString",
+    "Extract Text from JSON",
+    [text("json_string"), io.String.Input("key", multiline=False)],
+    _STRING(),
+    json_value,
 )
 
 comfy_entrypoint = extension(
-    Concatenate, Substring, Length, CaseConverter, Trim, Replace, Contains, Compare, RegexMatch, RegexExtract,
-    RegexReplace, JsonExtractString,
+    Concatenate,
+    Substring,
+    Length,
+    CaseConverter,
+    Trim,
+    Replace,
+    Contains,
+    Compare,
+    RegexMatch,
+    RegexExtract,
+    RegexReplace,
+    JsonExtractString,
 )

@@ -36,9 +36,12 @@ class TCFG(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TCFG", display_name="Tangential Damping CFG", category="advanced/guidance",
+            node_id="TCFG",
+            display_name="Tangential Damping CFG",
+            category="advanced/guidance",
             description="Takes out of the negative prediction what is not in line with the positive one.",
-            inputs=[io.Model.Input("model")], outputs=[io.Model.Output(display_name="patched_model")],
+            inputs=[io.Model.Input("model")],
+            outputs=[io.Model.Output(display_name="patched_model")],
         )
 
     @classmethod

@@ -13,7 +13,9 @@ class TorchCompileModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TorchCompileModel", category="_for_testing", is_experimental=True,
+            node_id="TorchCompileModel",
+            category="_for_testing",
+            is_experimental=True,
             inputs=[io.Model.Input("model"), io.Combo.Input("backend", options=["inductor", "cudagraphs"])],
             outputs=[io.Model.Output()],
         )

@@ -112,7 +112,8 @@ class LoadImageTextSetFromFolderNode:
                 "clip": ("CLIP", {"tooltip": "Encodes the texts."}),
             },
             "optional": {
-                "resize_method": (RESIZES, {"default": "None"}), "width": whole(-1, -1, 10000, 1, **side),
+                "resize_method": (RESIZES, {"default": "None"}),
+                "width": whole(-1, -1, 10000, 1, **side),
                 "height": whole(-1, -1, 10000, 1, **side),
             },
         }
@@ -209,7 +210,8 @@ class LoraModelLoader:
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "The model the adapter changes."}),
-                "lora": ("LORA_MODEL", {"tooltip": "The adapter."}), "strength_model": number(1.0, -100.0, 100.0, 0.01),
+                "lora": ("LORA_MODEL", {"tooltip": "The adapter."}),
+                "strength_model": number(1.0, -100.0, 100.0, 0.01),
             }
         }
 
@@ -279,7 +281,8 @@ class LossGraphNode:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "loss": ("LOSS_MAP", {"default": {}}), "filename_prefix": ("STRING", {"default": "loss_graph"}),
+                "loss": ("LOSS_MAP", {"default": {}}),
+                "filename_prefix": ("STRING", {"default": "loss_graph"}),
             },
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }
@@ -311,13 +314,17 @@ class LossGraphNode:
 
 
 NODE_CLASS_MAPPINGS = {
-    "TrainLoraNode": TrainLoraNode, "SaveLoRANode": SaveLoRA, "LoraModelLoader": LoraModelLoader,
+    "TrainLoraNode": TrainLoraNode,
+    "SaveLoRANode": SaveLoRA,
+    "LoraModelLoader": LoraModelLoader,
     "LossGraphNode": LossGraphNode,
     "LoadImageSetFromFolderNode": LoadImageSetFromFolderNode,
     "LoadImageTextSetFromFolderNode": LoadImageTextSetFromFolderNode,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "TrainLoraNode": "Train LoRA", "SaveLoRANode": "Save LoRA Weights", "LoraModelLoader": "Load LoRA Model",
+    "TrainLoraNode": "Train LoRA",
+    "SaveLoRANode": "Save LoRA Weights",
+    "LoraModelLoader": "Load LoRA Model",
     "LossGraphNode": "Plot Loss Graph",
     "LoadImageSetFromFolderNode": "Load Image Dataset from Folder",
     "LoadImageTextSetFromFolderNode": "Load Image and Text Dataset from Folder",

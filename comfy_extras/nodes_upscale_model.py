@@ -76,8 +76,11 @@ class UpscaleModelLoader(io.ComfyNode):
     def define_schema(cls):
         names = folder_paths.get_filename_list("upscale_models")
         return io.Schema(
-            node_id="UpscaleModelLoader", display_name="Load Upscale Model", category="loaders",
-            inputs=[io.Combo.Input("model_name", options=names)], outputs=[io.UpscaleModel.Output()],
+            node_id="UpscaleModelLoader",
+            display_name="Load Upscale Model",
+            category="loaders",
+            inputs=[io.Combo.Input("model_name", options=names)],
+            outputs=[io.UpscaleModel.Output()],
         )
 
     @classmethod
@@ -96,7 +99,12 @@ def upscale(model: Any, pixels: torch.Tensor) -> torch.Tensor:
         )
         try:
             return comfy.utils.tiled_scale(
-                pixels, model, tile_x=tile, tile_y=tile, overlap=OVERLAP, upscale_amount=model.scale,
+                pixels,
+                model,
+                tile_x=tile,
+                tile_y=tile,
+                overlap=OVERLAP,
+                upscale_amount=model.scale,
                 pbar=comfy.utils.ProgressBar(steps),
             )
         except comfy.model_management.OOM_EXCEPTION:
@@ -109,8 +117,11 @@ class ImageUpscaleWithModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ImageUpscaleWithModel", display_name="Upscale Image (using Model)", category="image/upscaling",
-            inputs=[io.UpscaleModel.Input("upscale_model"), io.Image.Input("image")], outputs=[io.Image.Output()],
+            node_id="ImageUpscaleWithModel",
+            display_name="Upscale Image (using Model)",
+            category="image/upscaling",
+            inputs=[io.UpscaleModel.Input("upscale_model"), io.Image.Input("image")],
+            outputs=[io.Image.Output()],
         )
 
     @classmethod

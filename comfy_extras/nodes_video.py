@@ -39,12 +39,16 @@ class SaveWEBM(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="SaveWEBM", category=VIDEO, is_experimental=True, is_output_node=True,
+            node_id="SaveWEBM",
+            category=VIDEO,
+            is_experimental=True,
+            is_output_node=True,
             inputs=[
-                io.Image.Input("images"), io.String.Input("filename_prefix", default="ComfyUI"),
-                io.Combo.Input("codec", options=list(WEBM_ENCODERS)), share("fps", 24.0, 1000.0, 0.01),
-                io.Float.Input("crf", default=32.0, min=0, max=63.0, step=1,
-                               tooltip="Higher is smaller and worse."),
+                io.Image.Input("images"),
+                io.String.Input("filename_prefix", default="ComfyUI"),
+                io.Combo.Input("codec", options=list(WEBM_ENCODERS)),
+                share("fps", 24.0, 1000.0, 0.01),
+                io.Float.Input("crf", default=32.0, min=0, max=63.0, step=1, tooltip="Higher is smaller and worse."),
             ],
             outputs=[],
         )
@@ -74,10 +78,14 @@ class SaveVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="SaveVideo", display_name="Save Video", category=VIDEO, is_output_node=True,
+            node_id="SaveVideo",
+            display_name="Save Video",
+            category=VIDEO,
+            is_output_node=True,
             description="Saves the input video to your ComfyUI output directory.",
             inputs=[
-                io.Video.Input("video"), io.String.Input("filename_prefix", default="video/ComfyUI"),
+                io.Video.Input("video"),
+                io.String.Input("filename_prefix", default="video/ComfyUI"),
                 io.Combo.Input("format", options=VideoContainer.as_input(), default="auto"),
                 io.Combo.Input("codec", options=VideoCodec.as_input(), default="auto"),
             ],
@@ -98,10 +106,14 @@ class CreateVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="CreateVideo", display_name="Create Video", category=VIDEO,
+            node_id="CreateVideo",
+            display_name="Create Video",
+            category=VIDEO,
             description="Create a video from images.",
             inputs=[
-                io.Image.Input("images"), share("fps", 30.0, 120.0, 1.0, 1.0), io.Audio.Input("audio", optional=True),
+                io.Image.Input("images"),
+                share("fps", 30.0, 120.0, 1.0, 1.0),
+                io.Audio.Input("audio", optional=True),
             ],
             outputs=[io.Video.Output()],
         )
@@ -117,11 +129,14 @@ class GetVideoComponents(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="GetVideoComponents", display_name="Get Video Components", category=VIDEO,
+            node_id="GetVideoComponents",
+            display_name="Get Video Components",
+            category=VIDEO,
             description="Extracts all components from a video: frames, audio, and framerate.",
             inputs=[io.Video.Input("video")],
             outputs=[
-                io.Image.Output(display_name="images"), io.Audio.Output(display_name="audio"),
+                io.Image.Output(display_name="images"),
+                io.Audio.Output(display_name="audio"),
                 io.Float.Output(display_name="fps"),
             ],
         )
@@ -138,7 +153,9 @@ class LoadVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="LoadVideo", display_name="Load Video", category=VIDEO,
+            node_id="LoadVideo",
+            display_name="Load Video",
+            category=VIDEO,
             inputs=[io.Combo.Input("file", options=input_files(["video"]), upload=io.UploadType.video)],
             outputs=[io.Video.Output()],
         )
@@ -179,9 +196,12 @@ class VideoSlice(io.ComfyNode):
             io.Float.Input("duration", default=0.0, min=0.0, step=0.001, tooltip="In seconds; 0 for all that is left."),
         ]
         return io.Schema(
-            node_id="Video Slice", display_name="Video Slice", category=VIDEO,
+            node_id="Video Slice",
+            display_name="Video Slice",
+            category=VIDEO,
             inputs=[
-                io.Video.Input("video"), *times,
+                io.Video.Input("video"),
+                *times,
                 io.Boolean.Input("strict_duration", default=False, tooltip="Fail when the video is too short."),
             ],
             outputs=[io.Video.Output()],

@@ -68,14 +68,22 @@ class ConditioningSetAreaPercentageVideo:
     FUNCTION = "append"
     CATEGORY = "conditioning"
 
-    def append(self, conditioning: Any, width: float, height: float, temporal: float, x: float, y: float, z: float,
-               strength: float):
+    def append(
+        self,
+        conditioning: Any,
+        width: float,
+        height: float,
+        temporal: float,
+        x: float,
+        y: float,
+        z: float,
+        strength: float,
+    ):
         area = ("percentage", temporal, height, width, z, y, x)
         values = {"area": area, "strength": strength, "set_area_to_bounds": False}
         return (node_helpers.conditioning_set_values(conditioning, values),)
 
 
 NODE_CLASS_MAPPINGS = {
-    cls.__name__: cls
-    for cls in (VideoLinearCFGGuidance, VideoTriangleCFGGuidance, ConditioningSetAreaPercentageVideo)
+    cls.__name__: cls for cls in (VideoLinearCFGGuidance, VideoTriangleCFGGuidance, ConditioningSetAreaPercentageVideo)
 }

@@ -18,7 +18,9 @@ class TrimVideoLatent(io.ComfyNode):
     def define_schema(cls):
         count = io.Int.Input("trim_amount", default=0, min=0, max=MOST_FRAMES)
         return io.Schema(
-            node_id=cls.__name__, category="latent/video", inputs=[io.Latent.Input("samples"), count],
+            node_id=cls.__name__,
+            category="latent/video",
+            inputs=[io.Latent.Input("samples"), count],
             outputs=[io.Latent.Output()],
         )
 

@@ -99,8 +99,9 @@ class ConditioningAverage:
     FUNCTION = "addWeighted"
     CATEGORY = "conditioning"
 
-    def addWeighted(self, conditioning_to: Conditioning, conditioning_from: Conditioning,
-                    conditioning_to_strength: float):
+    def addWeighted(
+        self, conditioning_to: Conditioning, conditioning_from: Conditioning, conditioning_to_strength: float
+    ):
         """strength * to + (1 - strength) * from, over the tokens and the pooled output; from is cut or zero-padded."""
         other, fields = _single(conditioning_from, "ConditioningAverage")
         pooled = fields.get("pooled_output")
@@ -267,9 +268,17 @@ class ConditioningSetTimestepRange:
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        CLIPTextEncode, CLIPSetLastLayer, ConditioningCombine, ConditioningAverage, ConditioningConcat,
-        ConditioningSetArea, ConditioningSetAreaPercentage, ConditioningSetAreaStrength, ConditioningSetMask,
-        ConditioningZeroOut, ConditioningSetTimestepRange,
+        CLIPTextEncode,
+        CLIPSetLastLayer,
+        ConditioningCombine,
+        ConditioningAverage,
+        ConditioningConcat,
+        ConditioningSetArea,
+        ConditioningSetAreaPercentage,
+        ConditioningSetAreaStrength,
+        ConditioningSetMask,
+        ConditioningZeroOut,
+        ConditioningSetTimestepRange,
     )
 }
 NODE_DISPLAY_NAME_MAPPINGS = {

@@ -51,8 +51,13 @@ class DiffControlNetLoader:
 
 
 def with_control(
-    conditionings: list[Any], control_net: Any, image: Any, strength: float, interval: tuple[float, float],
-    vae: Any = None, extra_concat: Any = None,
+    conditionings: list[Any],
+    control_net: Any,
+    image: Any,
+    strength: float,
+    interval: tuple[float, float],
+    vae: Any = None,
+    extra_concat: Any = None,
 ) -> tuple[Any, ...]:
     """Conditionings with the control network in front of the ones they have; equal chains share one network object."""
     if strength == 0:
@@ -127,8 +132,18 @@ class ControlNetApplyAdvanced:
     FUNCTION = "apply_controlnet"
     CATEGORY = "conditioning/controlnet"
 
-    def apply_controlnet(self, positive: Any, negative: Any, control_net: Any, image: Any, strength: float,
-                         start_percent: float, end_percent: float, vae: Any = None, extra_concat: Any = None):
+    def apply_controlnet(
+        self,
+        positive: Any,
+        negative: Any,
+        control_net: Any,
+        image: Any,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        vae: Any = None,
+        extra_concat: Any = None,
+    ):
         interval = (start_percent, end_percent)
         return with_control([positive, negative], control_net, image, strength, interval, vae, extra_concat)
 

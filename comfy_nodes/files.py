@@ -31,8 +31,9 @@ def file_digest(path: str) -> str:
 def input_files(content_types: list[Any] | None = None, extension: str = "") -> list[str]:
     """Names of the files (not folders) in the input directory, sorted."""
     root = folder_paths.get_input_directory()
-    names = [name for name in os.listdir(root) if os.path.isfile(os.path.join(root, name))] if os.path.isdir(
-        root) else []
+    names = (
+        [name for name in os.listdir(root) if os.path.isfile(os.path.join(root, name))] if os.path.isdir(root) else []
+    )
     if content_types:
         names = folder_paths.filter_files_content_types(names, content_types)
     return sorted(name for name in names if name.endswith(extension))
@@ -189,8 +190,9 @@ class SaveImage:
         self.prefix_append = ""
         self.compress_level = 4
 
-    def save_images(self, images: torch.Tensor, filename_prefix: str = "ComfyUI", prompt: Any = None,
-                    extra_pnginfo: Any = None):
+    def save_images(
+        self, images: torch.Tensor, filename_prefix: str = "ComfyUI", prompt: Any = None, extra_pnginfo: Any = None
+    ):
         """PNG files that carry prompt and workflow; `%batch_num%` in the name is the position in the batch."""
         from PIL import Image
         from PIL.PngImagePlugin import PngInfo
@@ -250,8 +252,9 @@ class SaveLatent:
     def __init__(self) -> None:
         self.output_dir = folder_paths.get_output_directory()
 
-    def save(self, samples: dict[str, Any], filename_prefix: str = "ComfyUI", prompt: Any = None,
-             extra_pnginfo: Any = None):
+    def save(
+        self, samples: dict[str, Any], filename_prefix: str = "ComfyUI", prompt: Any = None, extra_pnginfo: Any = None
+    ):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, self.output_dir)
         file = f"{name}_{counter:05}_.latent"
         tensors = {"latent_tensor": samples["samples"].contiguous(), "latent_format_version_0": torch.tensor([])}
@@ -292,7 +295,13 @@ class LoadLatent:
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        LoadImage, LoadImageMask, LoadImageOutput, SaveImage, PreviewImage, SaveLatent, LoadLatent,
+        LoadImage,
+        LoadImageMask,
+        LoadImageOutput,
+        SaveImage,
+        PreviewImage,
+        SaveLatent,
+        LoadLatent,
     )
 }
 NODE_DISPLAY_NAME_MAPPINGS = {

@@ -157,8 +157,7 @@ class ImagePadForOutpaint:
 
 
 NODE_CLASS_MAPPINGS = {
-    cls.__name__: cls
-    for cls in (ImageScale, ImageScaleBy, ImageInvert, ImageBatch, ImagePadForOutpaint, EmptyImage)
+    cls.__name__: cls for cls in (ImageScale, ImageScaleBy, ImageInvert, ImageBatch, ImagePadForOutpaint, EmptyImage)
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "ImageScale": "Upscale Image",

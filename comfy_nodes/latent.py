@@ -200,8 +200,15 @@ class LatentComposite:
     FUNCTION = "composite"
     CATEGORY = "latent"
 
-    def composite(self, samples_to: Latent, samples_from: Latent, x: int, y: int,
-                  composite_method: str = "normal", feather: int = 0):
+    def composite(
+        self,
+        samples_to: Latent,
+        samples_from: Latent,
+        x: int,
+        y: int,
+        composite_method: str = "normal",
+        feather: int = 0,
+    ):
         x, y, feather = x // SCALE, y // SCALE, feather // SCALE
         result = samples_to["samples"].clone()
         rows, columns = result.shape[-2:]
@@ -260,9 +267,7 @@ class LatentRotate:
 class LatentFlip:
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {"samples": ("LATENT",), "flip_method": (["x-axis: vertically", "y-axis: horizontally"],)}
-        }
+        return {"required": {"samples": ("LATENT",), "flip_method": (["x-axis: vertically", "y-axis: horizontally"],)}}
 
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "flip"
@@ -302,8 +307,17 @@ class LatentCrop:
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        EmptyLatentImage, LatentUpscale, LatentUpscaleBy, LatentFromBatch, RepeatLatentBatch, SetLatentNoiseMask,
-        LatentComposite, LatentBlend, LatentRotate, LatentFlip, LatentCrop,
+        EmptyLatentImage,
+        LatentUpscale,
+        LatentUpscaleBy,
+        LatentFromBatch,
+        RepeatLatentBatch,
+        SetLatentNoiseMask,
+        LatentComposite,
+        LatentBlend,
+        LatentRotate,
+        LatentFlip,
+        LatentCrop,
     )
 }
 NODE_DISPLAY_NAME_MAPPINGS = {

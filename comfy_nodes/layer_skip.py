@@ -29,7 +29,11 @@ def without_layers(model_options: dict[str, Any], layers: dict[str, list[int]]) 
 
 
 def with_skipped_layers(
-    model: Any, layers: dict[str, list[int]], scale: float, start_percent: float, end_percent: float,
+    model: Any,
+    layers: dict[str, list[int]],
+    scale: float,
+    start_percent: float,
+    end_percent: float,
     rescaling_scale: float = 0.0,
 ) -> Any:
     """A clone of a model that is guided away from its prediction without those layers, in a part of the schedule.
@@ -63,9 +67,7 @@ def with_skipped_layers(
     return model
 
 
-def with_weak_negative(
-    model: Any, layers: dict[str, list[int]], start_percent: float, end_percent: float
-) -> Any:
+def with_weak_negative(model: Any, layers: dict[str, list[int]], start_percent: float, end_percent: float) -> Any:
     """A clone of a model whose negative prediction leaves those layers out, in a part of the schedule."""
     import comfy.samplers
 
@@ -79,9 +81,7 @@ def with_weak_negative(
         sigma, options = arguments["sigma"], arguments["model_options"]
 
         def batch(conds: list[Any], with_options: dict[str, Any]) -> Any:
-            return comfy.samplers.calc_cond_batch(
-                arguments["model"], conds, arguments["input"], sigma, with_options
-            )
+            return comfy.samplers.calc_cond_batch(arguments["model"], conds, arguments["input"], sigma, with_options)
 
         if negative is None or not last <= sigma[0].item() <= first:
             return batch([positive, negative], options)

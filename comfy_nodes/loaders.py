@@ -135,9 +135,7 @@ def load_text_encoders(names: list[str], family: str, device: str = "default") -
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     kind = getattr(comfy.sd.CLIPType, family.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
     paths = [folder_paths.get_full_path_or_raise("text_encoders", name) for name in names]
-    clip = comfy.sd.load_clip(
-        ckpt_paths=paths, embedding_directory=embeddings(), clip_type=kind, model_options=options
-    )
+    clip = comfy.sd.load_clip(ckpt_paths=paths, embedding_directory=embeddings(), clip_type=kind, model_options=options)
     return (clip,)
 
 
@@ -149,8 +147,21 @@ class CLIPLoader:
                 "clip_name": (files("text_encoders"),),
                 "type": (
                     [
-                        "stable_diffusion", "stable_cascade", "sd3", "stable_audio", "mochi", "ltxv", "pixart",
-                        "cosmos", "lumina2", "wan", "hidream", "chroma", "ace", "omnigen2", "qwen_image",
+                        "stable_diffusion",
+                        "stable_cascade",
+                        "sd3",
+                        "stable_audio",
+                        "mochi",
+                        "ltxv",
+                        "pixart",
+                        "cosmos",
+                        "lumina2",
+                        "wan",
+                        "hidream",
+                        "chroma",
+                        "ace",
+                        "omnigen2",
+                        "qwen_image",
                         "hunyuan_image",
                     ],
                 ),
@@ -194,7 +205,8 @@ class VAELoader:
         """Files of models/vae, the tiny VAEs that are complete, and `pixel_space` (no VAE at all)."""
         present = files("vae_approx")
         tiny = [
-            name for name in TINY_VAES
+            name
+            for name in TINY_VAES
             if all(any(file.startswith(f"{name}_{part}.") for file in present) for part in ("encoder", "decoder"))
         ]
         return [*files("vae"), *tiny, "pixel_space"]
@@ -290,8 +302,15 @@ class LoraLoaderModelOnly(LoraLoader):
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        CheckpointLoader, CheckpointLoaderSimple, DiffusersLoader, UNETLoader, CLIPLoader, DualCLIPLoader, VAELoader,
-        LoraLoader, LoraLoaderModelOnly,
+        CheckpointLoader,
+        CheckpointLoaderSimple,
+        DiffusersLoader,
+        UNETLoader,
+        CLIPLoader,
+        DualCLIPLoader,
+        VAELoader,
+        LoraLoader,
+        LoraLoaderModelOnly,
     )
 }
 NODE_DISPLAY_NAME_MAPPINGS = {

@@ -107,9 +107,7 @@ async def _register_extension(module: ModuleType, origin: str, ignore: Collectio
     return True
 
 
-async def load_custom_node(
-    module_path: str, ignore: Collection[str] = (), module_parent: str = "custom_nodes"
-) -> bool:
+async def load_custom_node(module_path: str, ignore: Collection[str] = (), module_parent: str = "custom_nodes") -> bool:
     """Import a pack (file or folder) and register its nodes except those in `ignore`; whether that worked."""
     comfy.missing.provide_modules()
     module_name = get_module_name(module_path)
@@ -168,8 +166,7 @@ async def init_builtin_extra_nodes() -> list[str]:
     folder = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "comfy_extras")
     names = sorted(name for name in os.listdir(folder) if name.startswith("nodes_") and name.endswith(".py"))
     return [
-        name for name in names
-        if not await load_custom_node(os.path.join(folder, name), module_parent="comfy_extras")
+        name for name in names if not await load_custom_node(os.path.join(folder, name), module_parent="comfy_extras")
     ]
 
 

@@ -71,9 +71,7 @@ class SamplerDPMPP_2M_SDE:
 class SamplerDPMPP_SDE:
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {"eta": eta(), "s_noise": eta(), "r": precise(0.5, 100.0), "noise_device": NOISE_DEVICE}
-        }
+        return {"required": {"eta": eta(), "s_noise": eta(), "r": precise(0.5, 100.0), "noise_device": NOISE_DEVICE}}
 
     RETURN_TYPES = ("SAMPLER",)
     CATEGORY = SAMPLERS
@@ -133,8 +131,15 @@ class SamplerDPMAdaptative:
     @classmethod
     def INPUT_TYPES(cls):
         defaults = {
-            "rtol": 0.05, "atol": 0.0078, "h_init": 0.05, "pcoeff": 0.0, "icoeff": 1.0, "dcoeff": 0.0,
-            "accept_safety": 0.81, "eta": 0.0, "s_noise": 1.0,
+            "rtol": 0.05,
+            "atol": 0.0078,
+            "h_init": 0.05,
+            "pcoeff": 0.0,
+            "icoeff": 1.0,
+            "dcoeff": 0.0,
+            "accept_safety": 0.81,
+            "eta": 0.0,
+            "s_noise": 1.0,
         }
         return {
             "required": {
@@ -197,8 +202,18 @@ class SamplerSASolver:
     CATEGORY = SAMPLERS
     FUNCTION = "get_sampler"
 
-    def get_sampler(self, model: Any, eta: float, sde_start_percent: float, sde_end_percent: float, s_noise: float,
-                    predictor_order: int, corrector_order: int, use_pece: bool, simple_order_2: bool):
+    def get_sampler(
+        self,
+        model: Any,
+        eta: float,
+        sde_start_percent: float,
+        sde_end_percent: float,
+        s_noise: float,
+        predictor_order: int,
+        corrector_order: int,
+        use_pece: bool,
+        simple_order_2: bool,
+    ):
         """Noise is drawn only between the two points of the schedule."""
         import comfy.k_diffusion.sa_solver
 
@@ -216,7 +231,15 @@ class SamplerSASolver:
 
 
 NODE_CLASSES = (
-    KSamplerSelect, SamplerEulerAncestral, SamplerEulerAncestralCFGPP, SamplerLMS, SamplerDPMPP_3M_SDE,
-    SamplerDPMPP_2M_SDE, SamplerDPMPP_SDE, SamplerDPMPP_2S_Ancestral, SamplerDPMAdaptative, SamplerER_SDE,
+    KSamplerSelect,
+    SamplerEulerAncestral,
+    SamplerEulerAncestralCFGPP,
+    SamplerLMS,
+    SamplerDPMPP_3M_SDE,
+    SamplerDPMPP_2M_SDE,
+    SamplerDPMPP_SDE,
+    SamplerDPMPP_2S_Ancestral,
+    SamplerDPMAdaptative,
+    SamplerER_SDE,
     SamplerSASolver,
 )

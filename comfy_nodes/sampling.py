@@ -27,9 +27,20 @@ def check_latent(model: Any, latent: dict[str, Any]) -> torch.Tensor:
 
 
 def common_ksampler(
-    model: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any,
-    latent: dict[str, Any], denoise: float = 1.0, disable_noise: bool = False, start_step: int | None = None,
-    last_step: int | None = None, force_full_denoise: bool = False,
+    model: Any,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    positive: Any,
+    negative: Any,
+    latent: dict[str, Any],
+    denoise: float = 1.0,
+    disable_noise: bool = False,
+    start_step: int | None = None,
+    last_step: int | None = None,
+    force_full_denoise: bool = False,
 ) -> tuple[dict[str, Any]]:
     """Denoise a latent: `({"samples": [B, C, h, w], ...},)` with the other keys of `latent` kept."""
     import comfy.sample
@@ -42,11 +53,24 @@ def common_ksampler(
     else:
         noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     result = comfy.sample.sample(
-        model, noise, steps, cfg, sampler_name, scheduler, positive, negative, samples,
-        denoise=denoise, disable_noise=disable_noise, start_step=start_step, last_step=last_step,
-        force_full_denoise=force_full_denoise, noise_mask=latent.get("noise_mask"),
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        samples,
+        denoise=denoise,
+        disable_noise=disable_noise,
+        start_step=start_step,
+        last_step=last_step,
+        force_full_denoise=force_full_denoise,
+        noise_mask=latent.get("noise_mask"),
         callback=latent_preview.prepare_callback(model, steps),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
     )
     return ({**latent, "samples": result},)
 
@@ -114,13 +138,39 @@ class KSamplerAdvanced:
     FUNCTION = "sample"
     CATEGORY = "sampling"
 
-    def sample(self, model, add_noise, noise_seed, steps, cfg, sampler_name, scheduler, positive, negative,
-               latent_image, start_at_step, end_at_step, return_with_leftover_noise, denoise=1.0):
+    def sample(
+        self,
+        model,
+        add_noise,
+        noise_seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        latent_image,
+        start_at_step,
+        end_at_step,
+        return_with_leftover_noise,
+        denoise=1.0,
+    ):
         import nodes
 
         return nodes.common_ksampler(
-            model, noise_seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
-            denoise=denoise, disable_noise=add_noise == "disable", start_step=start_at_step, last_step=end_at_step,
+            model,
+            noise_seed,
+            steps,
+            cfg,
+            sampler_name,
+            scheduler,
+            positive,
+            negative,
+            latent_image,
+            denoise=denoise,
+            disable_noise=add_noise == "disable",
+            start_step=start_at_step,
+            last_step=end_at_step,
             force_full_denoise=return_with_leftover_noise != "enable",
         )
 

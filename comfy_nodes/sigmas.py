@@ -80,9 +80,7 @@ class KarrasScheduler:
 class ExponentialScheduler:
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {"steps": steps(), "sigma_max": precise(14.614642), "sigma_min": precise(0.0291675)}
-        }
+        return {"required": {"steps": steps(), "sigma_max": precise(14.614642), "sigma_min": precise(0.0291675)}}
 
     RETURN_TYPES = ("SIGMAS",)
     CATEGORY = SCHEDULERS
@@ -130,9 +128,7 @@ class LaplaceScheduler:
     FUNCTION = "get_sigmas"
 
     def get_sigmas(self, steps: int, sigma_max: float, sigma_min: float, mu: float, beta: float):
-        return _k_schedule(
-            "get_sigmas_laplace", n=steps, sigma_min=sigma_min, sigma_max=sigma_max, mu=mu, beta=beta
-        )
+        return _k_schedule("get_sigmas_laplace", n=steps, sigma_min=sigma_min, sigma_max=sigma_max, mu=mu, beta=beta)
 
 
 class VPScheduler:
@@ -178,9 +174,7 @@ class BetaSamplingScheduler:
 class SDTurboScheduler:
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {"model": ("MODEL",), "steps": steps(1, 10), "denoise": number(1.0, 0, 1.0, 0.01)}
-        }
+        return {"required": {"model": ("MODEL",), "steps": steps(1, 10), "denoise": number(1.0, 0, 1.0, 0.01)}}
 
     RETURN_TYPES = ("SIGMAS",)
     CATEGORY = SCHEDULERS
@@ -317,7 +311,18 @@ class SamplingPercentToSigma:
 
 
 NODE_CLASSES = (
-    BasicScheduler, KarrasScheduler, ExponentialScheduler, PolyexponentialScheduler, LaplaceScheduler, VPScheduler,
-    BetaSamplingScheduler, SDTurboScheduler, SplitSigmas, SplitSigmasDenoise, FlipSigmas, SetFirstSigma,
-    ExtendIntermediateSigmas, SamplingPercentToSigma,
+    BasicScheduler,
+    KarrasScheduler,
+    ExponentialScheduler,
+    PolyexponentialScheduler,
+    LaplaceScheduler,
+    VPScheduler,
+    BetaSamplingScheduler,
+    SDTurboScheduler,
+    SplitSigmas,
+    SplitSigmasDenoise,
+    FlipSigmas,
+    SetFirstSigma,
+    ExtendIntermediateSigmas,
+    SamplingPercentToSigma,
 )

@@ -65,8 +65,15 @@ class VAEDecodeTiled:
     FUNCTION = "decode"
     CATEGORY = "_for_testing"
 
-    def decode(self, vae: Any, samples: dict[str, Any], tile_size: int, overlap: int = 64, temporal_size: int = 64,
-               temporal_overlap: int = 8):
+    def decode(
+        self,
+        vae: Any,
+        samples: dict[str, Any],
+        tile_size: int,
+        overlap: int = 64,
+        temporal_size: int = 64,
+        temporal_overlap: int = 8,
+    ):
         """Sizes are in pixels and frames of the result; overlaps too large for their tile are reduced."""
         need_vae(vae)
         if overlap * 4 > tile_size:
@@ -80,8 +87,12 @@ class VAEDecodeTiled:
             overlap_t = max(1, min(tile_t // 2, temporal_overlap // frames))
         cell = vae.spacial_compression_decode()
         decoded = vae.decode_tiled(
-            samples["samples"], tile_x=tile_size // cell, tile_y=tile_size // cell, overlap=overlap // cell,
-            tile_t=tile_t, overlap_t=overlap_t,
+            samples["samples"],
+            tile_x=tile_size // cell,
+            tile_y=tile_size // cell,
+            overlap=overlap // cell,
+            tile_t=tile_t,
+            overlap_t=overlap_t,
         )
         return (as_images(decoded),)
 
@@ -117,11 +128,22 @@ class VAEEncodeTiled:
     FUNCTION = "encode"
     CATEGORY = "_for_testing"
 
-    def encode(self, vae: Any, pixels: torch.Tensor, tile_size: int, overlap: int, temporal_size: int = 64,
-               temporal_overlap: int = 8):
+    def encode(
+        self,
+        vae: Any,
+        pixels: torch.Tensor,
+        tile_size: int,
+        overlap: int,
+        temporal_size: int = 64,
+        temporal_overlap: int = 8,
+    ):
         need_vae(vae)
         encoded = vae.encode_tiled(
-            pixels[..., :3], tile_x=tile_size, tile_y=tile_size, overlap=overlap, tile_t=temporal_size,
+            pixels[..., :3],
+            tile_x=tile_size,
+            tile_y=tile_size,
+            overlap=overlap,
+            tile_t=temporal_size,
             overlap_t=temporal_overlap,
         )
         return ({"samples": encoded},)
@@ -195,8 +217,9 @@ class InpaintModelConditioning:
     FUNCTION = "encode"
     CATEGORY = "conditioning/inpaint"
 
-    def encode(self, positive: Any, negative: Any, pixels: torch.Tensor, vae: Any, mask: torch.Tensor,
-               noise_mask: bool = True):
+    def encode(
+        self, positive: Any, negative: Any, pixels: torch.Tensor, vae: Any, mask: torch.Tensor, noise_mask: bool = True
+    ):
         need_vae(vae)
         pixels, mask = _cropped(pixels, mask, vae.spacial_compression_encode())
         latent: dict[str, Any] = {"samples": vae.encode(pixels[..., :3])}
@@ -213,7 +236,12 @@ class InpaintModelConditioning:
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        VAEDecode, VAEDecodeTiled, VAEEncode, VAEEncodeTiled, VAEEncodeForInpaint, InpaintModelConditioning,
+        VAEDecode,
+        VAEDecodeTiled,
+        VAEEncode,
+        VAEEncodeTiled,
+        VAEEncodeForInpaint,
+        InpaintModelConditioning,
     )
 }
 NODE_DISPLAY_NAME_MAPPINGS = {

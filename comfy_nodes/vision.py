@@ -33,9 +33,7 @@ class CLIPVisionLoader:
 class CLIPVisionEncode:
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {"clip_vision": ("CLIP_VISION",), "image": ("IMAGE",), "crop": (["center", "none"],)}
-        }
+        return {"required": {"clip_vision": ("CLIP_VISION",), "image": ("IMAGE",), "crop": (["center", "none"],)}}
 
     RETURN_TYPES = ("CLIP_VISION_OUTPUT",)
     FUNCTION = "encode"
@@ -86,8 +84,9 @@ class StyleModelApply:
     FUNCTION = "apply_stylemodel"
     CATEGORY = "conditioning/style_model"
 
-    def apply_stylemodel(self, conditioning: Any, style_model: Any, clip_vision_output: Any, strength: float,
-                         strength_type: str):
+    def apply_stylemodel(
+        self, conditioning: Any, style_model: Any, clip_vision_output: Any, strength: float, strength_type: str
+    ):
         """Image tokens after the text's, scaled by `strength`, or looked at that much more."""
         style = style_model.get_cond(clip_vision_output).flatten(start_dim=0, end_dim=1).unsqueeze(dim=0)
         if strength_type == "multiply":
@@ -132,7 +131,9 @@ class unCLIPConditioning:  # noqa: N801 - ComfyUI's name
         if strength == 0:
             return (conditioning,)
         entry = {
-            "clip_vision_output": clip_vision_output, "strength": strength, "noise_augmentation": noise_augmentation,
+            "clip_vision_output": clip_vision_output,
+            "strength": strength,
+            "noise_augmentation": noise_augmentation,
         }
         values = {"unclip_conditioning": [entry]}
         return (node_helpers.conditioning_set_values(conditioning, values, append=True),)
@@ -151,8 +152,11 @@ class unCLIPCheckpointLoader:  # noqa: N801 - ComfyUI's name
         import comfy.sd
 
         return comfy.sd.load_checkpoint_guess_config(
-            folder_paths.get_full_path_or_raise("checkpoints", ckpt_name), output_vae=True, output_clip=True,
-            output_clipvision=True, embedding_directory=embeddings(),
+            folder_paths.get_full_path_or_raise("checkpoints", ckpt_name),
+            output_vae=True,
+            output_clip=True,
+            output_clipvision=True,
+            embedding_directory=embeddings(),
         )
 
 
@@ -191,8 +195,17 @@ class GLIGENTextBoxApply:
     FUNCTION = "append"
     CATEGORY = "conditioning/gligen"
 
-    def append(self, conditioning_to: Any, clip: Any, gligen_textbox_model: Any, text: str, width: int, height: int,
-               x: int, y: int):
+    def append(
+        self,
+        conditioning_to: Any,
+        clip: Any,
+        gligen_textbox_model: Any,
+        text: str,
+        width: int,
+        height: int,
+        x: int,
+        y: int,
+    ):
         """A text for a box of the picture; boxes add up."""
         pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled="unprojected")[1]
         box = (pooled, height // 8, width // 8, y // 8, x // 8)
@@ -206,8 +219,14 @@ class GLIGENTextBoxApply:
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        CLIPVisionLoader, CLIPVisionEncode, StyleModelLoader, StyleModelApply, unCLIPConditioning,
-        unCLIPCheckpointLoader, GLIGENLoader, GLIGENTextBoxApply,
+        CLIPVisionLoader,
+        CLIPVisionEncode,
+        StyleModelLoader,
+        StyleModelApply,
+        unCLIPConditioning,
+        unCLIPCheckpointLoader,
+        GLIGENLoader,
+        GLIGENTextBoxApply,
     )
 }
 NODE_DISPLAY_NAME_MAPPINGS = {

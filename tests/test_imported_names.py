@@ -16,23 +16,32 @@ LINES = (Path(__file__).parent / "imported_names.txt").read_text().splitlines()[
 NAMES = [(module, name) for module, _, names in (line.partition(": ") for line in LINES) for name in names.split()]
 
 NEWER, REMOVED, TABLE, INSIDE = (
-    "newer than ComfyUI 0.3.64", "gone before ComfyUI 0.3.64", "data of a feature that is missing",
+    "newer than ComfyUI 0.3.64",
+    "gone before ComfyUI 0.3.64",
+    "data of a feature that is missing",
     "an inner part that is built in another way here",
 )
 # (module, name or None for all) -> why it is absent
 ABSENT = {
-    ("comfy.sd3_clip", None): REMOVED, ("comfy.nested_tensor", None): NEWER, ("comfy.quant_ops", None): NEWER,
-    ("comfy.memory_management", None): NEWER, ("comfy.multigpu", None): NEWER,
-    ("comfy.ldm.modules.attention", "_ATTN_PRECISION"): REMOVED, ("comfy.model_patcher", "QuantizedTensor"): NEWER,
+    ("comfy.sd3_clip", None): REMOVED,
+    ("comfy.nested_tensor", None): NEWER,
+    ("comfy.quant_ops", None): NEWER,
+    ("comfy.memory_management", None): NEWER,
+    ("comfy.multigpu", None): NEWER,
+    ("comfy.ldm.modules.attention", "_ATTN_PRECISION"): REMOVED,
+    ("comfy.model_patcher", "QuantizedTensor"): NEWER,
     ("comfy.model_patcher", "low_vram_patch_estimate_vram"): NEWER,
     ("comfy.ldm.lightricks.vae.audio_vae", "LATENT_DOWNSAMPLE_FACTOR"): NEWER,
     ("comfy.ldm.hidream_o1.model", "IMAGE_TOKEN_ID"): NEWER,
-    ("comfy.utils", "TRANSFORMER_BLOCKS"): TABLE, ("comfy.utils", "UNET_MAP_ATTENTIONS"): TABLE,
-    ("comfy.utils", "UNET_MAP_BASIC"): TABLE, ("comfy.utils", "UNET_MAP_RESNET"): TABLE,
+    ("comfy.utils", "TRANSFORMER_BLOCKS"): TABLE,
+    ("comfy.utils", "UNET_MAP_ATTENTIONS"): TABLE,
+    ("comfy.utils", "UNET_MAP_BASIC"): TABLE,
+    ("comfy.utils", "UNET_MAP_RESNET"): TABLE,
     ("comfy.model_patcher", "move_weight_functions"): INSIDE,
     ("comfy.k_diffusion.sampling", "DPMSolver"): INSIDE,
     ("comfy.k_diffusion.sampling", "PIDStepSizeController"): INSIDE,
-    ("comfy.sd1_clip", "safe_load_embed_zip"): INSIDE, ("comfy_extras.nodes_easycache", "EasyCacheHolder"): INSIDE,
+    ("comfy.sd1_clip", "safe_load_embed_zip"): INSIDE,
+    ("comfy_extras.nodes_easycache", "EasyCacheHolder"): INSIDE,
     ("comfy.ldm.modules.diffusionmodules.model", "vae_attention"): INSIDE,
 }
 

@@ -12,12 +12,18 @@ from tools import template_coverage as coverage
 def test_types_of_a_workflow():
     graph = {
         "nodes": [
-            {"type": "KSampler"}, {"type": "Note"}, {"type": "abc-1", "mode": 0}, {"type": "Switched", "mode": 4},
+            {"type": "KSampler"},
+            {"type": "Note"},
+            {"type": "abc-1", "mode": 0},
+            {"type": "Switched", "mode": 4},
             {"type": "Never", "mode": 2},
         ],
-        "definitions": {"subgraphs": [
-            {"id": "abc-1", "nodes": [{"type": "VAEDecode"}, {"type": "abc-2"}]}, {"id": "abc-2", "nodes": [{"type": "Far"}]},
-        ]},
+        "definitions": {
+            "subgraphs": [
+                {"id": "abc-1", "nodes": [{"type": "VAEDecode"}, {"type": "abc-2"}]},
+                {"id": "abc-2", "nodes": [{"type": "Far"}]},
+            ]
+        },
     }
     assert coverage.node_types(graph) == {"KSampler", "Note", "VAEDecode", "Far"}
 

@@ -53,7 +53,9 @@ def _linear(out: Shapes, name: str, rows: int, cols: int, bias: bool = True) -> 
         out[f"{name}.bias"] = (rows,)
 
 
-def flux_shapes(guidance: bool = True, depth: int = 2, single: int = 3, hidden: int = HIDDEN, head: int = HEAD) -> Shapes:
+def flux_shapes(
+    guidance: bool = True, depth: int = 2, single: int = 3, hidden: int = HIDDEN, head: int = HEAD
+) -> Shapes:
     """Keys and shapes of a Flux network, with Black Forest Labs' names."""
     out: Shapes = {}
     _linear(out, "img_in", hidden, 64)

@@ -58,7 +58,8 @@ def node_types(graph: Mapping[str, Any]) -> set[str]:
     """Types of a workflow's nodes, sub-graphs taken apart, nodes that are switched off left out."""
     own = _subgraph_ids(graph)
     return {
-        str(node["type"]) for node in _all_nodes(graph)
+        str(node["type"])
+        for node in _all_nodes(graph)
         if node.get("mode") not in (NEVER, BYPASSED) and node["type"] not in own
     }
 
@@ -116,7 +117,8 @@ def report(templates: list[Template], known: set[str]) -> dict[str, Any]:
         if len(missing) == 1:
             alone.update(missing)
     return {
-        "templates": len(templates), "covered": len(templates) - len(lacking),
+        "templates": len(templates),
+        "covered": len(templates) - len(lacking),
         "families": {
             family: {"covered": covered, "templates": count}
             for family, (covered, count) in sorted(families.items(), key=lambda item: (-item[1][1], item[0]))

@@ -37,6 +37,13 @@ class UnetParams(TypedDict):
 UnetWrapperFunction = Callable[[UnetApplyFunction, UnetParams], torch.Tensor]
 
 __all__ = [
-    "CheckLazyMixin", "ComfyNodeABC", "FileLocator", "IO", "InputTypeDict", "UnetApplyConds", "UnetApplyFunction",
-    "UnetParams", "UnetWrapperFunction",
+    "CheckLazyMixin",
+    "ComfyNodeABC",
+    "FileLocator",
+    "IO",
+    "InputTypeDict",
+    "UnetApplyConds",
+    "UnetApplyFunction",
+    "UnetParams",
+    "UnetWrapperFunction",
 ]

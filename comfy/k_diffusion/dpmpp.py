@@ -134,9 +134,7 @@ def _sde_noise(run, x, sigma, sigma_next, h, eta, s_noise):
     return x
 
 
-def _dpmpp_2m_sde(
-    model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, solver_type, cpu
-):
+def _dpmpp_2m_sde(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, solver_type, cpu):
     if len(sigmas) <= 1:
         return x
     if solver_type not in ("heun", "midpoint"):

@@ -148,9 +148,7 @@ def _deis_weights(levels: list[float], i: int, order: int, points: int = 10000) 
 
 
 @torch.no_grad()
-def sample_deis(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, max_order=3, deis_mode="tab"
-):
+def sample_deis(model, x, sigmas, extra_args=None, callback=None, disable=None, max_order=3, deis_mode="tab"):
     """DEIS: as `sample_lms`, but slopes are interpolated in the SDE's time. Only the mode "tab" exists."""
     if deis_mode != "tab":
         raise ValueError(f"unknown deis_mode {deis_mode!r}; use 'tab'")
@@ -261,8 +259,6 @@ def sample_gradient_estimation(
 
 
 @torch.no_grad()
-def sample_gradient_estimation_cfg_pp(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, ge_gamma=2.0
-):
+def sample_gradient_estimation_cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None, ge_gamma=2.0):
     """`sample_gradient_estimation` with CFG++."""
     return sample_gradient_estimation(model, x, sigmas, extra_args, callback, disable, ge_gamma=ge_gamma, cfg_pp=True)

@@ -63,9 +63,7 @@ def half_log_snr_to_sigma(half_log_snr: Any, model_sampling: Any) -> Any:
     return 1.0 / (1.0 + math.exp(half_log_snr)) if flow else math.exp(-half_log_snr)
 
 
-def offset_first_sigma_for_snr(
-    sigmas: torch.Tensor, model_sampling: Any, percent_offset: float = 1e-4
-) -> torch.Tensor:
+def offset_first_sigma_for_snr(sigmas: torch.Tensor, model_sampling: Any, percent_offset: float = 1e-4) -> torch.Tensor:
     """A flow's first sigma of 1 has no signal at all and log SNR -inf: start a hair's breadth later."""
     flow = isinstance(model_sampling, CONST)
     if len(sigmas) > 1 and flow and sigmas[0] >= 1:

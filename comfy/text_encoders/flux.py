@@ -78,9 +78,7 @@ class FluxClipModel(torch.nn.Module):
         return (self.clip_l if is_clip else self.t5xxl).load_sd(sd)
 
 
-def flux_clip(
-    dtype_t5: torch.dtype | None = None, t5xxl_scaled_fp8: torch.dtype | None = None
-) -> type[FluxClipModel]:
+def flux_clip(dtype_t5: torch.dtype | None = None, t5xxl_scaled_fp8: torch.dtype | None = None) -> type[FluxClipModel]:
     """`FluxClipModel` for a file's T5 weights (see `t5_xxl_detect`)."""
 
     class FluxClipModel_(FluxClipModel):  # noqa: N801 (ComfyUI's name)

@@ -39,12 +39,19 @@ def decompose(scale: torch.Tensor, weight: torch.Tensor, difference: torch.Tenso
 
 
 def weight_decompose(
-    dora_scale: torch.Tensor, weight: torch.Tensor, lora_diff: torch.Tensor, alpha: float, strength: float,
-    intermediate_dtype: torch.dtype, function: Any,
+    dora_scale: torch.Tensor,
+    weight: torch.Tensor,
+    lora_diff: torch.Tensor,
+    alpha: float,
+    strength: float,
+    intermediate_dtype: torch.dtype,
+    function: Any,
 ) -> torch.Tensor:
     """ComfyUI's name and arguments of `decompose`."""
     change = function(lora_diff.to(intermediate_dtype) * alpha)
-    return decompose(dora_scale.to(intermediate_dtype), weight.to(intermediate_dtype), change, strength).to(weight.dtype)
+    return decompose(dora_scale.to(intermediate_dtype), weight.to(intermediate_dtype), change, strength).to(
+        weight.dtype
+    )
 
 
 class WeightAdapterBase:

@@ -32,8 +32,11 @@ class VideoInput(ABC):
 
     @abstractmethod
     def save_to(
-        self, path: str | io.BytesIO, format: VideoContainer = VideoContainer.AUTO,
-        codec: VideoCodec = VideoCodec.AUTO, metadata: dict[str, Any] | None = None,
+        self,
+        path: str | io.BytesIO,
+        format: VideoContainer = VideoContainer.AUTO,
+        codec: VideoCodec = VideoCodec.AUTO,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """Write it as a file."""
 

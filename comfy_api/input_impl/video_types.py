@@ -53,8 +53,9 @@ class VideoFromFile(VideoInput):
                 raise ValueError(f"{self._file} holds no video")
             stream = container.streams.video[0]
             rate = Fraction(stream.average_rate) if stream.average_rate else Fraction(1)
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")).float() / 255.0
-                      for frame in container.decode(stream)]
+            frames = [
+                torch.from_numpy(frame.to_ndarray(format="rgb24")).float() / 255.0 for frame in container.decode(stream)
+            ]
             metadata = dict(container.metadata)
         images = torch.stack(frames) if frames else torch.zeros(0, 3, 0, 0)
         with self._open() as container:
@@ -69,8 +70,11 @@ class VideoFromFile(VideoInput):
         return VideoComponents(images=images, frame_rate=rate, audio=audio, metadata=metadata)
 
     def save_to(
-        self, path: str | io.BytesIO, format: VideoContainer = VideoContainer.AUTO,
-        codec: VideoCodec = VideoCodec.AUTO, metadata: dict[str, Any] | None = None,
+        self,
+        path: str | io.BytesIO,
+        format: VideoContainer = VideoContainer.AUTO,
+        codec: VideoCodec = VideoCodec.AUTO,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """Copied stream by stream when that gives what is asked for, else encoded again."""
         import av
@@ -86,8 +90,11 @@ class VideoFromFile(VideoInput):
             with av.open(path, mode="w", format="mp4", options={"movflags": "use_metadata_tags"}) as target:
                 target.metadata.update(source.metadata)
                 _add_metadata(target, metadata)
-                streams = {stream: target.add_stream_from_template(stream)
-                           for stream in source.streams if stream.type in ("video", "audio", "subtitle")}
+                streams = {
+                    stream: target.add_stream_from_template(stream)
+                    for stream in source.streams
+                    if stream.type in ("video", "audio", "subtitle")
+                }
                 for packet in source.demux(*streams):
                     if packet.dts is not None:
                         packet.stream = streams[packet.stream]
@@ -109,8 +116,11 @@ class VideoFromComponents(VideoInput):
         return self._components
 
     def save_to(
-        self, path: str | io.BytesIO, format: VideoContainer = VideoContainer.AUTO,
-        codec: VideoCodec = VideoCodec.AUTO, metadata: dict[str, Any] | None = None,
+        self,
+        path: str | io.BytesIO,
+        format: VideoContainer = VideoContainer.AUTO,
+        codec: VideoCodec = VideoCodec.AUTO,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """H.264 (and AAC) in mp4; odd sizes are cut to even ones, as H.264 needs."""
         import av

@@ -57,7 +57,11 @@ class Execution:
     """What a running node may tell the program."""
 
     async def set_progress(
-        self, value: float, max_value: float, node_id: str | None = None, preview_image: Any = None,
+        self,
+        value: float,
+        max_value: float,
+        node_id: str | None = None,
+        preview_image: Any = None,
         ignore_size_limit: bool = False,
     ) -> None:
         """Report progress of the running node (or of `node_id`), with a PIL image or [H, W, C] / [1, H, W, C] tensor.
@@ -78,8 +82,14 @@ class ComfyAPI:
 
 
 class _ExecutionSync:
-    def set_progress(self, value: float, max_value: float, node_id: str | None = None, preview_image: Any = None,
-                     ignore_size_limit: bool = False) -> None:
+    def set_progress(
+        self,
+        value: float,
+        max_value: float,
+        node_id: str | None = None,
+        preview_image: Any = None,
+        ignore_size_limit: bool = False,
+    ) -> None:
         report_progress(value, max_value, node_id, preview_image, ignore_size_limit)
 
 
@@ -90,8 +100,9 @@ class ComfyAPISync:
         self.execution = _ExecutionSync()
 
 
-def report_progress(value: float, max_value: float, node_id: str | None, preview_image: Any,
-                    ignore_size_limit: bool) -> None:
+def report_progress(
+    value: float, max_value: float, node_id: str | None, preview_image: Any, ignore_size_limit: bool
+) -> None:
     import comfy.utils
     from comfy.cli_args import args
     from comfy_execution.utils import get_executing_context
@@ -119,5 +130,12 @@ def _picture(image: Any) -> Any:
 
 
 __all__ = [
-    "ComfyAPI", "ComfyAPISync", "ComfyExtension", "Input", "InputImpl", "Types", "io", "ui",
+    "ComfyAPI",
+    "ComfyAPISync",
+    "ComfyExtension",
+    "Input",
+    "InputImpl",
+    "Types",
+    "io",
+    "ui",
 ]

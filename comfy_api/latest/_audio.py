@@ -56,8 +56,14 @@ def _rate_for(format: str, rate: int) -> int:
     return next((allowed for allowed in OPUS_RATES if allowed >= rate), OPUS_RATES[-1])
 
 
-def write_audio(path: Any, waveform: torch.Tensor, rate: int, format: str, quality: str = "128k",
-                metadata: Mapping[str, str] | None = None) -> None:
+def write_audio(
+    path: Any,
+    waveform: torch.Tensor,
+    rate: int,
+    format: str,
+    quality: str = "128k",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write samples [channels, n] as flac, mp3 or opus; `quality` is a bit rate, or V0 (mp3's best variable one)."""
     import av
 
@@ -81,8 +87,14 @@ def write_audio(path: Any, waveform: torch.Tensor, rate: int, format: str, quali
         container.mux(stream.encode(None))
 
 
-def save_audio(audio: Mapping[str, Any], filename_prefix: str, folder_type: Any, format: str, quality: str,
-               metadata: Mapping[str, str] | None) -> list[Any]:
+def save_audio(
+    audio: Mapping[str, Any],
+    filename_prefix: str,
+    folder_type: Any,
+    format: str,
+    quality: str,
+    metadata: Mapping[str, str] | None,
+) -> list[Any]:
     """One file per sound of the batch, in the output or temp folder; what the page is told of them."""
     import folder_paths
     from comfy_api.latest._types import FolderType

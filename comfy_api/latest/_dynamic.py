@@ -68,7 +68,8 @@ def nest(inputs: Sequence[Input], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by flat name -> values by input, those of dynamic inputs as dicts. Raises ValueError for a missing one."""
     dynamic = [entry for entry in inputs if isinstance(entry, DynamicInput)]
     nested = {
-        name: value for name, value in values.items()
+        name: value
+        for name, value in values.items()
         if not any(name == entry.id or name.startswith(f"{entry.id}.") for entry in dynamic)
     }
     return {**nested, **{entry.id: entry.collect(entry.id, values) for entry in dynamic}}
@@ -287,8 +288,14 @@ class _MatchInput(Input):
 
 
 class _MatchOutput(Output):
-    def __init__(self, template: MatchTemplate, id: str | None = None, display_name: str | None = None,
-                 tooltip: str | None = None, is_output_list: bool = False) -> None:
+    def __init__(
+        self,
+        template: MatchTemplate,
+        id: str | None = None,
+        display_name: str | None = None,
+        tooltip: str | None = None,
+        is_output_list: bool = False,
+    ) -> None:
         super().__init__(id, display_name or id or "MATCHTYPE", tooltip, is_output_list)
         self.template = template
 

@@ -245,8 +245,10 @@ class ComfyNode(ABC):
         groups: dict[str, Any] = dict(declare(schema.inputs))
         if schema.hidden:
             groups["hidden"] = {kind.name: kind.value for kind in schema.hidden}
-        inputs = {group: {name: list(entry) if isinstance(entry, tuple) else [entry] for name, entry in members.items()}
-                  for group, members in groups.items()}
+        inputs = {
+            group: {name: list(entry) if isinstance(entry, tuple) else [entry] for name, entry in members.items()}
+            for group, members in groups.items()
+        }
         info = {
             "input": inputs,
             "input_order": {group: list(members) for group, members in inputs.items()},
@@ -276,8 +278,10 @@ class ComfyNode(ABC):
         """A subclass for one call, with the call's hidden values."""
         schema = cls.STATIC_SCHEMA()
         members = {
-            "hidden": HiddenHolder(v3_data, schema.hidden), "_static_schema": schema,
-            "__module__": cls.__module__, "__qualname__": cls.__qualname__,
+            "hidden": HiddenHolder(v3_data, schema.hidden),
+            "_static_schema": schema,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
         }
         if any(isinstance(entry, DynamicInput) for entry in schema.inputs):
             for name in ("validate_inputs", "fingerprint_inputs", "check_lazy_status"):

@@ -32,8 +32,13 @@ class RemoteOptions:
     """A choice whose options the page asks a route for."""
 
     def __init__(
-        self, route: str, refresh_button: bool, control_after_refresh: str = "first", timeout: int | None = None,
-        max_retries: int | None = None, refresh: int | None = None,
+        self,
+        route: str,
+        refresh_button: bool,
+        control_after_refresh: str = "first",
+        timeout: int | None = None,
+        max_retries: int | None = None,
+        refresh: int | None = None,
     ) -> None:
         self.route = route
         self.refresh_button = refresh_button
@@ -59,8 +64,14 @@ class Input:
     io_type: str = "*"
 
     def __init__(
-        self, id: str, display_name: str | None = None, optional: bool = False, tooltip: str | None = None,
-        lazy: bool | None = None, extra_dict: dict[str, Any] | None = None, raw_link: bool | None = None,
+        self,
+        id: str,
+        display_name: str | None = None,
+        optional: bool = False,
+        tooltip: str | None = None,
+        lazy: bool | None = None,
+        extra_dict: dict[str, Any] | None = None,
+        raw_link: bool | None = None,
         advanced: bool | None = None,
     ) -> None:
         self.id = id
@@ -78,8 +89,11 @@ class Input:
     def as_dict(self) -> dict[str, Any]:
         """Options in the form INPUT_TYPES has them."""
         shared = {
-            "display_name": self.display_name, "tooltip": self.tooltip, "lazy": self.lazy,
-            "rawLink": self.raw_link, "advanced": self.advanced,
+            "display_name": self.display_name,
+            "tooltip": self.tooltip,
+            "lazy": self.lazy,
+            "rawLink": self.raw_link,
+            "advanced": self.advanced,
         }
         return {**without_none(shared), **self.extra_dict}
 
@@ -91,10 +105,19 @@ class WidgetInput(Input):
     """
 
     def __init__(
-        self, id: str, display_name: str | None = None, optional: bool = False, tooltip: str | None = None,
-        lazy: bool | None = None, default: Any = None, socketless: bool | None = None,
-        widget_type: str | None = None, force_input: bool | None = None, extra_dict: dict[str, Any] | None = None,
-        raw_link: bool | None = None, advanced: bool | None = None,
+        self,
+        id: str,
+        display_name: str | None = None,
+        optional: bool = False,
+        tooltip: str | None = None,
+        lazy: bool | None = None,
+        default: Any = None,
+        socketless: bool | None = None,
+        widget_type: str | None = None,
+        force_input: bool | None = None,
+        extra_dict: dict[str, Any] | None = None,
+        raw_link: bool | None = None,
+        advanced: bool | None = None,
     ) -> None:
         super().__init__(id, display_name, optional, tooltip, lazy, extra_dict, raw_link, advanced)
         self.default = default.value if isinstance(default, Enum) else default
@@ -104,7 +127,9 @@ class WidgetInput(Input):
 
     def as_dict(self) -> dict[str, Any]:
         shared = {
-            "default": self.default, "socketless": self.socketless, "widgetType": self.widget_type,
+            "default": self.default,
+            "socketless": self.socketless,
+            "widgetType": self.widget_type,
             "forceInput": self.force_input,
         }
         return {**super().as_dict(), **without_none(shared)}
@@ -116,7 +141,10 @@ class Output:
     io_type: str = "*"
 
     def __init__(
-        self, id: str | None = None, display_name: str | None = None, tooltip: str | None = None,
+        self,
+        id: str | None = None,
+        display_name: str | None = None,
+        tooltip: str | None = None,
         is_output_list: bool = False,
     ) -> None:
         self.id = id
@@ -169,10 +197,22 @@ def _with_type(io_type: str, python_type: Any = Any) -> Any:
 
 class _NumberInput(WidgetInput):
     def __init__(
-        self, id: str, display_name: str | None = None, optional: bool = False, tooltip: str | None = None,
-        lazy: bool | None = None, default: Any = None, min: Any = None, max: Any = None, step: Any = None,
-        control_after_generate: bool | None = None, display_mode: NumberDisplay | None = None,
-        socketless: bool | None = None, force_input: bool | None = None, round: Any = None, **more: Any,
+        self,
+        id: str,
+        display_name: str | None = None,
+        optional: bool = False,
+        tooltip: str | None = None,
+        lazy: bool | None = None,
+        default: Any = None,
+        min: Any = None,
+        max: Any = None,
+        step: Any = None,
+        control_after_generate: bool | None = None,
+        display_mode: NumberDisplay | None = None,
+        socketless: bool | None = None,
+        force_input: bool | None = None,
+        round: Any = None,
+        **more: Any,
     ) -> None:
         super().__init__(id, display_name, optional, tooltip, lazy, default, socketless, None, force_input, **more)
         self.min = min
@@ -185,18 +225,31 @@ class _NumberInput(WidgetInput):
     def as_dict(self) -> dict[str, Any]:
         mode = self.display_mode.value if isinstance(self.display_mode, Enum) else self.display_mode
         shared = {
-            "min": self.min, "max": self.max, "step": self.step, "round": self.round,
-            "control_after_generate": self.control_after_generate, "display": mode,
+            "min": self.min,
+            "max": self.max,
+            "step": self.step,
+            "round": self.round,
+            "control_after_generate": self.control_after_generate,
+            "display": mode,
         }
         return {**super().as_dict(), **without_none(shared)}
 
 
 class _StringInput(WidgetInput):
     def __init__(
-        self, id: str, display_name: str | None = None, optional: bool = False, tooltip: str | None = None,
-        lazy: bool | None = None, multiline: bool = False, placeholder: str | None = None,
-        default: str | None = None, dynamic_prompts: bool | None = None, socketless: bool | None = None,
-        force_input: bool | None = None, **more: Any,
+        self,
+        id: str,
+        display_name: str | None = None,
+        optional: bool = False,
+        tooltip: str | None = None,
+        lazy: bool | None = None,
+        multiline: bool = False,
+        placeholder: str | None = None,
+        default: str | None = None,
+        dynamic_prompts: bool | None = None,
+        socketless: bool | None = None,
+        force_input: bool | None = None,
+        **more: Any,
     ) -> None:
         super().__init__(id, display_name, optional, tooltip, lazy, default, socketless, None, force_input, **more)
         self.multiline = multiline
@@ -205,16 +258,27 @@ class _StringInput(WidgetInput):
 
     def as_dict(self) -> dict[str, Any]:
         shared = {
-            "multiline": self.multiline, "placeholder": self.placeholder, "dynamicPrompts": self.dynamic_prompts,
+            "multiline": self.multiline,
+            "placeholder": self.placeholder,
+            "dynamicPrompts": self.dynamic_prompts,
         }
         return {**super().as_dict(), **without_none(shared)}
 
 
 class _BooleanInput(WidgetInput):
     def __init__(
-        self, id: str, display_name: str | None = None, optional: bool = False, tooltip: str | None = None,
-        lazy: bool | None = None, default: bool | None = None, label_on: str | None = None,
-        label_off: str | None = None, socketless: bool | None = None, force_input: bool | None = None, **more: Any,
+        self,
+        id: str,
+        display_name: str | None = None,
+        optional: bool = False,
+        tooltip: str | None = None,
+        lazy: bool | None = None,
+        default: bool | None = None,
+        label_on: str | None = None,
+        label_off: str | None = None,
+        socketless: bool | None = None,
+        force_input: bool | None = None,
+        **more: Any,
     ) -> None:
         super().__init__(id, display_name, optional, tooltip, lazy, default, socketless, None, force_input, **more)
         self.label_on = label_on
@@ -230,11 +294,20 @@ class _ComboInput(WidgetInput):
     multiselect = False
 
     def __init__(
-        self, id: str, options: Any = None, display_name: str | None = None, optional: bool = False,
-        tooltip: str | None = None, lazy: bool | None = None, default: Any = None,
-        control_after_generate: bool | None = None, upload: UploadType | None = None,
-        image_folder: FolderType | None = None, remote: RemoteOptions | None = None,
-        socketless: bool | None = None, **more: Any,
+        self,
+        id: str,
+        options: Any = None,
+        display_name: str | None = None,
+        optional: bool = False,
+        tooltip: str | None = None,
+        lazy: bool | None = None,
+        default: Any = None,
+        control_after_generate: bool | None = None,
+        upload: UploadType | None = None,
+        image_folder: FolderType | None = None,
+        remote: RemoteOptions | None = None,
+        socketless: bool | None = None,
+        **more: Any,
     ) -> None:
         super().__init__(id, display_name, optional, tooltip, lazy, default, socketless, **more)
         is_enum = isinstance(options, type) and issubclass(options, Enum)
@@ -247,8 +320,10 @@ class _ComboInput(WidgetInput):
     def as_dict(self) -> dict[str, Any]:
         folder = self.image_folder.value if isinstance(self.image_folder, Enum) else self.image_folder
         shared = {
-            "multiselect": self.multiselect, "options": self.options,
-            "control_after_generate": self.control_after_generate, "image_folder": folder,
+            "multiselect": self.multiselect,
+            "options": self.options,
+            "control_after_generate": self.control_after_generate,
+            "image_folder": folder,
             "remote": self.remote.as_dict() if self.remote else None,
         }
         if self.upload is not None:
@@ -261,8 +336,9 @@ class _MultiComboInput(_ComboInput):
 
     multiselect = True
 
-    def __init__(self, id: str, options: Any, *args: Any, placeholder: str | None = None, chip: bool | None = None,
-                 **more: Any) -> None:
+    def __init__(
+        self, id: str, options: Any, *args: Any, placeholder: str | None = None, chip: bool | None = None, **more: Any
+    ) -> None:
         super().__init__(id, options, *args, **more)
         self.placeholder = placeholder
         self.chip = chip
@@ -273,8 +349,14 @@ class _MultiComboInput(_ComboInput):
 
 
 class _ComboOutput(Output):
-    def __init__(self, id: str | None = None, display_name: str | None = None, options: Any = None,
-                 tooltip: str | None = None, is_output_list: bool = False) -> None:
+    def __init__(
+        self,
+        id: str | None = None,
+        display_name: str | None = None,
+        options: Any = None,
+        tooltip: str | None = None,
+        is_output_list: bool = False,
+    ) -> None:
         super().__init__(id, display_name, tooltip, is_output_list)
         self.options = options or []
 

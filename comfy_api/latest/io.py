@@ -7,7 +7,19 @@ from comfy_api.latest._types import *  # noqa: F403
 from comfy_api.latest._types import Custom, Input, Output, WidgetInput, comfytype
 
 __all__ = [
-    "Autogrow", "ComfyNode", "Custom", "DynamicCombo", "DynamicInput", "Hidden", "HiddenHolder", "Input", "MatchType",
-    "NodeOutput", "Output", "Schema", "WidgetInput", "comfytype",
+    "Autogrow",
+    "ComfyNode",
+    "Custom",
+    "DynamicCombo",
+    "DynamicInput",
+    "Hidden",
+    "HiddenHolder",
+    "Input",
+    "MatchType",
+    "NodeOutput",
+    "Output",
+    "Schema",
+    "WidgetInput",
+    "comfytype",
     *[name for name in vars(_types) if name[0].isupper() and name not in ("Any", "ClassVar", "Enum")],
 ]

@@ -67,18 +67,23 @@ class AudioSaveHelper:
     """Writes sounds {waveform [B, C, samples], sample_rate} for a node class `cls`, with its prompt and workflow."""
 
     @staticmethod
-    def save_audio(audio: dict[str, Any], filename_prefix: str, folder_type: FolderType, cls: Any = None,
-                   format: str = "flac", quality: str = "128k") -> list[SavedResult]:
+    def save_audio(
+        audio: dict[str, Any],
+        filename_prefix: str,
+        folder_type: FolderType,
+        cls: Any = None,
+        format: str = "flac",
+        quality: str = "128k",
+    ) -> list[SavedResult]:
         """One file per sound: flac, mp3 or opus."""
         from comfy_api.latest import _audio
 
-        return _audio.save_audio(
-            audio, filename_prefix, folder_type, format, quality, ImageSaveHelper._texts(cls)
-        )
+        return _audio.save_audio(audio, filename_prefix, folder_type, format, quality, ImageSaveHelper._texts(cls))
 
     @classmethod
-    def get_save_audio_ui(cls_, audio: dict[str, Any], filename_prefix: str, cls: Any = None, format: str = "flac",
-                          quality: str = "128k") -> SavedAudios:
+    def get_save_audio_ui(
+        cls_, audio: dict[str, Any], filename_prefix: str, cls: Any = None, format: str = "flac", quality: str = "128k"
+    ) -> SavedAudios:
         return SavedAudios(cls_.save_audio(audio, filename_prefix, FolderType.output, cls, format, quality))
 
 
@@ -115,7 +120,11 @@ class ImageSaveHelper:
 
     @classmethod
     def save_images(
-        cls_, images: torch.Tensor, filename_prefix: str, folder_type: FolderType, cls: Any = None,
+        cls_,
+        images: torch.Tensor,
+        filename_prefix: str,
+        folder_type: FolderType,
+        cls: Any = None,
         compress_level: int = 4,
     ) -> list[SavedResult]:
         """One PNG per image."""
@@ -133,14 +142,22 @@ class ImageSaveHelper:
         return results
 
     @classmethod
-    def get_save_images_ui(cls_, images: torch.Tensor, filename_prefix: str, cls: Any = None,
-                           compress_level: int = 4) -> SavedImages:
+    def get_save_images_ui(
+        cls_, images: torch.Tensor, filename_prefix: str, cls: Any = None, compress_level: int = 4
+    ) -> SavedImages:
         return SavedImages(cls_.save_images(images, filename_prefix, FolderType.output, cls, compress_level))
 
     @classmethod
     def save_animated_webp(
-        cls_, images: torch.Tensor, filename_prefix: str, folder_type: FolderType, cls: Any = None,
-        fps: float = 6.0, lossless: bool = True, quality: int = 80, method: int = 4,
+        cls_,
+        images: torch.Tensor,
+        filename_prefix: str,
+        folder_type: FolderType,
+        cls: Any = None,
+        fps: float = 6.0,
+        lossless: bool = True,
+        quality: int = 80,
+        method: int = 4,
     ) -> SavedResult:
         """All images as frames of one webp; the texts go into EXIF tags, as ComfyUI writes them."""
         pictures = cls_._pictures(images)
@@ -153,15 +170,26 @@ class ImageSaveHelper:
         folder, name, counter, subfolder = cls_._place(filename_prefix, folder_type, images)
         file = f"{name}_{counter:05}_.webp"
         pictures[0].save(
-            os.path.join(folder, file), save_all=True, duration=int(1000.0 / fps), append_images=pictures[1:],
-            exif=exif, lossless=lossless, quality=quality, method=method,
+            os.path.join(folder, file),
+            save_all=True,
+            duration=int(1000.0 / fps),
+            append_images=pictures[1:],
+            exif=exif,
+            lossless=lossless,
+            quality=quality,
+            method=method,
         )
         return SavedResult(file, subfolder, folder_type)
 
     @classmethod
     def save_animated_png(
-        cls_, images: torch.Tensor, filename_prefix: str, folder_type: FolderType, cls: Any = None,
-        fps: float = 6.0, compress_level: int = 4,
+        cls_,
+        images: torch.Tensor,
+        filename_prefix: str,
+        folder_type: FolderType,
+        cls: Any = None,
+        fps: float = 6.0,
+        compress_level: int = 4,
     ) -> SavedResult:
         """All images as frames of one PNG; the texts go into `comf` chunks after the first frame."""
         from PIL.PngImagePlugin import PngInfo
@@ -174,23 +202,35 @@ class ImageSaveHelper:
         folder, name, counter, subfolder = cls_._place(filename_prefix, folder_type, images)
         file = f"{name}_{counter:05}_.png"
         pictures[0].save(
-            os.path.join(folder, file), pnginfo=info, compress_level=compress_level, save_all=True,
-            duration=int(1000.0 / fps), append_images=pictures[1:],
+            os.path.join(folder, file),
+            pnginfo=info,
+            compress_level=compress_level,
+            save_all=True,
+            duration=int(1000.0 / fps),
+            append_images=pictures[1:],
         )
         return SavedResult(file, subfolder, folder_type)
 
     @classmethod
-    def get_save_animated_webp_ui(cls_, images: torch.Tensor, filename_prefix: str, cls: Any = None,
-                                  fps: float = 6.0, lossless: bool = True, quality: int = 80,
-                                  method: int = 4) -> SavedImages:
+    def get_save_animated_webp_ui(
+        cls_,
+        images: torch.Tensor,
+        filename_prefix: str,
+        cls: Any = None,
+        fps: float = 6.0,
+        lossless: bool = True,
+        quality: int = 80,
+        method: int = 4,
+    ) -> SavedImages:
         result = cls_.save_animated_webp(
             images, filename_prefix, FolderType.output, cls, fps, lossless, quality, method
         )
         return SavedImages([result], is_animated=True)
 
     @classmethod
-    def get_save_animated_png_ui(cls_, images: torch.Tensor, filename_prefix: str, cls: Any = None,
-                                 fps: float = 6.0, compress_level: int = 4) -> SavedImages:
+    def get_save_animated_png_ui(
+        cls_, images: torch.Tensor, filename_prefix: str, cls: Any = None, fps: float = 6.0, compress_level: int = 4
+    ) -> SavedImages:
         result = cls_.save_animated_png(images, filename_prefix, FolderType.output, cls, fps, compress_level)
         return SavedImages([result], is_animated=True)
 

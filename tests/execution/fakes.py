@@ -131,8 +131,9 @@ CLASSES = {
     "Value": make("Value", {"value": ANY_INT}, ("INT",), _value),
     "Add": make("Add", {"a": ANY_INT, "b": ANY_INT}, ("INT",), _add),
     "Show": make("Show", {"value": ANY_INT}, (), _show, OUTPUT_NODE=True),
-    "ShowMine": make("ShowMine", {"required": {"value": ANY_INT}, "hidden": {"node": "UNIQUE_ID"}}, (), _show,
-                     OUTPUT_NODE=True),
+    "ShowMine": make(
+        "ShowMine", {"required": {"value": ANY_INT}, "hidden": {"node": "UNIQUE_ID"}}, (), _show, OUTPUT_NODE=True
+    ),
     "Switch": make(
         "Switch",
         {"pick": ("BOOLEAN", {}), "first": ("INT", {"lazy": True}), "second": ("INT", {"lazy": True})},

@@ -28,7 +28,9 @@ def test_a_chain_runs_and_shows_its_result(run, server):
     assert kinds[:2] == ["execution_start", "execution_cached"]
     assert kinds[-1] == "execution_success"
     assert server.of("executing")[-1] == {
-        "node": "out", "display_node": "out", "prompt_id": server.of("executing")[0]["prompt_id"]
+        "node": "out",
+        "display_node": "out",
+        "prompt_id": server.of("executing")[0]["prompt_id"],
     }
     assert server.of("executed")[0]["output"] == {"value": [7]}
     assert all(state["state"] == "finished" for state in server.of("progress_state")[-1]["nodes"].values())
@@ -324,8 +326,11 @@ def test_nodes_run_without_gradients(run, monkeypatch):
     import torch
 
     seen = []
-    monkeypatch.setattr(nodes.NODE_CLASS_MAPPINGS["Value"], "run",
-                        lambda self, value: (seen.append(torch.is_inference_mode_enabled()) or value,))
+    monkeypatch.setattr(
+        nodes.NODE_CLASS_MAPPINGS["Value"],
+        "run",
+        lambda self, value: (seen.append(torch.is_inference_mode_enabled()) or value,),
+    )
     run(chain(2))
     assert seen == [True]
 
@@ -371,10 +376,14 @@ def test_any_input_declared_by_an_object(run):
             return ("*",)
 
     cls = nodes.NODE_CLASS_MAPPINGS["Show"]
-    open_class = type("Open", (cls,), {
-        "INPUT_TYPES": classmethod(lambda c: {"required": {}, "optional": Everything(), "hidden": Everything()}),
-        "run": lambda self, **values: {"ui": {"names": sorted(values)}},
-    })
+    open_class = type(
+        "Open",
+        (cls,),
+        {
+            "INPUT_TYPES": classmethod(lambda c: {"required": {}, "optional": Everything(), "hidden": Everything()}),
+            "run": lambda self, **values: {"ui": {"names": sorted(values)}},
+        },
+    )
     nodes.NODE_CLASS_MAPPINGS["Show"] = open_class
     prompt = {"v": node("Value", value=1), "out": node("Show", x=["v", 0], y=3)}
     assert run(prompt) == {"out": {"names": ["x", "y"]}}

@@ -209,12 +209,16 @@ def test_nan_runs_again_on_every_rank(group):
 
 
 def test_lazy_inputs_are_chosen_by_rank_0(group, monkeypatch):
-    monkeypatch.setattr(nodes.NODE_CLASS_MAPPINGS["Switch"], "check_lazy_status",
-                        lambda self, pick, first=None, second=None: {"first" if on_rank(0) else "second"}
-                        if first is None else [])
+    monkeypatch.setattr(
+        nodes.NODE_CLASS_MAPPINGS["Switch"],
+        "check_lazy_status",
+        lambda self, pick, first=None, second=None: {"first" if on_rank(0) else "second"} if first is None else [],
+    )
     prompt = {
-        "a": node("Value", value=1), "b": node("Value", value=2),
-        "s": node("Switch", pick=True, first=["a", 0], second=["b", 0]), "out": node("Show", value=["s", 0]),
+        "a": node("Value", value=1),
+        "b": node("Value", value=2),
+        "s": node("Switch", pick=True, first=["a", 0], second=["b", 0]),
+        "out": node("Show", value=["s", 0]),
     }
     assert group(prompt, ["out"]) == {"out": {"value": [1]}}
     assert group.calls(1) == ["value 1", "switch"]
@@ -239,8 +243,13 @@ def test_a_class_can_say_where_it_runs(group, monkeypatch):
 @pytest.mark.parametrize("kind, everywhere", [("INT", False), ("MODEL", True), ("*", True)])
 def test_an_output_node_whose_output_is_used(group, monkeypatch, kind, everywhere):
     """One that handles plain data saves something, once; another may be a sampler, which all ranks are needed for."""
-    through = make("Through", {"required": {"value": ("INT", {})}, "optional": {"more": (kind, {})}}, ("INT",),
-                   lambda self, value: (CALLS.note("through"), (value,))[1], OUTPUT_NODE=True)
+    through = make(
+        "Through",
+        {"required": {"value": ("INT", {})}, "optional": {"more": (kind, {})}},
+        ("INT",),
+        lambda self, value: (CALLS.note("through"), (value,))[1],
+        OUTPUT_NODE=True,
+    )
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Through", through)
     prompt = {"v": node("Value", value=1), "t": node("Through", value=["v", 0]), "out": node("Show", value=["t", 0])}
     assert group(prompt, ["t", "out"]) == {"out": {"value": [1]}}
@@ -314,8 +323,9 @@ def test_a_failure_in_the_last_node_of_a_follower_is_noticed(group, monkeypatch)
 
 def test_out_of_memory_on_a_follower_unloads_on_all(group, monkeypatch):
     unloaded = []
-    monkeypatch.setattr(comfy.model_management, "unload_all_models",
-                        lambda: unloaded.append(threading.current_thread().name))
+    monkeypatch.setattr(
+        comfy.model_management, "unload_all_models", lambda: unloaded.append(threading.current_thread().name)
+    )
 
     def greedy(self, a, b):
         if on_rank(1):
@@ -353,10 +363,16 @@ def test_a_follower_does_as_it_is_told(group):
     follower = PromptWorker(None, FakeServer())
     follower._free = lambda unload_models, free_memory: freed.append((unload_models, free_memory))
     item = (0, "p1", PROMPT, {}, ["out"])
-    follower.follow(iter([
-        {"kind": "prompt", "item": item}, {"kind": "free", "unload_models": True, "free_memory": False},
-        {"kind": "stop"}, {"kind": "never"},
-    ]))
+    follower.follow(
+        iter(
+            [
+                {"kind": "prompt", "item": item},
+                {"kind": "free", "unload_models": True, "free_memory": False},
+                {"kind": "stop"},
+                {"kind": "never"},
+            ]
+        )
+    )
     assert freed == [(True, False)]
     assert follower.executor.success
     with pytest.raises(ValueError, match="unknown command 'dance'"):

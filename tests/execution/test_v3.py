@@ -17,8 +17,10 @@ class Double(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="Double", inputs=[io.Int.Input("value", min=0, max=9), io.Int.Input("more", optional=True)],
-            outputs=[io.Int.Output(display_name="twice")], hidden=[io.Hidden.unique_id],
+            node_id="Double",
+            inputs=[io.Int.Input("value", min=0, max=9), io.Int.Input("more", optional=True)],
+            outputs=[io.Int.Output(display_name="twice")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -80,7 +82,11 @@ def register(monkeypatch):
 
 
 def test_values_and_hidden_inputs(run):
-    prompt = {"d": node("Double", value=4, more=1), "l": node("Later", value=["d", 0]), "t": node("Text", value=["l", 0])}
+    prompt = {
+        "d": node("Double", value=4, more=1),
+        "l": node("Later", value=["d", 0]),
+        "t": node("Text", value=["l", 0]),
+    }
     assert run(prompt) == {"t": {"text": ("10",)}} or run.executor.history_result["outputs"] == {"t": {"text": ["10"]}}
     assert Double.seen == ["d"]
     run(prompt)
@@ -163,7 +169,9 @@ def test_a_pack_is_loaded_by_its_entry_point(tmp_path):
 
 def test_kinds_of_inputs():
     assert io.Combo.Input("c", options=["a"], default="a").as_dict() == {
-        "multiselect": False, "options": ["a"], "default": "a"
+        "multiselect": False,
+        "options": ["a"],
+        "default": "a",
     }
     assert io.MultiType.Input(io.Float.Input("m", default=1.0), [io.Int]).get_io_type() == "FLOAT,INT"
     assert io.Custom("MINE").Output().get_io_type() == "MINE"

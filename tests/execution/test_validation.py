@@ -42,15 +42,18 @@ def test_values_are_converted_in_place():
     assert prompt["w"]["inputs"]["value"] == 8
 
 
-@pytest.mark.parametrize(("inputs", "kind"), [
-    ({}, "required_input_missing"),
-    ({"value": "x"}, "invalid_input_type"),
-    ({"value": None}, "invalid_input_type"),
-    ({"value": ["nowhere", 0]}, "bad_linked_input"),
-    ({"value": ["v"]}, "bad_linked_input"),
-    ({"value": ["v", 3]}, "bad_linked_input"),
-    ({"value": ["text", 0]}, "return_type_mismatch"),
-])
+@pytest.mark.parametrize(
+    ("inputs", "kind"),
+    [
+        ({}, "required_input_missing"),
+        ({"value": "x"}, "invalid_input_type"),
+        ({"value": None}, "invalid_input_type"),
+        ({"value": ["nowhere", 0]}, "bad_linked_input"),
+        ({"value": ["v"]}, "bad_linked_input"),
+        ({"value": ["v", 3]}, "bad_linked_input"),
+        ({"value": ["text", 0]}, "return_type_mismatch"),
+    ],
+)
 def test_errors_name_their_kind_and_input(register, inputs, kind):
     register("Text", {}, ("STRING",))
     prompt = {"v": node("Value", value=1), "text": node("Text"), "out": node("Show", **inputs)}
@@ -64,8 +67,11 @@ def test_errors_name_their_kind_and_input(register, inputs, kind):
 
 
 def test_bounds_and_choices(register):
-    register("Bounded", {"n": ("FLOAT", {"min": 0, "max": 1}), "c": (["a", "b"],), "d": ("COMBO", {"options": ["x"]})},
-             OUTPUT_NODE=True)
+    register(
+        "Bounded",
+        {"n": ("FLOAT", {"min": 0, "max": 1}), "c": (["a", "b"],), "d": ("COMBO", {"options": ["x"]})},
+        OUTPUT_NODE=True,
+    )
     prompt = {"o": node("Bounded", n=2, c="c", d="y"), "p": node("Bounded", n=-1, c="a", d="x")}
     result = check(prompt)
     assert kinds(result, "o") == ["value_bigger_than_max", "value_not_in_list", "value_not_in_list"]
@@ -85,8 +91,9 @@ def test_a_node_may_check_itself(register):
         seen.append((n, input_types))
         return True if n == 5 else "must be five"
 
-    register("Own", {"n": ("INT", {"max": 1}), "x": ("FLOAT", {})}, OUTPUT_NODE=True,
-             VALIDATE_INPUTS=classmethod(validate))
+    register(
+        "Own", {"n": ("INT", {"max": 1}), "x": ("FLOAT", {})}, OUTPUT_NODE=True, VALIDATE_INPUTS=classmethod(validate)
+    )
     prompt = {"v": node("Value", value=1), "o": node("Own", n=5, x=["v", 0])}
     assert check(prompt)[0]
     assert seen == [(5, {"x": "INT"})]
@@ -124,8 +131,10 @@ def test_a_cycle_is_found():
     assert "Dependency cycle" in str(result[3])
 
 
-@pytest.mark.parametrize("prompt", [{"1": {"inputs": {}}}, {"1": {"class_type": "No such", "inputs": {}}},
-                                    {"1": {"class_type": "Value"}}, {"1": 5}])
+@pytest.mark.parametrize(
+    "prompt",
+    [{"1": {"inputs": {}}}, {"1": {"class_type": "No such", "inputs": {}}}, {"1": {"class_type": "Value"}}, {"1": 5}],
+)
 def test_a_prompt_has_nodes_of_known_classes(prompt):
     assert check(prompt)[1]["type"] == "invalid_prompt"
 
@@ -149,11 +158,23 @@ class _Any(str):
         return False
 
 
-@pytest.mark.parametrize(("received", "wanted", "fits"), [
-    ("INT", "INT", True), ("INT", "FLOAT", False), ("INT", "FLOAT,INT", True), ("INT,STRING", "FLOAT,INT", True),
-    ("*", "MODEL", True), ("MODEL", "*", True), (_Any("*"), "MODEL", True), (["a"], ["a"], True),
-    (["a"], ["b"], False), ("COMBO", ["a"], True), (["a"], "COMBO", True), (["a"], "INT", False),
-])
+@pytest.mark.parametrize(
+    ("received", "wanted", "fits"),
+    [
+        ("INT", "INT", True),
+        ("INT", "FLOAT", False),
+        ("INT", "FLOAT,INT", True),
+        ("INT,STRING", "FLOAT,INT", True),
+        ("*", "MODEL", True),
+        ("MODEL", "*", True),
+        (_Any("*"), "MODEL", True),
+        (["a"], ["a"], True),
+        (["a"], ["b"], False),
+        ("COMBO", ["a"], True),
+        (["a"], "COMBO", True),
+        (["a"], "INT", False),
+    ],
+)
 def test_types_fit(received, wanted, fits):
     assert validate_node_input(received, wanted) is fits
 
@@ -163,10 +184,17 @@ def test_types_fit_strictly():
     assert validate_node_input("INT", "INT,STRING", strict=True)
 
 
-@pytest.mark.parametrize("key, value, problem", [
-    ("small", 5, None), ("small", 50, "value_bigger_than_max"), ("large", 50, None), ("large", 5, "value_smaller_than_min"),
-    ("inner", 5, None), ("other", 5, "value_not_in_list"),
-])
+@pytest.mark.parametrize(
+    "key, value, problem",
+    [
+        ("small", 5, None),
+        ("small", 50, "value_bigger_than_max"),
+        ("large", 50, None),
+        ("large", 5, "value_smaller_than_min"),
+        ("inner", 5, None),
+        ("other", 5, "value_not_in_list"),
+    ],
+)
 def test_bounds_are_those_of_the_choice(monkeypatch, key, value, problem):
     """Two choices bring an input of the same name with other bounds."""
     from comfy_api.latest import io
@@ -176,11 +204,20 @@ def test_bounds_are_those_of_the_choice(monkeypatch, key, value, problem):
     class Sized(io.ComfyNode):
         @classmethod
         def define_schema(cls):
-            return io.Schema(node_id="Sized", outputs=[io.Int.Output()], inputs=[io.DynamicCombo.Input("kind", options=[
-                io.DynamicCombo.Option("small", [io.Int.Input("size", default=1, min=0, max=10)]),
-                io.DynamicCombo.Option("large", [io.Int.Input("size", default=20, min=11, max=100)]),
-                io.DynamicCombo.Option("inner", [inner]),
-            ])])
+            return io.Schema(
+                node_id="Sized",
+                outputs=[io.Int.Output()],
+                inputs=[
+                    io.DynamicCombo.Input(
+                        "kind",
+                        options=[
+                            io.DynamicCombo.Option("small", [io.Int.Input("size", default=1, min=0, max=10)]),
+                            io.DynamicCombo.Option("large", [io.Int.Input("size", default=20, min=11, max=100)]),
+                            io.DynamicCombo.Option("inner", [inner]),
+                        ],
+                    )
+                ],
+            )
 
         @classmethod
         def execute(cls, kind):

@@ -23,4 +23,6 @@ def test_latent_format(name):
             assert torch.equal(getattr(latent_format, field).flatten(), torch.tensor(spec[field]))
     example = tensors[spec["in"]]
     golden.check("07 latent formats", f"{name} in", latent_format.process_in(example), tensors[spec["process_in"]], 0)
-    golden.check("07 latent formats", f"{name} out", latent_format.process_out(example), tensors[spec["process_out"]], 0)
+    golden.check(
+        "07 latent formats", f"{name} out", latent_format.process_out(example), tensors[spec["process_out"]], 0
+    )

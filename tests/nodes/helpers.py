@@ -22,5 +22,17 @@ def sample(all_nodes, model, clip, steps=4, cfg=2.0, seed=3, positive=None, nega
     positive = encode(all_nodes, clip, "a tree") if positive is None else positive
     negative = encode(all_nodes, clip, "") if negative is None else negative
     latent = {"samples": torch.zeros(batch, 16, 8, 8)}
-    return run(all_nodes, "KSampler", model=model, seed=seed, steps=steps, cfg=cfg, sampler_name="euler",
-               scheduler="simple", positive=positive, negative=negative, latent_image=latent, denoise=1.0)[0]["samples"]
+    return run(
+        all_nodes,
+        "KSampler",
+        model=model,
+        seed=seed,
+        steps=steps,
+        cfg=cfg,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        denoise=1.0,
+    )[0]["samples"]

@@ -34,10 +34,15 @@ def loudest_hertz(waveform, rate):
     return float(spectrum.argmax()) * rate / waveform.shape[-1]
 
 
-@pytest.mark.parametrize(("node", "settings", "tolerance"), [
-    ("SaveAudio", {}, 2e-4), ("SaveAudioMP3", {"quality": "V0"}, 0.05), ("SaveAudioMP3", {"quality": "320k"}, 0.05),
-    ("SaveAudioOpus", {"quality": "128k"}, None),
-])
+@pytest.mark.parametrize(
+    ("node", "settings", "tolerance"),
+    [
+        ("SaveAudio", {}, 2e-4),
+        ("SaveAudioMP3", {"quality": "V0"}, 0.05),
+        ("SaveAudioMP3", {"quality": "320k"}, 0.05),
+        ("SaveAudioOpus", {"quality": "128k"}, None),
+    ],
+)
 def test_sounds_are_saved_and_loaded(all_nodes, folders, node, settings, tolerance):
     sound = tone(batch=2)
     shown = run(all_nodes, node, audio=sound, filename_prefix="audio/x", prompt={"1": {}}, **settings)["ui"]["audio"]
@@ -127,23 +132,39 @@ def test_sounds_as_latents(all_nodes):
 
     empty = run(all_nodes, "EmptyLatentAudio", seconds=47.6, batch_size=2)[0]
     assert empty["samples"].shape == (2, 64, 1024) and empty["type"] == "audio"
-    loud = {"waveform": torch.cat([torch.full((1, 2, 4096), 3.0), torch.full((1, 2, 4096), -3.0)], -1),
-            "sample_rate": RATE}
+    loud = {
+        "waveform": torch.cat([torch.full((1, 2, 4096), 3.0), torch.full((1, 2, 4096), -3.0)], -1),
+        "sample_rate": RATE,
+    }
     latent = run(all_nodes, "VAEEncodeAudio", audio=loud, vae=Codec())[0]
     assert latent["samples"].shape == (1, 2, 4)
     sound = run(all_nodes, "VAEDecodeAudio", samples=latent, vae=Codec())[0]
-    assert sound["waveform"].shape == (1, 2, 8192) and float(sound["waveform"].abs().max()) == pytest.approx(0.2, abs=1e-3)
-    positive, negative = run(all_nodes, "ConditioningStableAudio", positive=[[torch.zeros(1), {}]],
-                             negative=[[torch.zeros(1), {"a": 1}]], seconds_start=1.0, seconds_total=9.0)
+    assert sound["waveform"].shape == (1, 2, 8192) and float(sound["waveform"].abs().max()) == pytest.approx(
+        0.2, abs=1e-3
+    )
+    positive, negative = run(
+        all_nodes,
+        "ConditioningStableAudio",
+        positive=[[torch.zeros(1), {}]],
+        negative=[[torch.zeros(1), {"a": 1}]],
+        seconds_start=1.0,
+        seconds_total=9.0,
+    )
     assert positive[0][1] == {"seconds_start": 1.0, "seconds_total": 9.0} and negative[0][1]["a"] == 1
 
 
 def test_sounds_in_a_format_of_choice(all_nodes, folders):
-    shown = run(all_nodes, "SaveAudioAdvanced", audio=tone(), filename_prefix="x",
-                **{"format": "opus", "format.quality": "64k"})
+    shown = run(
+        all_nodes, "SaveAudioAdvanced", audio=tone(), filename_prefix="x", **{"format": "opus", "format.quality": "64k"}
+    )
     assert shown["ui"]["audio"][0]["filename"] == "x_00001_.opus" and shown["result"][0]["sample_rate"] == RATE
     flac = run(all_nodes, "SaveAudioAdvanced", audio=tone(), filename_prefix="x", format="flac")
     assert flac["ui"]["audio"][0]["filename"].endswith(".flac")
     with pytest.raises(ValueError, match=r"input 'format.quality' is '64k'; with 'mp3' choose one of"):
-        run(all_nodes, "SaveAudioAdvanced", audio=tone(), filename_prefix="x",
-            **{"format": "mp3", "format.quality": "64k"})
+        run(
+            all_nodes,
+            "SaveAudioAdvanced",
+            audio=tone(),
+            filename_prefix="x",
+            **{"format": "mp3", "format.quality": "64k"},
+        )

@@ -12,7 +12,12 @@ FACTS = Path(__file__).resolve().parents[3] / "shared" / "facts" / "node_definit
 TEMPLATE_NODES = FACTS.with_name("template_nodes.json")
 # newer than the recorded definitions and not in the official templates, but of the same kind as one that is
 NEWER = {
-    "ComfyNotNode", "ComfyAndNode", "ComfyOrNode", "ComfyPassOrNoneNode", "BatchMasksNode", "BatchLatentsNode",
+    "ComfyNotNode",
+    "ComfyAndNode",
+    "ComfyOrNode",
+    "ComfyPassOrNoneNode",
+    "BatchMasksNode",
+    "BatchLatentsNode",
     "BatchImagesMasksLatentsNode",
 }
 # ours, unknown to ComfyUI
@@ -89,8 +94,11 @@ def test_functions_take_what_inputs_declare(all_nodes):
     for name, cls in all_nodes.items():
         inputs = cls.INPUT_TYPES()
         # dynamic inputs arrive as one dict: values.a, values.b -> values
-        declared = [key.split(".")[0] if hasattr(cls, "GET_SCHEMA") else key
-                    for group in ("required", "optional") for key in inputs.get(group, {})]
+        declared = [
+            key.split(".")[0] if hasattr(cls, "GET_SCHEMA") else key
+            for group in ("required", "optional")
+            for key in inputs.get(group, {})
+        ]
         function = cls.execute if hasattr(cls, "GET_SCHEMA") else getattr(cls, cls.FUNCTION)
         spec = inspect.getfullargspec(function)
         if spec.varkw is None:

@@ -142,24 +142,33 @@ def test_animations(all_nodes, folders):
         assert picture.n_frames == 3
 
 
-@pytest.mark.parametrize(("name", "inputs", "result"), [
-    ("StringConcatenate", {"string_a": "a", "string_b": "b", "delimiter": "-"}, "a-b"),
-    ("StringSubstring", {"string": "abcd", "start": 1, "end": 3}, "bc"),
-    ("StringLength", {"string": "abc"}, 3),
-    ("CaseConverter", {"string": "a b", "mode": "Title Case"}, "A B"),
-    ("StringTrim", {"string": " a ", "mode": "Left"}, "a "),
-    ("StringContains", {"string": "Abc", "substring": "aB", "case_sensitive": False}, True),
-    ("StringCompare", {"string_a": "Abc", "string_b": "ab", "mode": "Starts With", "case_sensitive": False}, True),
-    ("RegexReplace", {"string": "aaa", "regex_pattern": "A", "replace": "b", "count": 2}, "bba"),
-    ("PrimitiveInt", {"value": 3}, 3),
-])
+@pytest.mark.parametrize(
+    ("name", "inputs", "result"),
+    [
+        ("StringConcatenate", {"string_a": "a", "string_b": "b", "delimiter": "-"}, "a-b"),
+        ("StringSubstring", {"string": "abcd", "start": 1, "end": 3}, "bc"),
+        ("StringLength", {"string": "abc"}, 3),
+        ("CaseConverter", {"string": "a b", "mode": "Title Case"}, "A B"),
+        ("StringTrim", {"string": " a ", "mode": "Left"}, "a "),
+        ("StringContains", {"string": "Abc", "substring": "aB", "case_sensitive": False}, True),
+        ("StringCompare", {"string_a": "Abc", "string_b": "ab", "mode": "Starts With", "case_sensitive": False}, True),
+        ("RegexReplace", {"string": "aaa", "regex_pattern": "A", "replace": "b", "count": 2}, "bba"),
+        ("PrimitiveInt", {"value": 3}, 3),
+    ],
+)
 def test_texts_and_values(all_nodes, name, inputs, result):
     assert out(all_nodes, name, **inputs) == (result,)
 
 
-@pytest.mark.parametrize(("mode", "result"), [
-    ("First Match", "a1"), ("All Matches", "a\nb"), ("First Group", "1"), ("All Groups", "1\n2"),
-])
+@pytest.mark.parametrize(
+    ("mode", "result"),
+    [
+        ("First Match", "a1"),
+        ("All Matches", "a\nb"),
+        ("First Group", "1"),
+        ("All Groups", "1\n2"),
+    ],
+)
 def test_regular_expressions(all_nodes, mode, result):
     inputs = {"case_insensitive": True, "multiline": False, "dotall": False}
     text = {"string": "a1 b2", "regex_pattern": r"([a-z])(\d)", **inputs}
@@ -171,8 +180,15 @@ def test_transparency_can_be_split_and_joined(all_nodes):
     image = torch.rand(2, 4, 4, 4)
     colour, mask = out(all_nodes, "SplitImageWithAlpha", image=image)
     assert torch.allclose(out(all_nodes, "JoinImageWithAlpha", image=colour, alpha=mask)[0], image)
-    over, alpha = out(all_nodes, "PorterDuffImageComposite", source=colour, source_alpha=torch.zeros(2, 4, 4),
-                      destination=torch.rand(2, 4, 4, 3), destination_alpha=mask, mode="SRC_OVER")
+    over, alpha = out(
+        all_nodes,
+        "PorterDuffImageComposite",
+        source=colour,
+        source_alpha=torch.zeros(2, 4, 4),
+        destination=torch.rand(2, 4, 4, 3),
+        destination_alpha=mask,
+        mode="SRC_OVER",
+    )
     assert torch.allclose(over, colour)
     assert torch.equal(alpha, torch.zeros(2, 4, 4))
 
@@ -187,15 +203,22 @@ def test_batches_are_cut_anew(all_nodes):
     assert parts[0]["noise_mask"].shape == (2, 1, 16, 16)
 
 
-@pytest.mark.parametrize(("direction", "match", "shape"), [
-    ("right", True, (1, 8, 6 + 2 + 16, 3)), ("down", True, (1, 8 + 2 + 3, 6, 3)), ("left", False, (1, 8, 6 + 2 + 8, 3)),
-])
+@pytest.mark.parametrize(
+    ("direction", "match", "shape"),
+    [
+        ("right", True, (1, 8, 6 + 2 + 16, 3)),
+        ("down", True, (1, 8 + 2 + 3, 6, 3)),
+        ("left", False, (1, 8, 6 + 2 + 8, 3)),
+    ],
+)
 def test_pictures_are_stitched(all_nodes, direction, match, shape):
     first, second = torch.rand(1, 8, 6, 3), torch.rand(1, 4, 8, 3)
     (image,) = all_nodes["ImageStitch"]().stitch(first, direction, match, 2, "red", second)
     assert image.shape == shape
-    assert torch.equal(image[:, :, 6] if direction == "right" else image[:, 8] if direction == "down"
-                       else image[:, :, 8], torch.tensor([1.0, 0, 0]).expand(1, shape[1 if direction != "down" else 2], 3))
+    assert torch.equal(
+        image[:, :, 6] if direction == "right" else image[:, 8] if direction == "down" else image[:, :, 8],
+        torch.tensor([1.0, 0, 0]).expand(1, shape[1 if direction != "down" else 2], 3),
+    )
 
 
 def test_sizes(all_nodes):
@@ -229,11 +252,23 @@ def test_skipped_layers_guide_away(all_nodes, monkeypatch):
         def set_model_sampler_post_cfg_function(self, function):
             self.hook = function
 
-    monkeypatch.setattr(comfy.samplers, "calc_cond_batch", lambda model, conds, x, sigma, options: [
-        torch.zeros(1) if options["transformer_options"]["patches_replace"]["dit"] else None])
-    (model,) = out(all_nodes, "SkipLayerGuidanceSD3", model=Model(), layers="7, 8", scale=2.0, start_percent=0.1,
-                   end_percent=0.5)
-    arguments = {"denoised": torch.ones(1), "cond_denoised": torch.ones(1), "cond": [], "input": None, "model": None,
-                 "model_options": {"transformer_options": {}}}
+    monkeypatch.setattr(
+        comfy.samplers,
+        "calc_cond_batch",
+        lambda model, conds, x, sigma, options: [
+            torch.zeros(1) if options["transformer_options"]["patches_replace"]["dit"] else None
+        ],
+    )
+    (model,) = out(
+        all_nodes, "SkipLayerGuidanceSD3", model=Model(), layers="7, 8", scale=2.0, start_percent=0.1, end_percent=0.5
+    )
+    arguments = {
+        "denoised": torch.ones(1),
+        "cond_denoised": torch.ones(1),
+        "cond": [],
+        "input": None,
+        "model": None,
+        "model_options": {"transformer_options": {}},
+    }
     assert model.hook({**arguments, "sigma": torch.tensor([7.0])}).item() == 3.0
     assert model.hook({**arguments, "sigma": torch.tensor([1.0])}).item() == 1.0

@@ -61,11 +61,20 @@ class Run:
 
     def __call__(self, name, args):
         for prefix, method in (
-            ("latent_upscale_by_", self.upscale_by), ("latent_upscale_", self.upscale), ("latent_composite_masked",
-            self.composite_masked), ("image_composite_masked", self.image_composite_masked), ("latent_", self.latents),
-            ("image_scale_by_", self.image_scale_by), ("image_scale_", self.image_scale), ("mask_composite_",
-            self.mask_composite), ("mask_grow_", self.mask_grow), ("mask_", self.masks), ("image_", self.images),
-            ("vae_encode", self.vae), ("outpaint", self.outpaint), ("inpaint_model", self.inpaint_model),
+            ("latent_upscale_by_", self.upscale_by),
+            ("latent_upscale_", self.upscale),
+            ("latent_composite_masked", self.composite_masked),
+            ("image_composite_masked", self.image_composite_masked),
+            ("latent_", self.latents),
+            ("image_scale_by_", self.image_scale_by),
+            ("image_scale_", self.image_scale),
+            ("mask_composite_", self.mask_composite),
+            ("mask_grow_", self.mask_grow),
+            ("mask_", self.masks),
+            ("image_", self.images),
+            ("vae_encode", self.vae),
+            ("outpaint", self.outpaint),
+            ("inpaint_model", self.inpaint_model),
         ):
             if name.startswith(prefix):
                 return method(name.removeprefix(prefix), args)
@@ -99,11 +108,14 @@ class Run:
             "blend": lambda: self.call("LatentBlend", first, second, args["factor"]),
             "from_batch": lambda: self.call("LatentFromBatch", self.two(), args["batch_index"], args["length"]),
             "from_batch_mask": lambda: self.call(
-                "LatentFromBatch", {**self.two(), "noise_mask": mask, "batch_index": [4, 5, 6, 7]}, 2, 1),
-            "repeat": lambda: self.call("RepeatLatentBatch", self.latent(
-                batch_index=[0, 5], noise_mask=torch.cat([mask, 1 - mask])), 2),
-            "interpolate_batch1": lambda: self.call("LatentInterpolate", *(
-                {"samples": latent["samples"][:1]} for latent in (first, same)), args["ratio"]),
+                "LatentFromBatch", {**self.two(), "noise_mask": mask, "batch_index": [4, 5, 6, 7]}, 2, 1
+            ),
+            "repeat": lambda: self.call(
+                "RepeatLatentBatch", self.latent(batch_index=[0, 5], noise_mask=torch.cat([mask, 1 - mask])), 2
+            ),
+            "interpolate_batch1": lambda: self.call(
+                "LatentInterpolate", *({"samples": latent["samples"][:1]} for latent in (first, same)), args["ratio"]
+            ),
         }
         return simple[rest]()[0]
 
@@ -111,12 +123,26 @@ class Run:
         return {"samples": torch.cat([self.t["latent"], self.t["latent_same"]])}
 
     def composite_masked(self, rest, args):
-        return self.call("LatentCompositeMasked", self.latent(), self.latent("latent_b"), args["x"], args["y"],
-                         rest.endswith("True"), self.t["mask"])[0]
+        return self.call(
+            "LatentCompositeMasked",
+            self.latent(),
+            self.latent("latent_b"),
+            args["x"],
+            args["y"],
+            rest.endswith("True"),
+            self.t["mask"],
+        )[0]
 
     def image_composite_masked(self, rest, args):
-        return self.call("ImageCompositeMasked", self.t["image"], self.t["image_b"], args["x"], args["y"],
-                         rest.endswith("True"), self.t["mask"])
+        return self.call(
+            "ImageCompositeMasked",
+            self.t["image"],
+            self.t["image_b"],
+            args["x"],
+            args["y"],
+            rest.endswith("True"),
+            self.t["mask"],
+        )
 
     def image_scale(self, rest, args):
         method, crop = ("bilinear", "disabled") if rest == "height_only" else rest.rsplit("_", 1)
@@ -138,13 +164,15 @@ class Run:
         return {"image": image, "mask": mask}
 
     def vae(self, rest, args):
-        return self.call("VAEEncodeForInpaint", BlockMeanVAE(), self.t["image"], self.t["mask"],
-                         args["grow_mask_by"])[0]
+        return self.call("VAEEncodeForInpaint", BlockMeanVAE(), self.t["image"], self.t["mask"], args["grow_mask_by"])[
+            0
+        ]
 
     def inpaint_model(self, rest, args):
         empty = [[torch.zeros(1, 1, 1), {}]]
-        positive, negative, latent = self.call("InpaintModelConditioning", empty, empty, self.t["image"],
-                                               BlockMeanVAE(), self.t["mask"])
+        positive, negative, latent = self.call(
+            "InpaintModelConditioning", empty, empty, self.t["image"], BlockMeanVAE(), self.t["mask"]
+        )
         assert negative[0][1].keys() == positive[0][1].keys()
         return {**positive[0][1], **latent}
 
@@ -155,8 +183,13 @@ class Run:
         return self.call("GrowMask", self.t["mask_hard"], args["expand"], args["tapered"])
 
     def masks(self, rest, args):
-        node = {"invert": "InvertMask", "crop": "CropMask", "feather": "FeatherMask", "threshold": "ThresholdMask",
-                "to_image": "MaskToImage"}[rest]
+        node = {
+            "invert": "InvertMask",
+            "crop": "CropMask",
+            "feather": "FeatherMask",
+            "threshold": "ThresholdMask",
+            "to_image": "MaskToImage",
+        }[rest]
         return self.call(node, self.t["mask"], **args)
 
 

@@ -66,8 +66,16 @@ def test_text_encoders_merge(all_nodes, tiny, other):
 
 def test_what_is_saved_is_loaded_again(all_nodes, tiny, other, tiny_folder):
     mixed = run(all_nodes, "ModelMergeSimple", model1=tiny[0], model2=other[0], ratio=0.5)[0]
-    run(all_nodes, "CheckpointSave", model=mixed, clip=tiny[1], vae=tiny[2], filename_prefix="whole",
-        prompt={"1": {}}, extra_pnginfo={"workflow": {}})
+    run(
+        all_nodes,
+        "CheckpointSave",
+        model=mixed,
+        clip=tiny[1],
+        vae=tiny[2],
+        filename_prefix="whole",
+        prompt={"1": {}},
+        extra_pnginfo={"workflow": {}},
+    )
     path = tiny_folder / "output/whole_00001_.safetensors"
     (tiny_folder / "models/checkpoints/again.safetensors").write_bytes(path.read_bytes())
     model, clip, vae = nodes.CheckpointLoaderSimple().load_checkpoint("again.safetensors")
@@ -79,19 +87,36 @@ def test_what_is_saved_is_loaded_again(all_nodes, tiny, other, tiny_folder):
     run(all_nodes, "VAESave", vae=tiny[2], filename_prefix="vae")
     assert load_file(tiny_folder / "output/vae_00001_.safetensors").keys() == tiny[2].get_sd().keys()
     run(all_nodes, "CLIPSave", clip=tiny[1], filename_prefix="te")
-    assert "text_model.embeddings.token_embedding.weight" in load_file(tiny_folder / "output/te_clip_l_00001_.safetensors")
+    assert "text_model.embeddings.token_embedding.weight" in load_file(
+        tiny_folder / "output/te_clip_l_00001_.safetensors"
+    )
     assert "shared.weight" in load_file(tiny_folder / "output/te_t5xxl_00001_.safetensors")
 
 
 def test_a_difference_becomes_a_lora(all_nodes, tiny, other, tiny_folder):
     difference = run(all_nodes, "ModelMergeSubtract", model1=other[0], model2=tiny[0], multiplier=1.0)[0]
-    run(all_nodes, "LoraSave", filename_prefix="full", rank=4, lora_type="full_diff", bias_diff=True,
-        model_diff=difference, text_encoder_diff=None)
+    run(
+        all_nodes,
+        "LoraSave",
+        filename_prefix="full",
+        rank=4,
+        lora_type="full_diff",
+        bias_diff=True,
+        model_diff=difference,
+        text_encoder_diff=None,
+    )
     lora = load_file(tiny_folder / "output/full_00001_.safetensors")
     changed = run(all_nodes, "LoraModelLoader", model=tiny[0], lora=lora, strength_model=1.0)[0]
     torch.testing.assert_close(weight(changed, BLOCK), weight(other[0], BLOCK), atol=2e-3, rtol=0)
-    run(all_nodes, "LoraSave", filename_prefix="low", rank=4, lora_type="standard", bias_diff=False,
-        model_diff=difference)
+    run(
+        all_nodes,
+        "LoraSave",
+        filename_prefix="low",
+        rank=4,
+        lora_type="standard",
+        bias_diff=False,
+        model_diff=difference,
+    )
     low = load_file(tiny_folder / "output/low_00001_.safetensors")
     stem = BLOCK.removesuffix(".weight")
     assert low[f"{stem}.lora_down.weight"].shape[0] == 4 and not any(key.endswith("diff_b") for key in low)
@@ -115,8 +140,15 @@ GUIDANCE = {
     "VideoLinearCFGGuidance": {"min_cfg": 2.0},
     "VideoTriangleCFGGuidance": {"min_cfg": 2.0},
     "ModelAttentionBackend": {"attention": "basic attention"},
-    "ContextWindowsManual": {"context_length": 1, "context_overlap": 0, "context_schedule": "standard_static",
-                             "context_stride": 1, "closed_loop": False, "fuse_method": "flat", "dim": 0},
+    "ContextWindowsManual": {
+        "context_length": 1,
+        "context_overlap": 0,
+        "context_schedule": "standard_static",
+        "context_stride": 1,
+        "closed_loop": False,
+        "fuse_method": "flat",
+        "dim": 0,
+    },
 }
 
 
@@ -134,7 +166,8 @@ CHANGES = {
     "Epsilon Scaling": {"scaling_factor": 1.2},
     "RenormCFG": {"cfg_trunc": 100.0, "renorm_cfg": 0.5},
     "CFGOverride": {"cfg": 5.0, "start_percent": 0.5, "end_percent": 1.0},
-    "TCFG": {}, "Mahiro": {},
+    "TCFG": {},
+    "Mahiro": {},
     "VideoLinearCFGGuidance": {"min_cfg": 1.0},
     "VideoTriangleCFGGuidance": {"min_cfg": 1.0},
 }
@@ -171,8 +204,10 @@ def test_projections():
 
 def test_perp_neg_node_and_guider_agree(all_nodes, tiny):
     model, clip, _ = tiny
-    conds = {name: encode(all_nodes, clip, text) for name, text in
-             {"positive": "a tree", "negative": "a house", "empty_conditioning": ""}.items()}
+    conds = {
+        name: encode(all_nodes, clip, text)
+        for name, text in {"positive": "a tree", "negative": "a house", "empty_conditioning": ""}.items()
+    }
     guider = run(all_nodes, "PerpNegGuider", model=model, **conds, cfg=3.0, neg_scale=0.7)[0]
     latent = torch.zeros(1, 16, 8, 8)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
@@ -188,11 +223,14 @@ def test_perp_neg_node_and_guider_agree(all_nodes, tiny):
 @pytest.mark.parametrize("name", ["EasyCache", "LazyCache"])
 def test_caches_skip_steps(all_nodes, tiny, name, caplog):
     caplog.set_level("INFO")
-    model = run(all_nodes, name, model=tiny[0], reuse_threshold=3.0, start_percent=0.0, end_percent=1.0,
-                verbose=True)[0]
+    model = run(all_nodes, name, model=tiny[0], reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=True)[
+        0
+    ]
     calls = []
     counted = model.clone()
-    counted.set_model_unet_function_wrapper(lambda apply, a: calls.append(1) or apply(a["input"], a["timestep"], **a["c"]))
+    counted.set_model_unet_function_wrapper(
+        lambda apply, a: calls.append(1) or apply(a["input"], a["timestep"], **a["c"])
+    )
     near = sample(all_nodes, counted, tiny[1], steps=12)
     assert 0 < len(calls) < 12
     plain = sample(all_nodes, tiny[0], tiny[1], steps=12)
@@ -203,8 +241,13 @@ def test_caches_skip_steps(all_nodes, tiny, name, caplog):
 
 def handler(length=4, overlap=1, schedule=windows.STATIC, fuse=windows.FLAT, stride=1, loop=False):
     return windows.IndexListContextHandler(
-        windows.get_matching_context_schedule(schedule), windows.get_matching_fuse_method(fuse), length, overlap,
-        stride, loop, 0,
+        windows.get_matching_context_schedule(schedule),
+        windows.get_matching_fuse_method(fuse),
+        length,
+        overlap,
+        stride,
+        loop,
+        0,
     )
 
 
@@ -215,7 +258,9 @@ def test_windows():
     assert of[windows.BATCHED](10, handler()) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     looped = handler(loop=True)
     looped.step = 1
-    assert of[windows.LOOPED](10, looped)[0] == [5, 6, 7, 8] and any(9 in w and 0 in w for w in of[windows.LOOPED](10, looped))
+    assert of[windows.LOOPED](10, looped)[0] == [5, 6, 7, 8] and any(
+        9 in w and 0 in w for w in of[windows.LOOPED](10, looped)
+    )
     for step in range(6):
         uniform = handler(stride=2, schedule=windows.UNIFORM)
         uniform.step = step
@@ -264,10 +309,15 @@ def test_unet_attention_is_scaled(all_nodes):
             return Patcher()
 
         def model_state_dict(self):
-            return dict.fromkeys([
-                "a.attn1.to_q.weight", "a.attn1.to_out.0.bias", "a.time_stack.attn1.to_out.0.weight",
-                "a.attn2.to_q.weight", "a.attn2.to_out.0.weight",
-            ])
+            return dict.fromkeys(
+                [
+                    "a.attn1.to_q.weight",
+                    "a.attn1.to_out.0.bias",
+                    "a.time_stack.attn1.to_out.0.weight",
+                    "a.attn2.to_q.weight",
+                    "a.attn2.to_out.0.weight",
+                ]
+            )
 
         def add_patches(self, patches, strength_patch, strength_model):
             assert strength_patch == 0.0
@@ -275,18 +325,34 @@ def test_unet_attention_is_scaled(all_nodes):
 
     factors = {"q": 2.0, "k": 1.0, "v": 1.0, "out": 3.0}
     own = run(all_nodes, "UNetSelfAttentionMultiply", model=Patcher(), **factors)[0].patches
-    assert own["a.attn1.to_q.weight"] == 2.0 and own["a.attn1.to_out.0.bias"] == 3.0 and "a.attn2.to_q.weight" not in own
-    assert run(all_nodes, "UNetCrossAttentionMultiply", model=Patcher(), **factors)[0].patches["a.attn2.to_q.weight"] == 2.0
-    over_time = run(all_nodes, "UNetTemporalAttentionMultiply", model=Patcher(), self_structural=2.0, self_temporal=3.0,
-                    cross_structural=4.0, cross_temporal=5.0)[0].patches
+    assert (
+        own["a.attn1.to_q.weight"] == 2.0 and own["a.attn1.to_out.0.bias"] == 3.0 and "a.attn2.to_q.weight" not in own
+    )
+    assert (
+        run(all_nodes, "UNetCrossAttentionMultiply", model=Patcher(), **factors)[0].patches["a.attn2.to_q.weight"]
+        == 2.0
+    )
+    over_time = run(
+        all_nodes,
+        "UNetTemporalAttentionMultiply",
+        model=Patcher(),
+        self_structural=2.0,
+        self_temporal=3.0,
+        cross_structural=4.0,
+        cross_temporal=5.0,
+    )[0].patches
     assert list(over_time.values()) == [2.0, 3.0, 4.0]
 
 
 def test_hypernetworks(all_nodes, tiny, tiny_folder):
     folder = tiny_folder / "models/hypernetworks"
     folder.mkdir(exist_ok=True)
-    half = {"linear.0.weight": torch.eye(4) * 0.5, "linear.0.bias": torch.zeros(4), "linear.1.weight": torch.eye(4),
-            "linear.1.bias": torch.ones(4)}
+    half = {
+        "linear.0.weight": torch.eye(4) * 0.5,
+        "linear.0.bias": torch.zeros(4),
+        "linear.1.weight": torch.eye(4),
+        "linear.1.bias": torch.ones(4),
+    }
     torch.save({4: [half, half], "activation_func": "relu"}, folder / "h.pt")
     from comfy_extras.nodes_hypernetwork import load_hypernetwork_patch
 
@@ -301,20 +367,37 @@ def test_hypernetworks(all_nodes, tiny, tiny_folder):
 
 def test_samplers_beyond_the_list(all_nodes, tiny):
     model, clip, _ = tiny
-    guider = run(all_nodes, "CFGGuider", model=model, positive=encode(all_nodes, clip, "a tree"),
-                 negative=encode(all_nodes, clip, ""), cfg=1.5)[0]
+    guider = run(
+        all_nodes,
+        "CFGGuider",
+        model=model,
+        positive=encode(all_nodes, clip, "a tree"),
+        negative=encode(all_nodes, clip, ""),
+        cfg=1.5,
+    )[0]
     sigmas = run(all_nodes, "ManualSigmas", sigmas="1.0; .5, 2.5e-1 and 0")[0]
     assert sigmas.tolist() == [1.0, 0.5, 0.25, 0.0]
     latent = {"samples": torch.zeros(1, 16, 8, 8)}
     noise = run(all_nodes, "RandomNoise", noise_seed=1)[0]
     results = []
     for name, settings in (
-        ("SamplerEulerCFGpp", {"version": "regular"}), ("SamplerEulerCFGpp", {"version": "alternative"}),
+        ("SamplerEulerCFGpp", {"version": "regular"}),
+        ("SamplerEulerCFGpp", {"version": "alternative"}),
         ("SamplerLCMUpscale", {"scale_ratio": 1.5, "scale_steps": -1, "upscale_method": "bilinear"}),
     ):
         sampler = run(all_nodes, name, **settings)[0]
-        twice = [run(all_nodes, "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
-                     latent_image=latent)[0]["samples"] for _ in range(2)]
+        twice = [
+            run(
+                all_nodes,
+                "SamplerCustomAdvanced",
+                noise=noise,
+                guider=guider,
+                sampler=sampler,
+                sigmas=sigmas,
+                latent_image=latent,
+            )[0]["samples"]
+            for _ in range(2)
+        ]
         torch.testing.assert_close(*twice, rtol=0, atol=0)
         results.append(twice[0])
     assert results[2].shape == (1, 16, 12, 12)
@@ -326,17 +409,35 @@ def test_samplers_beyond_the_list(all_nodes, tiny):
 def test_conditioning_for_edits_and_videos(all_nodes, tiny):
     model, clip, vae = tiny
     cond = encode(all_nodes, clip, "a tree")
-    positive, negative, latent = run(all_nodes, "InstructPixToPixConditioning", positive=cond, negative=cond, vae=vae,
-                                     pixels=torch.rand(1, 37, 42, 3))
+    positive, negative, latent = run(
+        all_nodes,
+        "InstructPixToPixConditioning",
+        positive=cond,
+        negative=cond,
+        vae=vae,
+        pixels=torch.rand(1, 37, 42, 3),
+    )
     assert positive[0][1]["concat_latent_image"].shape == latent["samples"].shape == (1, 16, 4, 5)
-    area = run(all_nodes, "ConditioningSetAreaPercentageVideo", conditioning=cond, width=0.5, height=0.4, temporal=0.3,
-               x=0.1, y=0.2, z=0.6, strength=1.5)[0][0][1]["area"]
+    area = run(
+        all_nodes,
+        "ConditioningSetAreaPercentageVideo",
+        conditioning=cond,
+        width=0.5,
+        height=0.4,
+        temporal=0.3,
+        x=0.1,
+        y=0.2,
+        z=0.6,
+        strength=1.5,
+    )[0][0][1]["area"]
     assert area == ("percentage", 0.3, 0.4, 0.5, 0.6, 0.2, 0.1)
     video = {"samples": torch.arange(5.0).view(1, 1, 5, 1, 1)}
     assert run(all_nodes, "TrimVideoLatent", samples=video, trim_amount=2)[0]["samples"].flatten().tolist() == [2, 3, 4]
     with pytest.raises(ValueError, match="is no video"):
         run(all_nodes, "TrimVideoLatent", samples={"samples": torch.zeros(1, 4, 8, 8)}, trim_amount=1)
-    cut = run(all_nodes, "LatentCutToBatch", samples={"samples": torch.arange(10.0).view(1, 1, 2, 5)}, dim="x", slice_size=2)
+    cut = run(
+        all_nodes, "LatentCutToBatch", samples={"samples": torch.arange(10.0).view(1, 1, 2, 5)}, dim="x", slice_size=2
+    )
     assert cut[0]["samples"].tolist() == [[[[0, 1], [5, 6]]], [[[2, 3], [7, 8]]]]
 
 
@@ -354,7 +455,8 @@ def test_schedule_of_flux_2(all_nodes):
 def test_conditioning_from_a_file(all_nodes, tiny, tiny_folder):
     folder = tiny_folder / "models/embeddings"
     folder.mkdir(exist_ok=True)
-    comfy.utils.save_torch_file({"conditioning": torch.ones(1, 3, 4), "pooled_output": torch.zeros(1, 4)},
-                                str(folder / "depth.safetensors"))
+    comfy.utils.save_torch_file(
+        {"conditioning": torch.ones(1, 3, 4), "pooled_output": torch.zeros(1, 4)}, str(folder / "depth.safetensors")
+    )
     cond = run(all_nodes, "ConditioningLoader", conditioning_name="depth.safetensors")[0]
     assert cond[0][0].shape == (1, 3, 4) and cond[0][1]["pooled_output"].shape == (1, 4)

@@ -41,10 +41,19 @@ def test_edges(all_nodes):
 
 
 def test_shapes_grow_and_shrink(all_nodes):
-    areas = {name: float(run(all_nodes, "Morphology", image=square(), operation=name, kernel_size=3)[0][..., 0].sum())
-             for name in ("erode", "dilate", "open", "close", "gradient", "bottom_hat", "top_hat")}
-    assert areas == {"erode": 14**2, "dilate": 18**2, "open": 256, "close": 256, "gradient": 18**2 - 14**2,
-                     "bottom_hat": 0, "top_hat": 0}
+    areas = {
+        name: float(run(all_nodes, "Morphology", image=square(), operation=name, kernel_size=3)[0][..., 0].sum())
+        for name in ("erode", "dilate", "open", "close", "gradient", "bottom_hat", "top_hat")
+    }
+    assert areas == {
+        "erode": 14**2,
+        "dilate": 18**2,
+        "open": 256,
+        "close": 256,
+        "gradient": 18**2 - 14**2,
+        "bottom_hat": 0,
+        "top_hat": 0,
+    }
 
 
 def test_luma_and_chroma(all_nodes):
@@ -156,8 +165,15 @@ def test_training_pictures(all_nodes, tiny, tiny_folder):
         assert images.shape == (4, 6, 8, 3)
     with pytest.raises(ValueError, match="b.png is 4 x 4, not 8 x 6; set resize_method"):
         run(all_nodes, "LoadImageSetFromFolderNode", folder="set")
-    images, conditioning = run(all_nodes, "LoadImageTextSetFromFolderNode", folder="set", clip=tiny[1],
-                               resize_method="Crop", width=16, height=16)
+    images, conditioning = run(
+        all_nodes,
+        "LoadImageTextSetFromFolderNode",
+        folder="set",
+        clip=tiny[1],
+        resize_method="Crop",
+        width=16,
+        height=16,
+    )
     assert images.shape == (4, 16, 16, 3) and len(conditioning) == 4
     torch.testing.assert_close(conditioning[0][0], encode(all_nodes, tiny[1], "a cat")[0][0])
     (tiny_folder / "input/empty").mkdir(exist_ok=True)
@@ -194,7 +210,9 @@ def test_parts_of_videos(all_nodes):
     video = run(all_nodes, "CreateVideo", images=images, fps=10.0, audio=sound)[0]
 
     def cut(start, duration, strict=False):
-        part = run(all_nodes, "Video Slice", video=video, start_time=start, duration=duration, strict_duration=strict)[0]
+        part = run(all_nodes, "Video Slice", video=video, start_time=start, duration=duration, strict_duration=strict)[
+            0
+        ]
         parts = part.get_components()
         return parts.images[:, 0, 0, 0].tolist(), parts.audio["waveform"][0, 0]
 

@@ -61,18 +61,34 @@ def test_a_switch_computes_one_branch_only(all_nodes, folders):
     prompt["4"]["inputs"]["source"] = ["5", 0]
     valid, _, _, errors = asyncio.run(execution.validate_prompt("p", prompt, None))
     assert not valid and errors["5"]["errors"][0]["details"] == "images.image0"
-    prompt["5"] = {"class_type": "SaveAudioAdvanced", "inputs": {"audio": ["1", 0], "filename_prefix": "x", "format": "ogg"}}
+    prompt["5"] = {
+        "class_type": "SaveAudioAdvanced",
+        "inputs": {"audio": ["1", 0], "filename_prefix": "x", "format": "ogg"},
+    }
     valid, _, _, errors = asyncio.run(execution.validate_prompt("p", prompt, None))
     assert not valid and any("'ogg' not in" in found["details"] for found in errors["5"]["errors"])
 
 
 def test_numbers(all_nodes):
-    for expression, value in {"max(((a + 15) // 16) * 16, 256)": 304, "a & -8": 296, "sum(values) / 2": 155,
-                              "floor(a / 32) * 32": 288, "a > b": True, "pow(b, 2)": 100}.items():
+    for expression, value in {
+        "max(((a + 15) // 16) * 16, 256)": 304,
+        "a & -8": 296,
+        "sum(values) / 2": 155,
+        "floor(a / 32) * 32": 288,
+        "a > b": True,
+        "pow(b, 2)": 100,
+    }.items():
         result = run(all_nodes, "ComfyMathExpression", expression=expression, **{"values.a": 300, "values.b": 10})
         assert result == (float(value), int(value), bool(value)), expression
-    for expression, reason in {"": "is empty", "c + 1": "cannot be computed", "'x'": "is no number", "1 / 0": "cannot",
-                               "1e308 * 10": "is not finite", "pow(2, 99999)": "exponent", "a +": "cannot"}.items():
+    for expression, reason in {
+        "": "is empty",
+        "c + 1": "cannot be computed",
+        "'x'": "is no number",
+        "1 / 0": "cannot",
+        "1e308 * 10": "is not finite",
+        "pow(2, 99999)": "exponent",
+        "a +": "cannot",
+    }.items():
         with pytest.raises(ValueError, match=reason):
             run(all_nodes, "ComfyMathExpression", expression=expression, **{"values.a": 1})
     odd = 2**53 + 1
@@ -82,26 +98,37 @@ def test_numbers(all_nodes):
         run(all_nodes, "ComfyNumberConvert", value="tree")
     assert run(all_nodes, "SeedNode", seed=7) == (7,)
     assert run(all_nodes, "ResolutionSelector", aspect_ratio="1:1 (Square)", megapixels=1.0) == (1024, 1024)
-    assert run(all_nodes, "ResolutionSelector", aspect_ratio="16:9 (Widescreen)", megapixels=0.9, multiple=32) == (1280, 736)
+    assert run(all_nodes, "ResolutionSelector", aspect_ratio="16:9 (Widescreen)", megapixels=0.9, multiple=32) == (
+        1280,
+        736,
+    )
 
 
 def test_texts_of_json(all_nodes):
     content = json.dumps({"Turbo": {"mu": 0.5}, "n": 3, "none": None, "text": "é"})
+
     def read(key, text=content):
         return run(all_nodes, "JsonExtractString", json_string=text, key=key)[0]
+
     assert read("mu", read("Turbo")) == "0.5" and read("n") == "3" and read("text") == "é"
     assert read("none") == read("missing") == read("a", "no json") == ""
 
 
-@pytest.mark.parametrize(("choice", "inputs", "size"), [
-    ("scale dimensions", {"width": 20, "height": 0, "crop": "center"}, (20, 10)),
-    ("scale dimensions", {"width": 20, "height": 20, "crop": "center"}, (20, 20)),
-    ("scale by multiplier", {"multiplier": 1.5}, (60, 30)), ("scale longer dimension", {"longer_size": 80}, (80, 40)),
-    ("scale shorter dimension", {"shorter_size": 40}, (80, 40)), ("scale width", {"width": 10}, (10, 5)),
-    ("scale height", {"height": 10}, (20, 10)), ("scale total pixels", {"megapixels": 0.01, "multiple": 8}, (144, 72)),
-    ("match size", {"match": torch.zeros(1, 7, 9), "crop": "disabled"}, (9, 7)),
-    ("scale to multiple", {"multiple": 16}, (32, 16)),
-])
+@pytest.mark.parametrize(
+    ("choice", "inputs", "size"),
+    [
+        ("scale dimensions", {"width": 20, "height": 0, "crop": "center"}, (20, 10)),
+        ("scale dimensions", {"width": 20, "height": 20, "crop": "center"}, (20, 20)),
+        ("scale by multiplier", {"multiplier": 1.5}, (60, 30)),
+        ("scale longer dimension", {"longer_size": 80}, (80, 40)),
+        ("scale shorter dimension", {"shorter_size": 40}, (80, 40)),
+        ("scale width", {"width": 10}, (10, 5)),
+        ("scale height", {"height": 10}, (20, 10)),
+        ("scale total pixels", {"megapixels": 0.01, "multiple": 8}, (144, 72)),
+        ("match size", {"match": torch.zeros(1, 7, 9), "crop": "disabled"}, (9, 7)),
+        ("scale to multiple", {"multiple": 16}, (32, 16)),
+    ],
+)
 def test_sizes(all_nodes, choice, inputs, size):
     given = {"resize_type": choice, **{f"resize_type.{name}": value for name, value in inputs.items()}}
     for x in (torch.rand(2, 20, 40, 3), torch.rand(2, 20, 40)):
@@ -113,7 +140,9 @@ def test_what_a_choice_needs(all_nodes):
     image = torch.rand(1, 4, 4, 3)
     out = run(all_nodes, "ResizeImageMaskNode", input=image, scale_method="area", resize_type="scale longer dimension")
     assert out[0].shape[1] == 512  # the default
-    with pytest.raises(ValueError, match="'resize_type.match' is missing; it is needed when resize_type is 'match size'"):
+    with pytest.raises(
+        ValueError, match="'resize_type.match' is missing; it is needed when resize_type is 'match size'"
+    ):
         run(all_nodes, "ResizeImageMaskNode", input=image, scale_method="area", resize_type="match size")
     with pytest.raises(ValueError, match="choose one of 'scale dimensions'"):
         run(all_nodes, "ResizeImageMaskNode", input=image, scale_method="area", resize_type="shrink")
@@ -127,28 +156,46 @@ def test_batches(all_nodes):
         run(all_nodes, "BatchImagesNode")
     masks = {"masks.mask0": torch.zeros(1, 4, 6), "masks.mask1": torch.ones(1, 8, 8)}
     assert run(all_nodes, "BatchMasksNode", **masks)[0].shape == (2, 4, 6)
-    latents = {"latents.latent0": {"samples": torch.zeros(1, 4, 8, 8), "batch_index": [7]},
-               "latents.latent1": {"samples": torch.ones(2, 4, 4, 4)}}
+    latents = {
+        "latents.latent0": {"samples": torch.zeros(1, 4, 8, 8), "batch_index": [7]},
+        "latents.latent1": {"samples": torch.ones(2, 4, 4, 4)},
+    }
     out = run(all_nodes, "BatchLatentsNode", **latents)[0]
     assert out["samples"].shape == (3, 4, 8, 8) and out["batch_index"] == [7, 0, 1]
     for name, group in (("mask", masks), ("latent", latents), ("image", images)):
         renamed = {key.replace(f"{name}s.{name}", "inputs.input"): value for key, value in group.items()}
         assert run(all_nodes, "BatchImagesMasksLatentsNode", **renamed)
     with pytest.raises(ValueError, match="cannot be one batch"):
-        run(all_nodes, "BatchLatentsNode", **{"latents.latent0": {"samples": torch.zeros(1, 4, 8, 8)},
-                                              "latents.latent1": {"samples": torch.zeros(1, 16, 8, 8)}})
+        run(
+            all_nodes,
+            "BatchLatentsNode",
+            **{
+                "latents.latent0": {"samples": torch.zeros(1, 4, 8, 8)},
+                "latents.latent1": {"samples": torch.zeros(1, 16, 8, 8)},
+            },
+        )
 
 
 def test_dynamic_inputs_in_each_other():
-    inner = io.DynamicCombo.Input("inner", options=[
-        io.DynamicCombo.Option("x", [io.Float.Input("f", default=1.5)]), io.DynamicCombo.Option("y", [])])
+    inner = io.DynamicCombo.Input(
+        "inner",
+        options=[io.DynamicCombo.Option("x", [io.Float.Input("f", default=1.5)]), io.DynamicCombo.Option("y", [])],
+    )
     grown = io.Autogrow.Input("more", template=io.Autogrow.TemplateNames(io.Image.Input("i"), names=["a", "b"], min=1))
 
     class Both(io.ComfyNode):
         @classmethod
         def define_schema(cls):
-            return io.Schema(node_id="Both", outputs=[io.AnyType.Output()], inputs=[io.DynamicCombo.Input("outer", options=[
-                io.DynamicCombo.Option("one", [inner]), io.DynamicCombo.Option("two", [grown])])])
+            return io.Schema(
+                node_id="Both",
+                outputs=[io.AnyType.Output()],
+                inputs=[
+                    io.DynamicCombo.Input(
+                        "outer",
+                        options=[io.DynamicCombo.Option("one", [inner]), io.DynamicCombo.Option("two", [grown])],
+                    )
+                ],
+            )
 
         @classmethod
         def validate_inputs(cls, outer):
@@ -159,7 +206,8 @@ def test_dynamic_inputs_in_each_other():
             return io.NodeOutput(outer)
 
     assert Both.EXECUTE_NORMALIZED(**{"outer": "one", "outer.inner": "x"}) == (
-        {"outer": "one", "inner": {"inner": "x", "f": 1.5}},)
+        {"outer": "one", "inner": {"inner": "x", "f": 1.5}},
+    )
     assert Both.EXECUTE_NORMALIZED(**{"outer": "two", "outer.more.a": 4}) == ({"outer": "two", "more": {"a": 4}},)
     assert Both.PREPARE_CLASS_CLONE({}).validate_inputs(**{"outer": "two", "outer.more.a": 4}) is False
     assert {"outer.inner", "outer.inner.f", "outer.more.a", "outer.more.b"} <= Both.INPUT_TYPES()["optional"].keys()

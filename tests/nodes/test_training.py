@@ -9,9 +9,19 @@ from safetensors.torch import load_file, save_file
 from tests.nodes.helpers import encode, run, sample
 
 SETTINGS = {
-    "batch_size": 1, "grad_accumulation_steps": 1, "steps": 8, "learning_rate": 0.01, "rank": 4, "optimizer": "AdamW",
-    "loss_function": "MSE", "seed": 1, "training_dtype": "fp32", "lora_dtype": "fp32", "algorithm": "LoRA",
-    "gradient_checkpointing": False, "existing_lora": "[None]",
+    "batch_size": 1,
+    "grad_accumulation_steps": 1,
+    "steps": 8,
+    "learning_rate": 0.01,
+    "rank": 4,
+    "optimizer": "AdamW",
+    "loss_function": "MSE",
+    "seed": 1,
+    "training_dtype": "fp32",
+    "lora_dtype": "fp32",
+    "algorithm": "LoRA",
+    "gradient_checkpointing": False,
+    "existing_lora": "[None]",
 }
 
 
@@ -35,8 +45,14 @@ def train(all_nodes, tiny, count=1, **changes):
     """As in a prompt: in inference mode."""
     with torch.inference_mode():
         positive = encode(all_nodes, tiny[1], "a tree")
-        return run(all_nodes, "TrainLoraNode", model=tiny[0], latents=pictures(count), positive=positive,
-                   **{**SETTINGS, **changes})
+        return run(
+            all_nodes,
+            "TrainLoraNode",
+            model=tiny[0],
+            latents=pictures(count),
+            positive=positive,
+            **{**SETTINGS, **changes},
+        )
 
 
 @pytest.mark.parametrize("algorithm", ["LoRA", "LoHa", "LoKr", "OFT"])
@@ -64,11 +80,17 @@ def test_checkpointing_and_accumulation_change_nothing(all_nodes, tiny):
     assert len(several[2]["loss"]) == 6 and several[3] == 2
 
 
-@pytest.mark.parametrize("changes", [
-    {"optimizer": "Adam", "loss_function": "L1"}, {"optimizer": "RMSprop", "loss_function": "Huber"},
-    {"optimizer": "SGD", "loss_function": "SmoothL1"}, {"training_dtype": "bf16", "lora_dtype": "bf16"},
-    {"training_dtype": "bf16", "algorithm": "OFT"}, {"lora_dtype": "bf16", "algorithm": "LoKr"},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "Adam", "loss_function": "L1"},
+        {"optimizer": "RMSprop", "loss_function": "Huber"},
+        {"optimizer": "SGD", "loss_function": "SmoothL1"},
+        {"training_dtype": "bf16", "lora_dtype": "bf16"},
+        {"training_dtype": "bf16", "algorithm": "OFT"},
+        {"lora_dtype": "bf16", "algorithm": "LoKr"},
+    ],
+)
 def test_every_choice_trains(all_nodes, tiny, changes):
     _, lora, losses, _ = train(all_nodes, tiny, steps=2, gradient_checkpointing=True, **changes)
     assert len(losses["loss"]) == 2
@@ -90,8 +112,12 @@ def test_an_adapter_is_saved_and_gone_on_with(all_nodes, tiny, tiny_folder):
     _, more, _, total = train(all_nodes, tiny, existing_lora="tiny_flux_kohya.safetensors", steps=1, learning_rate=1e-7)
     before = load_file(tiny_folder / "models" / "loras" / "tiny_flux_kohya.safetensors")
     assert total == 1
-    torch.testing.assert_close(more["diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight"],
-                               before["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        more["diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight"],
+        before["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"],
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 def test_what_cannot_be_trained_is_named(all_nodes, tiny, tiny_folder):

@@ -81,8 +81,17 @@ def test_a_mask_is_put_on_the_original(serve, folders):
     serve(body)
 
 
-ESCAPES = ["../secret.txt", "..%2Fsecret.txt", "/etc/passwd", "%2Fetc%2Fpasswd", "..\\secret.txt", "\\\\host\\share",
-           "C:\\secret.txt", "a/../../secret.txt", "link/secret.txt"]
+ESCAPES = [
+    "../secret.txt",
+    "..%2Fsecret.txt",
+    "/etc/passwd",
+    "%2Fetc%2Fpasswd",
+    "..\\secret.txt",
+    "\\\\host\\share",
+    "C:\\secret.txt",
+    "a/../../secret.txt",
+    "link/secret.txt",
+]
 
 
 @pytest.fixture
@@ -160,8 +169,9 @@ def test_a_file_name_cannot_break_the_header(serve, folders):
     (folders / "output" / 'a"b;é.png').write_bytes(png())
 
     async def body(api):
-        async with api.client.get("/view?" + aiohttp.helpers.URL.build(
-                query={"filename": 'a"b;é.png'}).raw_query_string) as response:
+        async with api.client.get(
+            "/view?" + aiohttp.helpers.URL.build(query={"filename": 'a"b;é.png'}).raw_query_string
+        ) as response:
             assert response.status == 200
             assert "filename*=UTF-8''a%22b%3B%C3%A9.png" in response.headers["Content-Disposition"]
 

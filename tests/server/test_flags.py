@@ -88,8 +88,10 @@ def test_tls(start, tmp_path):
 def test_a_folder_without_a_page_is_one_clear_line(tmp_path, capsys):
     from comfy.cli_args import build_parser
 
-    for folder, problem in ((tmp_path, "has no index.html; give the folder of a built page"),
-                            (tmp_path / "none", "is not a directory")):
+    for folder, problem in (
+        (tmp_path, "has no index.html; give the folder of a built page"),
+        (tmp_path / "none", "is not a directory"),
+    ):
         with pytest.raises(SystemExit):
             build_parser().parse_args(["--front-end-root", str(folder)])
         assert f"argument --front-end-root: {folder} {problem}" in capsys.readouterr().err

@@ -38,10 +38,20 @@ def test_a_node_that_cannot_describe_itself_is_left_out(serve, monkeypatch):
 def test_the_machine_is_described(serve):
     async def body(api):
         stats = await api.json("GET", "/system_stats")
-        assert {"os", "ram_total", "ram_free", "comfyui_version", "python_version", "pytorch_version", "argv",
-                "embedded_python", "required_frontend_version"} <= set(stats["system"])
-        assert {"name", "type", "index", "vram_total", "vram_free", "torch_vram_total",
-                "torch_vram_free"} == set(stats["devices"][0])
+        assert {
+            "os",
+            "ram_total",
+            "ram_free",
+            "comfyui_version",
+            "python_version",
+            "pytorch_version",
+            "argv",
+            "embedded_python",
+            "required_frontend_version",
+        } <= set(stats["system"])
+        assert {"name", "type", "index", "vram_total", "vram_free", "torch_vram_total", "torch_vram_free"} == set(
+            stats["devices"][0]
+        )
         assert (await api.json("GET", "/features"))["supports_preview_metadata"] is True
         assert (await api.json("GET", "/taco_dit/status"))["world_size"] == 1
         api.server.taco_status = lambda: {"world_size": 3}
@@ -84,13 +94,21 @@ def test_pages_of_other_sites_are_refused(serve):
         port = api.client.port
         here = {"Host": f"127.0.0.1:{port}"}
         for origin, status in (
-            (f"http://127.0.0.1:{port}", 200), ("http://127.0.0.1:1", 403), ("https://evil.example", 403),
+            (f"http://127.0.0.1:{port}", 200),
+            ("http://127.0.0.1:1", 403),
+            ("https://evil.example", 403),
             ("http://localhost.evil.example", 403),
         ):
             assert await api.status("GET", "/prompt", headers={**here, "Origin": origin}) == status, origin
         assert await api.status("GET", "/prompt", headers=here) == 200
-        ws = {"Host": f"localhost:{port}", "Origin": "https://evil.example", "Upgrade": "websocket",
-              "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+        ws = {
+            "Host": f"localhost:{port}",
+            "Origin": "https://evil.example",
+            "Upgrade": "websocket",
+            "Connection": "Upgrade",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+        }
         assert await api.status("GET", "/ws", headers=ws) == 403
 
     serve(body)

@@ -37,8 +37,17 @@ def test_a_prompt_is_run_and_told_about_in_order(serve):
         heard = await until(ws, "executing", node=None)
         kinds = [message["type"] for message in heard]
         assert kinds == [
-            "status", "status", "execution_start", "execution_cached", "progress_state", "executing", "executed",
-            "progress_state", "execution_success", "status", "executing",
+            "status",
+            "status",
+            "execution_start",
+            "execution_cached",
+            "progress_state",
+            "executing",
+            "executed",
+            "progress_state",
+            "execution_success",
+            "status",
+            "executing",
         ]
         history = await api.json("GET", f"/api/history/{answer['prompt_id']}")
         entry = history[answer["prompt_id"]]

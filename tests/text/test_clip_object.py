@@ -170,9 +170,7 @@ def test_scheduled_hooks():
     frames.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.6))
     group.set_keyframes_on_hooks(frames)
     hooked = clip.clone()
-    hooked.patcher.register_all_hook_patches(
-        group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Clip)
-    )
+    hooked.patcher.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Clip))
     hooked.patcher.forced_hooks = group
     hooked.use_clip_schedule = True
     hooked.apply_hooks_to_conds = group

@@ -48,7 +48,9 @@ def test_reading():
 @pytest.mark.parametrize("kind", [UNIGRAM, BPE])
 def test_ids(kind):
     """The best pieces; one space in front, extra spaces removed; unknown letters."""
-    pieces = PIECES if kind == UNIGRAM else [*PIECES, ("\u2581f", -9.0), ("\u2581fo", -8.0), ("f", -9), ("o", -9), ("x", -9)]
+    pieces = (
+        PIECES if kind == UNIGRAM else [*PIECES, ("\u2581f", -9.0), ("\u2581fo", -8.0), ("f", -9), ("o", -9), ("x", -9)]
+    )
     tokenizer = SentencePieceTokenizer(model_bytes(kind, [(t, float(s)) for t, s in pieces]), end=1)
     assert tokenizer("  fox   ab ")["input_ids"] == [4, 8, 1]
     assert tokenizer("")["input_ids"] == [1]
