@@ -153,7 +153,7 @@ class NetworkRunner:
             call = (id(network), context, signature)
             if not self._agreed(call, model):
                 return network(x, timestep, **arguments)
-            return self._replay((model.weights_version, *call), network, x, timestep, tensors, arguments)
+            return self._replay((model.weight_store.layout_version, *call), network, x, timestep, tensors, arguments)
 
     def _agreed(self, call: Any, model: Any) -> bool:
         """Whether this call may be captured or replayed.
@@ -163,7 +163,7 @@ class NetworkRunner:
         have. A rank whose weights move, or whose graph goes, during the run runs plainly: that exchanges as much as a
         replay does.
         """
-        version = model.weights_version
+        version = model.weight_store.layout_version
         key = (version, *call)
         if call in self._confirmed:
             return self._confirmed[call] == version and key in self._graphs
