@@ -33,6 +33,7 @@ def _signature(value: Any) -> Any:
 
 
 Agree = Callable[[str], list[Any]]
+Gather = Callable[[str, Any], list[Any]]
 
 
 class CaptureError(RuntimeError):
@@ -46,9 +47,15 @@ class _Captured:
     """
 
     def __init__(
-        self, network: Any, x: torch.Tensor, timestep: torch.Tensor, tensors: dict[str, Any], agree: Agree
+        self,
+        network: Any,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        tensors: dict[str, Any],
+        options: dict[str, Any],
+        agree: Agree,
     ) -> None:
-        self.inputs = {"x": x.clone(), "timestep": timestep.clone()}
+        self.inputs: dict[str, Any] = {"x": x.clone(), "timestep": timestep.clone(), "transformer_options": options}
         for name, value in tensors.items():
             self.inputs[name] = value.clone() if isinstance(value, torch.Tensor) else value
         stream = torch.cuda.Stream()
@@ -82,13 +89,7 @@ class _Captured:
 class NetworkRunner:
     """Calls networks compiled and captured where that is safe. One per engine."""
 
-    def __init__(
-        self,
-        compile_stages: bool,
-        cuda_graph: bool,
-        gather: Callable[[str, Any], list[Any]] = lambda topic, value: [value],
-    ) -> None:
-        self._gather = gather
+    def __init__(self, compile_stages: bool, cuda_graph: bool) -> None:
         self.compile_stages = compile_stages
         self.cuda_graph = cuda_graph
         self._graphs: collections.OrderedDict[Any, _Captured] = collections.OrderedDict()
@@ -122,16 +123,25 @@ class NetworkRunner:
         """After sampling, also after a failure."""
         self.busy = False
 
-    def bound(self, model: Any, context: Any) -> Any:
-        """A callable to stand in for `model.diffusion_model`; `context` identifies plan and process groups."""
+    def bound(self, model: Any, context: Any, gather: Gather = lambda topic, value: [value]) -> Any:
+        """A callable to stand in for `model.diffusion_model`; `context` identifies plan and process groups.
+
+        `gather(topic, value)` gives the values of all ranks that make the same calls.
+        """
 
         def run(x: torch.Tensor, timestep: torch.Tensor, **arguments: Any) -> torch.Tensor:
-            return self._run(model, context, x, timestep, arguments)
+            return self._run(model, context, gather, x, timestep, arguments)
 
         return run
 
     def _run(
-        self, model: Any, context: Any, x: torch.Tensor, timestep: torch.Tensor, arguments: dict[str, Any]
+        self,
+        model: Any,
+        context: Any,
+        gather: Gather,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        arguments: dict[str, Any],
     ) -> torch.Tensor:
         network = model.diffusion_model
         options = arguments.get("transformer_options") or {}
@@ -151,17 +161,17 @@ class NetworkRunner:
             except TypeError:
                 return network(x, timestep, **arguments)
             call = (id(network), context, signature)
-            if not self._agreed(call, model):
+            if not self._agreed(call, model, gather):
                 return network(x, timestep, **arguments)
-            return self._replay((model.weights_version, *call), network, x, timestep, tensors, arguments)
+            return self._replay((model.weights_version, *call), network, x, timestep, tensors, arguments, gather)
 
-    def _agreed(self, call: Any, model: Any) -> bool:
+    def _agreed(self, call: Any, model: Any, gather: Gather) -> bool:
         """Whether this call may be captured or replayed.
 
-        Capturing runs the network more often than replaying, so all ranks must do the same: at the first call of a run
-        they compare whether each can (all weights on the GPU) and still has its graph, and capture anew unless all
-        have. A rank whose weights move, or whose graph goes, during the run runs plainly: that exchanges as much as a
-        replay does.
+        Capturing runs the network more often than replaying, so all ranks that make the call must do the same: at its
+        first call of a run they compare whether each can (all weights on the GPU) and still has its graph, and capture
+        anew unless all have. A rank whose weights move, or whose graph goes, during the run runs plainly: that
+        exchanges as much as a replay does.
         """
         version = model.weights_version
         key = (version, *call)
@@ -170,7 +180,7 @@ class NetworkRunner:
         for old in [k for k in self._graphs if k[1] == call[0] and k[0] != version]:
             del self._graphs[old]  # it reads weights where they are no longer
         able = call not in self._refused and not getattr(model, "model_lowvram", False)
-        answers = self._gather("graph", (able, key in self._graphs))
+        answers = gather("graph", (able, key in self._graphs))
         self._confirmed[call] = version if all(able for able, _ in answers) else None
         if not all(present for _, present in answers):
             self._graphs.pop(key, None)
@@ -184,11 +194,13 @@ class NetworkRunner:
         timestep: torch.Tensor,
         tensors: dict[str, Any],
         arguments: dict[str, Any],
+        gather: Gather,
     ) -> torch.Tensor:
         captured = self._graphs.get(key)
         if captured is None:
             try:
-                captured = _Captured(network, x, timestep, tensors, lambda problem: self._gather("capture", problem))
+                options = arguments.get("transformer_options") or {}
+                captured = _Captured(network, x, timestep, tensors, options, lambda text: gather("capture", text))
             except CaptureError as error:
                 logging.warning("TACO-DiT: this call cannot be captured in a CUDA graph (%s); it runs without", error)
                 self._refused.add(key[1:])
