@@ -18,6 +18,8 @@ class CompiledNetwork:
     parts between exchanges itself.
     """
 
+    rows_independent = True
+
     def __init__(self, backend: str, **options: Any) -> None:
         self.backend = backend
         self.options = options
@@ -26,7 +28,8 @@ class CompiledNetwork:
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         model = executor.class_obj
-        if dit.active_plan() is not None:
+        options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else None)
+        if dit.call_of(options).plan is not None:
             return executor(*args, **kwargs)
         if self.network is not model.diffusion_model:
             self.network = model.diffusion_model

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from comfy.ldm.dit_state import DenoiserCall
+
 # Entries of `transformer_options` that have one element per conditioning.
 _PER_COND_OPTIONS = ("cond_or_uncond", "uuids")
 
@@ -60,6 +62,11 @@ class DenoiserBatch:
         if not 0 <= start < stop <= self.batch_size:
             raise ValueError(f"samples {start} to {stop} of a batch of {self.batch_size}")
         return self._select(list(range(self.num_conds)), start, stop)
+
+    def within(self, call: DenoiserCall) -> DenoiserBatch:
+        """The batch with `transformer_options` that carry `call` to the network."""
+        options = call.within(self.conditioning.get("transformer_options"))
+        return dataclasses.replace(self, conditioning={**self.conditioning, "transformer_options": options})
 
     def _select(self, conds: list[int], start: int, stop: int) -> DenoiserBatch:
         cut = _Cut(conds, start, stop, self.batch_size, self.num_conds)

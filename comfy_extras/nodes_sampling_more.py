@@ -98,6 +98,7 @@ class ModelAttentionBackend(io.ComfyNode):
             options.pop(OVERRIDE, None)
             return chosen(*args, transformer_options=options, **kwargs)
 
+        override.rows_independent = True
         model = model.clone()
         model.model_options["transformer_options"][OVERRIDE] = override
         return io.NodeOutput(model)

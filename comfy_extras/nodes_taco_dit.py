@@ -81,9 +81,11 @@ class TACODiTModelLoader:
         if not use_flash_attention:
             from comfy.ldm.modules.attention import attention_basic
 
-            patcher.model_options["transformer_options"]["optimized_attention_override"] = (
-                lambda original, *args, **kwargs: attention_basic(*args, **kwargs, _inside_attn_wrapper=True)
-            )
+            def override(original: Any, *args: Any, **kwargs: Any) -> Any:
+                return attention_basic(*args, **kwargs, _inside_attn_wrapper=True)
+
+            override.rows_independent = True  # type: ignore[attr-defined]
+            patcher.model_options["transformer_options"]["optimized_attention_override"] = override
         return patcher, describe(patcher)
 
 

@@ -1,366 +1,241 @@
-"""The contract of every diffusion transformer: `embed -> blocks -> head` over one state object.
+"""The contract of every diffusion transformer: `embed -> blocks -> head` over one immutable state.
 
-A network here is written for whole pictures and knows nothing of ranks. It states which tensors have a token axis
-(`DiTState`) and lets tokens meet only in `comfy.ldm.modules.attention.attention`. A parallel strategy is a
-`TokenPlan` made active around the call; this module says what a plan can do and is all that networks know of it.
+    call = dit.call_of(transformer_options)
+    state = network.embed(...)                      # whole inputs -> DiTState
+    state = dit.run_blocks(network, state, call)    # network.block_list(): tuple[Block, ...]
+    return network.head(state)
 
-The rule for foreign code: whatever is not ours (a replaced block, a patch, a whole replaced forward) always sees whole
-streams. Between our own blocks the streams are sharded; `whole_tokens` and `sharded_tokens` mark the difference, and a
-block of ours that is handed whole streams shards them itself (`shards_own_tokens`).
+A network is written for whole pictures and knows nothing of ranks. It states which tensors have a token axis and lets
+tokens meet only in `comfy.ldm.modules.attention`. What surrounds its blocks is here, once for all families: patches and
+replacements by custom nodes, ControlNet residuals, modulations computed beforehand, step caches.
+
+The rule for foreign code: whatever is not ours (a replaced block, a patch, a replaced forward) sees whole streams and
+`transformer_options`. Between our own blocks the streams are shards. A block's `forward` is the entrance for foreign
+code and takes whole streams; `forward_state` is ours and takes a state.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import functools
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+
+from .dit_state import (
+    CALL_KEY,
+    Compute,
+    DenoiserCall,
+    DiTState,
+    Meeting,
+    TokenAxis,
+    TokenPlan,
+    Tokens,
+    call_of,
+    fallback_call,
+)
+from .stages import compiled_stages, stage
+
+__all__ = [
+    "CALL_KEY", "Block", "BlockArguments", "Compute", "DenoiserCall", "DiTState", "Meeting", "PreparedLayer",
+    "Residual", "TokenAxis", "TokenPlan", "Tokens", "call_of", "compiled_stages", "fallback_call", "foreign_blocks",
+    "own_block", "patched_inputs", "run_blocks", "stage",
+]  # fmt: skip
 
 
-class TokenPlan(Protocol):
-    """How the token axis of one network call is spread. Tensors are whole or this rank's shard."""
+class Residual(NamedTuple):
+    """Which ControlNet residual is added after a block: `call.control[source][index]`, to the stream `stream`."""
 
-    sharded: bool
-    """Whether the tokens in flight are shards right now."""
+    stream: str
+    source: str
+    index: int
 
-    layout: tuple[int, ...]
-    """Tokens per rank that take part in joint attention, while `sharded`."""
 
-    stream_lengths: tuple[int, ...]
-    """Tokens of each whole stream in joint attention, in order, while `sharded`."""
+@dataclass(frozen=True)
+class BlockArguments:
+    """How a block and its patches are called by foreign code, in ComfyUI's argument names.
 
-    size: int
-    """Number of ranks."""
+    tokens: for each token argument the streams it joins, in the order in which the module returns them.
+    values: for each other argument the name of a tensor of the state (see `DiTState.value`).
+    optional: arguments that the module is given only if they are not None; older replacements lack them.
+    first: the argument that the module takes by position.
+    """
 
-    def bounds(self, length: int) -> tuple[int, int]:
-        """[start, stop) of this rank's tokens in a stream of `length` tokens."""
+    tokens: Mapping[str, tuple[str, ...]]
+    values: Mapping[str, str]
+    optional: frozenset[str] = frozenset()
+    first: str | None = None
 
-    def share_bounds(self, length: int, rank: int) -> tuple[int, int]:
-        """`bounds` of any rank."""
+    def collect(self, state: DiTState, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What a replacement patch is given: whole tensors and `transformer_options`."""
+        out = {name: state.whole(*streams) for name, streams in self.tokens.items()}
+        out.update({name: state.value(value) for name, value in self.values.items()})
+        return {**out, "transformer_options": options}
 
-    def gather_lengths(self, local: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
-        """Parts of all ranks, `lengths[rank]` entries of `dim` each, concatenated."""
+    def call(self, module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Call a block on whole tokens; `arguments` as from `collect`, possibly changed by a patch."""
+        known = {
+            name: arguments[name]
+            for name in (*self.tokens, *self.values)
+            if name in arguments and not (name in self.optional and arguments[name] is None)
+        }
+        if arguments.get("transformer_options"):
+            known["transformer_options"] = arguments["transformer_options"]
+        positional = () if self.first is None else (known.pop(self.first),)
+        out = module(*positional, **known)
+        return dict(zip(self.tokens, out if isinstance(out, tuple) else (out,)))
 
-    def lengths(self, length: int) -> tuple[int, ...]:
-        """Tokens per rank of a stream of `length` tokens."""
+    def put(self, state: DiTState, results: Mapping[str, torch.Tensor]) -> DiTState:
+        """The state with what foreign code returned.
 
-    def gather(self, local: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-        """Shards of all ranks, concatenated along `dim` to `length` entries."""
-
-    def gather_in_order(self, local: torch.Tensor, dim: int) -> torch.Tensor:
-        """All tokens in joint attention, in stream order, from this rank's part along `dim`."""
-
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        function: Callable[..., torch.Tensor],
-        *,
-        layout: tuple[int, ...],
-        in_order: bool,
-        beside: Callable[[], Any] | None = None,
-    ) -> tuple[torch.Tensor, Any]:
-        """Attention over the tokens of all ranks.
-
-        q, k, v: [B, H, L_local, D], all heads of this rank's tokens; `layout`: tokens per rank.
-        `function(q, k, v)` gets all tokens of some heads, [B, h, L, D], and returns [B, h, L, D]; in stream order if
-        `in_order` (masks and foreign functions need it), else in any order that is the same for q, k and v. `beside`
-        is work that needs no result of the attention and may run while tokens travel.
-        Returns ([B, H, L_local, D], result of `beside`).
+        Where an argument joins several streams, all but the last keep their lengths.
         """
+        wholes = {}
+        for name, streams in self.tokens.items():
+            tokens = results[name]
+            kept = [state.lengths[stream] for stream in streams[:-1]]
+            wholes.update(zip(streams, tokens.split([*kept, tokens.shape[1] - sum(kept)], dim=1)))
+        return state.with_whole(wholes)
 
 
-_active: contextvars.ContextVar[TokenPlan | None] = contextvars.ContextVar("token_plan", default=None)
+@dataclass(frozen=True)
+class Block:
+    """One block of a network as its strategies see it.
 
-
-def active_plan() -> TokenPlan | None:
-    """The plan of the network call in progress, or None when tokens are not spread."""
-    return _active.get()
-
-
-@contextlib.contextmanager
-def use_plan(plan: TokenPlan | None) -> Iterator[None]:
-    """Make `plan` active for the network calls inside."""
-    token = _active.set(plan)
-    try:
-        yield
-    finally:
-        _active.reset(token)
-
-
-_compiled: dict[Any, Callable[..., Any]] = {}
-_uncompilable: set[Any] = set()
-_compile_stages: contextvars.ContextVar[bool] = contextvars.ContextVar("compile_stages", default=False)
-
-
-@contextlib.contextmanager
-def compiled_stages(enabled: bool = True) -> Iterator[None]:
-    """Inside, `stage` functions run compiled by torch.compile."""
-    token = _compile_stages.set(enabled)
-    try:
-        yield
-    finally:
-        _compile_stages.reset(token)
-
-
-def stage(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a part of a block in which no tokens meet: pure, without communication, worth compiling as one piece.
-
-    Each stage is compiled once and serves all blocks of its kind, for one size and then, when another comes, for any.
-    Where compiling fails (no C compiler, an unsupported GPU) the stage runs plainly from then on, said once.
+    name: its path in the network. module: what is called. arguments: how foreign code calls it.
+    cost: time relative to other blocks of the network, for dealing blocks over pipeline stages.
+    replace_key: key of a replacement in `patches_replace["dit"]`. patches_after: kinds of patches (`patches[kind]`) that
+    see the tokens after it. index: its place among the blocks of its kind, which patches are told.
+    residual: the ControlNet residual that is added after it. cacheable: whether a step cache may skip it.
     """
 
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not _compile_stages.get() or function in _uncompilable:
-            return function(*args, **kwargs)
-        if function not in _compiled:
-            # Streams, batch sizes, patch kinds and models of several sizes all meet in one function.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-            _compiled[function] = torch.compile(function)
-        try:
-            return _compiled[function](*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            _uncompilable.add(function)
-            logging.warning("torch.compile failed (%s); this part runs uncompiled", str(error).splitlines()[0])
-            return function(*args, **kwargs)
-
-    return wrapper
-
-
-_prepared: contextvars.ContextVar[dict[int, torch.Tensor] | None] = contextvars.ContextVar("prepared", default=None)
-
-
-def prepared(module: Any) -> torch.Tensor | None:
-    """The output of a per-sample layer if it was computed beforehand, together with those of other blocks."""
-    ready = _prepared.get()
-    return None if ready is None else ready.get(id(module))
-
-
-@contextlib.contextmanager
-def with_prepared(results: dict[int, torch.Tensor] | None) -> Iterator[None]:
-    """Make results known to `prepared`, by the id of their module."""
-    token = _prepared.set(results)
-    try:
-        yield
-    finally:
-        _prepared.reset(token)
-
-
-def prepare_together(
-    modules: Sequence[Any], widths: Sequence[int], compute: Callable[[Any], torch.Tensor]
-) -> dict[int, torch.Tensor] | None:
-    """Outputs [B, 1, width] of small per-sample layers, each computed on one rank only and gathered; None without a plan.
-
-    All blocks' modulations depend on nothing but the conditioning vector, and reading their weights is what they cost:
-    n ranks read a share of them each instead of all of them n times.
-    """
-    plan = _active.get()
-    if plan is None or not modules:
-        return None
-    start, stop = plan.bounds(len(modules))
-    mine = [compute(module).flatten(1) for module in modules[start:stop]]
-    flat = torch.cat(mine, dim=1) if mine else compute(modules[0]).flatten(1)[:, :0]
-    ends = [plan.share_bounds(len(modules), rank) for rank in range(plan.size)]
-    lengths = [sum(widths[a:b]) for a, b in ends]
-    whole = plan.gather_lengths(flat, 1, lengths)
-    parts = whole.split(list(widths), dim=1)
-    return {id(module): part.unsqueeze(1) for module, part in zip(modules, parts)}
-
-
-@contextlib.contextmanager
-def _marked(sharded: bool, layout: tuple[int, ...]) -> Iterator[None]:
-    plan = _active.get()
-    if plan is None:
-        yield
-        return
-    before = plan.sharded, plan.layout
-    plan.sharded, plan.layout = sharded, layout
-    try:
-        yield
-    finally:
-        plan.sharded, plan.layout = before
-
-
-def whole_tokens() -> contextlib.AbstractContextManager[None]:
-    """Inside, streams are whole: foreign code runs here."""
-    return _marked(False, ())
-
-
-def sharded_tokens(layout: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:
-    """Inside, streams are shards with `layout` tokens per rank in joint attention."""
-    return _marked(True, layout)
-
-
-@dataclass
-class DiTState:
-    """What travels through the blocks of a diffusion transformer.
-
-    `streams[name]`: tokens [B, L, C] in the order in which joint attention concatenates them.
-    `rotary[name]`: rotary table of the stream, [B or 1, 1, L, D/2, 2, 2].
-    `sample`: tensors without a token axis (modulation vectors), replicated.
-    `mask`: attention mask over all tokens in stream order, or None.
-    `lengths`: tokens of each whole stream; `starts`: this rank's first token in it.
-    """
-
-    streams: dict[str, torch.Tensor]
-    rotary: dict[str, torch.Tensor] = field(default_factory=dict)
-    sample: dict[str, torch.Tensor] = field(default_factory=dict)
-    mask: torch.Tensor | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    lengths: dict[str, int] = field(default_factory=dict)
-    starts: dict[str, int] = field(default_factory=dict)
-    plan: TokenPlan | None = None
-    _joint: tuple[torch.Tensor, ...] | None = None
-    _pe: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        for name, tokens in self.streams.items():
-            if tokens.ndim != 3:
-                raise ValueError(f"stream {name!r} must be [B, L, C], got {tuple(tokens.shape)}")
-            self.lengths.setdefault(name, tokens.shape[1])
-            self.starts.setdefault(name, 0)
+    name: str
+    module: nn.Module
+    arguments: BlockArguments
+    index: int
+    cost: float = 1.0
+    replace_key: tuple[str, int] | None = None
+    patches_after: tuple[str, ...] = ()
+    residual: Residual | None = None
+    cacheable: bool = True
 
     @property
-    def pe(self) -> torch.Tensor:
-        """Rotary table of all streams, concatenated in stream order."""
-        if self._pe is None:
-            tables = [self.rotary[name] for name in self.streams]
-            self._pe = torch.cat(tables, dim=2) if len(tables) > 1 else tables[0]
-        return self._pe
-
-    def joint(self) -> torch.Tensor:
-        """This rank's tokens of all streams in stream order, [B, sum of L, C]."""
-        streams = tuple(self.streams.values())
-        if self._joint is not None and all(a is b for a, b in zip(self._joint[1:], streams)):
-            return self._joint[0]
-        return torch.cat(streams, dim=1)
-
-    def set_joint(self, tokens: torch.Tensor) -> None:
-        """Replace all streams by parts of `tokens`, as long as they are now."""
-        parts = tokens.split([stream.shape[1] for stream in self.streams.values()], dim=1)
-        self.streams.update(zip(self.streams, parts))
-        self._joint = (tokens, *parts)
-
-    def shard(self, plan: TokenPlan | None) -> DiTState:
-        """This rank's part of every tensor with a token axis; the state itself without a plan."""
-        if plan is None:
-            return self
-        streams, rotary, starts = {}, {}, {}
-        for name, tokens in self.streams.items():
-            start, stop = plan.bounds(self.lengths[name])
-            streams[name] = tokens[:, start:stop]
-            starts[name] = start
-            if name in self.rotary:
-                rotary[name] = self.rotary[name][:, :, start:stop]
-        return DiTState(
-            streams, rotary, self.sample, self.mask, self.options, dict(self.lengths), starts, plan
-        )  # fmt: skip
-
-    def layout(self) -> tuple[int, ...]:
-        """Tokens per rank over all streams; empty when the state is whole."""
-        if self.plan is None:
-            return ()
-        return tuple(sum(parts) for parts in zip(*(self.plan.lengths(n) for n in self.lengths.values())))
-
-    def whole(self, name: str) -> torch.Tensor:
-        """All tokens of a stream, [B, L, C], on every rank."""
-        if self.plan is None:
-            return self.streams[name]
-        return self.plan.gather(self.streams[name], 1, self.lengths[name])
-
-    def put(self, name: str, tokens: torch.Tensor) -> None:
-        """Replace a stream by whole tokens [B, L, C]; L may have changed."""
-        self.lengths[name] = tokens.shape[1]
-        if self.plan is not None:
-            start, stop = self.plan.bounds(tokens.shape[1])
-            self.starts[name] = start
-            tokens = tokens[:, start:stop]
-        self.streams[name] = tokens
-
-    def add(self, name: str, residual: torch.Tensor) -> None:
-        """Add whole residual tokens [B, L', C] to the first L' tokens of a stream."""
-        tokens, start = self.streams[name], self.starts[name]
-        part = residual[:, start : start + tokens.shape[1]]
-        if part.shape[1] == 0:
-            return
-        if part.shape[1] == tokens.shape[1]:
-            self.streams[name] = tokens + part
-        else:
-            self.streams[name] = torch.cat([tokens[:, : part.shape[1]] + part, tokens[:, part.shape[1] :]], dim=1)
+    def own(self) -> bool:
+        """Whether the module runs our own forward, which treats tokens one by one except in attention."""
+        kind = type(self.module)
+        return (
+            getattr(kind, "_own_forward", None) is kind.forward
+            and "forward" not in vars(self.module)
+            and not self.module._forward_hooks
+            and not self.module._forward_pre_hooks
+        )
 
 
-def shards_own_tokens(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a block's forward: handed whole streams under a plan, it runs on shards and returns whole streams.
+def own_block(kind: type[nn.Module]) -> type[nn.Module]:
+    """Decorate a block class of ours, which has `forward_state(state, call) -> state` besides `forward`.
 
-    `names` are its stream arguments [B, L, C], in the order of joint attention; its rotary argument must be `pe`. The
-    block must return its streams, in the order of `names`.
+    It marks the class's own `forward`: a subclass, an instance or a class with another one is foreign.
     """
-
-    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-            plan = _active.get()
-            if plan is None or plan.sharded:
-                return forward(self, *args, **kwargs)
-            return _run_on_shards(functools.partial(forward, self), forward, plan, names, args, kwargs)
-
-        return wrapper
-
-    return decorate
+    kind._own_forward = kind.forward  # type: ignore[attr-defined]
+    return kind
 
 
-def _run_on_shards(
-    call: Callable[..., Any],
-    forward: Callable[..., Any],
-    plan: TokenPlan,
-    names: Sequence[str],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    order = forward.__code__.co_varnames[1 : 1 + len(args)]
-    values = {**dict(zip(order, args)), **kwargs}
-    pe, offset, local_pe, lengths = values.get("pe"), 0, [], {}
-    for name in names:
-        length = values[name].shape[1]
-        lengths[name] = length
-        start, stop = plan.bounds(length)
-        values[name] = values[name][:, start:stop]
-        if pe is not None:
-            local_pe.append(pe[:, :, offset + start : offset + stop])
-        offset += length
-    if pe is not None:
-        values["pe"] = torch.cat(local_pe, dim=2)
-    layout = tuple(sum(parts) for parts in zip(*(plan.lengths(n) for n in lengths.values())))
-    # Attention masks are permuted by stream, so the plan must know where streams begin.
-    with sharded_tokens(layout), _streams(plan, tuple(lengths.values())):
-        out = call(**values)
-    if len(names) == 1:
-        return plan.gather(out, 1, lengths[names[0]])
-    return tuple(plan.gather(part, 1, lengths[name]) for part, name in zip(out, names))
+def foreign_blocks(network: nn.Module) -> list[str]:
+    """Names of a network's blocks that are not ours (replaced, subclassed, hooked)."""
+    block_list = getattr(network, "block_list", None)
+    return [] if block_list is None else [block.name for block in block_list() if not block.own]
 
 
-@contextlib.contextmanager
-def _streams(plan: Any, lengths: tuple[int, ...]) -> Iterator[None]:
-    before = plan.stream_lengths
-    plan.stream_lengths = lengths
-    try:
-        yield
-    finally:
-        plan.stream_lengths = before
+class PreparedLayer(NamedTuple):
+    """A small layer whose output [B, 1, width] depends on per-sample tensors only."""
+
+    module: nn.Module
+    width: int
+    compute: Callable[[], torch.Tensor]
 
 
-@contextlib.contextmanager
-def blocks_on(state: DiTState) -> Iterator[None]:
-    """Mark the loop over a network's own blocks on `state`, sharded or whole."""
-    if state.plan is None:
-        yield
-        return
-    with sharded_tokens(state.layout()), _streams(state.plan, tuple(state.lengths.values())):
-        yield
+def _prepared(layers: Sequence[PreparedLayer], plan: TokenPlan) -> dict[int, torch.Tensor]:
+    """Outputs of per-sample layers, by `id` of the module; each is computed on one rank only and gathered.
+
+    Reading their weights is what they cost: n ranks read a share of them each instead of all of them n times.
+    """
+    if not layers:
+        return {}
+    start, stop = plan.bounds(len(layers))
+    mine = [layer.compute().flatten(1) for layer in layers[start:stop]]
+    flat = torch.cat(mine, dim=1) if mine else layers[0].compute().flatten(1)[:, :0]
+    shares = [plan.bounds(len(layers), rank) for rank in range(plan.size)]
+    counts = [sum(layer.width for layer in layers[a:b]) for a, b in shares]
+    parts = plan.gather_parts(flat, 1, counts).split([layer.width for layer in layers], dim=1)
+    return {id(layer.module): part.unsqueeze(1) for layer, part in zip(layers, parts)}
+
+
+def patched_inputs(options: Mapping[str, Any], values: dict[str, Any], kind: str = "post_input") -> dict[str, Any]:
+    """Inputs of the blocks (whole tokens and their ids, by ComfyUI's names) after the patches of custom nodes."""
+    for patch in options.get("patches", {}).get(kind, ()):
+        changed = patch({**values, "transformer_options": options})
+        values = {name: changed[name] for name in values}
+    return values
+
+
+def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequence[Block] | None = None) -> DiTState:
+    """A network's blocks (or a slice of them: a pipeline stage) with all that surrounds them.
+
+    state: whole, from `network.embed`. Returns a state that is sharded where `call.plan` says so.
+    """
+    plan, options = call.plan, call.options
+    if plan is not None and hasattr(network, "prepared_layers"):
+        call = dataclasses.replace(call, prepared=_prepared(network.prepared_layers(state), plan))
+    state = state.shard(plan)
+    replacements = options.get("patches_replace", {}).get("dit", {})
+    for block in network.block_list() if blocks is None else blocks:
+        replacement = replacements.get(block.replace_key)
+        if replacement is None and block.own:
+            state = _run_own(block, state, call)
+        else:
+            state = _run_foreign(block, state, options, replacement)
+        for kind in block.patches_after:
+            for patch in options.get("patches", {}).get(kind, ()):
+                state = _run_patch(patch, block, state, options)
+        if block.residual is not None:
+            residual = _residual(call.control, block.residual)
+            state = state if residual is None else state.add(block.residual.stream, residual)
+    return state
+
+
+def _run_own(block: Block, state: DiTState, call: DenoiserCall) -> DiTState:
+    run: Callable[[DiTState], DiTState] = lambda now: block.module.forward_state(now, call)  # noqa: E731
+    for surround in reversed(call.around):
+        run = _surrounded(surround, block, run)
+    return run(state)
+
+
+def _surrounded(surround: Callable[..., Any], block: Block, run: Callable[[DiTState], DiTState]) -> Any:
+    return lambda state: surround(block, state, run)
+
+
+def _run_foreign(block: Block, state: DiTState, options: Mapping[str, Any], replacement: Any) -> DiTState:
+    """A replaced block, or a replacement patch that may call the original, on whole tokens."""
+    arguments = block.arguments
+
+    def original(args: Mapping[str, Any]) -> dict[str, Any]:
+        return arguments.call(block.module, args)
+
+    given = arguments.collect(state, options)
+    out = original(given) if replacement is None else replacement(given, {"original_block": original})
+    return arguments.put(state, out)
+
+
+def _run_patch(patch: Any, block: Block, state: DiTState, options: Mapping[str, Any]) -> DiTState:
+    """A patch after a block: whole tokens of each of its token arguments in, the same out."""
+    tokens = block.arguments.tokens
+    given: dict[str, Any] = {name: state.whole(*streams) for name, streams in tokens.items()}
+    out = patch({**given, "block_index": block.index, "transformer_options": options})
+    return block.arguments.put(state, out)
+
+
+def _residual(control: Mapping[str, Any], at: Residual) -> torch.Tensor | None:
+    residuals = control.get(at.source) or ()
+    return residuals[at.index] if at.index < len(residuals) else None

@@ -8,8 +8,8 @@ import itertools
 import pytest
 
 from comfy.taco_dit.core.config_manager import ConfigError, ParallelConfig
-from comfy.taco_dit.core.execution_engine import _rows
 from comfy.taco_dit.core.plan import ParallelDims, Workload, choose_plan, share
+from comfy.taco_dit.core.rows import rows_of
 
 FLUX = Workload(conds=1, pictures=1, tokens=4608, heads=24, hidden_size=3072)
 
@@ -104,6 +104,6 @@ def test_rows_are_dealt_exactly_once(cfg: int, data: int) -> None:
     dims = ParallelDims(cfg, data)
     seen = []
     for c, d in itertools.product(range(cfg), range(data)):
-        for i, conds, (start, stop) in _rows(batches, dims, c, d):
+        for i, conds, (start, stop) in rows_of(batches, dims, c, d):
             seen += [(i, cond, picture) for cond in conds for picture in range(start, stop)]
     assert sorted(seen) == sorted((i, c, p) for i, b in enumerate(batches) for c in b.cond_or_uncond for p in range(3))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import comfy.ldm.modules.attention as attention
+from comfy.ldm.dit import DenoiserCall, Tokens
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -56,8 +57,9 @@ def test_override_is_called_once_and_may_call_the_original() -> None:
         return original(*args, **kwargs) * 2
 
     options = {"optimized_attention_override": override}
-    plain = attention.attention(q, q, q, 2)
-    torch.testing.assert_close(attention.attention(q, q, q, 2, transformer_options=options), plain * 2)
+    spec = attention.AttentionSpec(2, Tokens((5,)))
+    plain = attention.attention(q, q, q, spec, DenoiserCall())
+    torch.testing.assert_close(attention.attention(q, q, q, spec, DenoiserCall(options=options)), plain * 2)
     assert seen == [2]
 
 

@@ -10,7 +10,7 @@ import torch
 import comfy.ldm.flux.layers as layers
 from comfy.ldm import dit
 from comfy.taco_dit.parallel.exchange import CollectiveExchange
-from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
+from comfy.taco_dit.parallel.sequence_parallel import HeadMeeting, UlyssesPlan
 
 from .ranks import run_ranks
 from .tiny import inputs, tiny_flux
@@ -174,9 +174,9 @@ def _compare(manager, shapes, names):
             arguments = inputs(height, width, text, batch)
             with torch.inference_mode():
                 serial = case(tiny_flux(), arguments, {})
-                plan = UlyssesPlan(CollectiveExchange(group))
-                with dit.use_plan(plan):
-                    parallel = case(tiny_flux(), arguments, {})
+                call = dit.DenoiserCall(UlyssesPlan(CollectiveExchange(group)))
+                with dit.fallback_call(call):
+                    parallel = case(tiny_flux(), arguments, call.within({}))
             deviation = ((parallel - serial).abs().max() / serial.abs().max()).item()
             worst[case.__name__, height, width] = deviation
     return worst
@@ -196,14 +196,24 @@ def _without_exchange(manager):
     group = manager.data.group(range(manager.world_size))
     arguments = inputs(9, 13, 11)
 
-    class Broken(UlyssesPlan):
-        def attend(self, q, k, v, function, *, layout, in_order, beside=None):
-            return function(q, k, v), None
+    class Broken(HeadMeeting):
+        def send(self, q, k, v):
+            self._inputs = q, k, v
 
+        def attend(self):
+            self._out = self._compute(*self._inputs, None)
+
+        def send_back(self):
+            self._returned = self._out
+
+    class BrokenPlan(UlyssesPlan):
+        def meet(self, spec, compute, in_order):
+            return Broken(self, spec, compute, in_order)
+
+    options = dit.DenoiserCall(BrokenPlan(CollectiveExchange(group))).within({})
     with torch.inference_mode():
         serial = tiny_flux()(**arguments)
-        with dit.use_plan(Broken(CollectiveExchange(group))):
-            broken = tiny_flux()(**arguments)
+        broken = tiny_flux()(**arguments, transformer_options=options)
     return ((broken - serial).abs().max() / serial.abs().max()).item()
 
 

@@ -16,7 +16,9 @@ from torch import nn
 import comfy.ldm.common_dit
 import comfy.ops
 from comfy.ldm import dit
-from comfy.ldm.modules.fused import linear_of_pair, mlp_gelu, split_gelu_linear
+from comfy.ldm.modules.attention import AttentionSpec, joined_heads, meet
+from comfy.ldm.modules.fused import linear_of_pair, mlp_gelu, split_linear, split_linear_rest
+from comfy.ldm.modules.modulate import add_gated, add_gated_norm_modulate, norm_modulate
 from comfy.ldm.modules.norm_rope import norm_and_rotate
 
 from .math import apply_rope, attention, rope
@@ -132,8 +134,11 @@ class Modulation(nn.Module):
         """vec [B, C] or [B, n, C] -> one or two `ModulationOut`."""
         if vec.ndim == 2:
             vec = vec.unsqueeze(1)
-        ready = dit.prepared(self)
-        parts = (self.lin(nn.functional.silu(vec)) if ready is None else ready).chunk(self.multiplier, dim=-1)
+        return self.parts(self.lin(nn.functional.silu(vec)))
+
+    def parts(self, out: torch.Tensor) -> tuple[ModulationOut, ModulationOut | None]:
+        """The linear's output [B, n, multiplier * C] as one or two `ModulationOut`."""
+        parts = out.chunk(self.multiplier, dim=-1)
         return ModulationOut(*parts[:3]), ModulationOut(*parts[3:]) if self.is_double else None
 
 
@@ -152,6 +157,34 @@ def apply_mod(
         if m_add is not None:
             out[:, start:stop] += m_add[:, row : row + 1]
     return out
+
+
+def _modulation(module: nn.Module, vec: torch.Tensor, call: dit.DenoiserCall) -> tuple[ModulationOut, Any]:
+    """`module(vec)`, from what was computed beforehand if it was."""
+    ready = call.prepared.get(id(module))
+    return module(vec) if ready is None else module.parts(ready)
+
+
+def _plain_norm(norm: nn.Module) -> bool:
+    """Whether a norm is our LayerNorm without weights, which the fused primitives compute."""
+    return (
+        isinstance(norm, nn.LayerNorm)
+        and norm.weight is None
+        and type(norm).__module__ == comfy.ops.__name__
+        and "forward" not in vars(norm)
+    )
+
+
+def _modulated(norm: nn.LayerNorm, x: torch.Tensor, mod: ModulationOut, dims: Any) -> torch.Tensor:
+    """norm(x) * (1 + scale) + shift for x [B, L, C]; `dims` as in `apply_mod`."""
+    if dims is None and _plain_norm(norm):
+        return norm_modulate(x, mod.scale, mod.shift, norm.eps)
+    return apply_mod(norm(x), 1 + mod.scale, mod.shift, dims)
+
+
+def _add_gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, dims: Any) -> torch.Tensor:
+    """x + gate * y; `dims` as in `apply_mod`."""
+    return add_gated(x, y, gate) if dims is None else x + apply_mod(y, gate, None, dims)
 
 
 def _heads_first(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -178,33 +211,60 @@ def _joined(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...]) -
     return tuple(torch.cat([t.transpose(1, 2) for t in pair], dim=1).transpose(1, 2) for pair in zip(first, second))
 
 
-def _early(pe: torch.Tensor | None) -> torch.Tensor | None:
-    """The rotary table for rotating before `attention` is called, in the pass that norms; None when `attention` was
-    replaced: a replacement rotates for itself."""
-    return pe if attention is _OUR_ATTENTION else None
+def _clamped(x: torch.Tensor) -> torch.Tensor:
+    """x without infinities, which fp16 runs into."""
+    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x
 
 
-def _meet(
-    qkv: tuple[torch.Tensor, ...], pe: torch.Tensor | None, mask: torch.Tensor | None, options: dict[str, Any] | None
-) -> torch.Tensor:
-    """This module's `attention`, which custom nodes replace; a replacement sees all tokens of its heads in order."""
-    q, k, v = qkv
-    more = {"transformer_options": options} if options else {}
-    if attention is _OUR_ATTENTION:
-        return attention(q, k, v, pe=None, mask=mask, **more)  # rotated already, see _early
-    plan = dit.active_plan()
-    if plan is None or not plan.sharded:
-        return attention(q, k, v, pe=pe, mask=mask, **more)
-    whole_pe = None if pe is None else plan.gather_in_order(pe, 2)
+def replaced_attention() -> Any:
+    """The function that a custom node has put in the place of this module's `attention`, or None."""
+    return None if attention is _OUR_ATTENTION else attention
 
-    def replaced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = attention(q, k, v, pe=whole_pe, mask=mask)
+
+def _rotary(state: dit.DiTState) -> torch.Tensor | None:
+    """This rank's rotary table, for rotating in the pass that norms; None without positions, and where `attention` was
+    replaced: a replacement rotates whole queries and keys for itself."""
+    return None if replaced_attention() is not None or "pe" not in state.tokenwise else state.local("pe")
+
+
+def _replacement(state: dit.DiTState, call: dit.DenoiserCall) -> dit.Compute | None:
+    """This module's `attention`, if a custom node has replaced it, as a function of all tokens of some heads."""
+    function, pe = replaced_attention(), state.value("pe")
+    if function is None:
+        return None
+
+    def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        out = function(q, k, v, pe=pe, mask=mask, transformer_options=call.options)
         return out.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
 
-    out, _ = plan.attend(q, k, v, replaced, layout=plan.layout, in_order=True)
-    return out.transpose(1, 2).flatten(2)
+    return compute
 
 
+def _meeting(state: dit.DiTState, call: dit.DenoiserCall, heads: int) -> dit.Meeting:
+    """Attention among all streams of the state."""
+    spec = AttentionSpec(heads, state.tokens(), mask=state.sample.get("attn_mask"))
+    return meet(spec, call, _replacement(state, call))
+
+
+def _entrance(
+    streams: dict[str, torch.Tensor],
+    vec: torch.Tensor,
+    pe: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    options: dict[str, Any] | None,
+    dims: Any,
+) -> tuple[dit.DiTState, dit.DenoiserCall]:
+    """A block's state from whole arguments, sharded as its denoiser call says.
+
+    Modulation by token ranges (`modulation_dims`) is written for whole streams; with it they stay whole.
+    """
+    call = dit.call_of(options)
+    tokenwise = {} if pe is None else {"pe": dit.TokenAxis(pe, tuple(streams), 2)}
+    state = dit.DiTState(streams, tokenwise, {"vec": vec, "attn_mask": mask})
+    return state.shard(call.plan if dims is None else None), call
+
+
+@dit.own_block
 class DoubleStreamBlock(nn.Module):
     """Picture and text tokens with weights of their own, attending to each other."""
 
@@ -240,7 +300,7 @@ class DoubleStreamBlock(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """One stream's x [B, L, C] -> q, k, v [B, H, L, D]; q and k rotated by the stream's part of `pe` if given."""
         attn = getattr(self, f"{stream}_attn")
-        normed = apply_mod(getattr(self, f"{stream}_norm1")(x), 1 + mod.scale, mod.shift, dims)
+        normed = _modulated(getattr(self, f"{stream}_norm1"), x, mod, dims)
         q, k, v = _heads_first(attn.qkv(normed), self.num_heads)
         return (*_normed(attn.norm, q, k, v, pe), v)
 
@@ -248,30 +308,35 @@ class DoubleStreamBlock(nn.Module):
     def _after_attention(self, stream: str, x: torch.Tensor, out: torch.Tensor, mods: Any, dims: Any) -> torch.Tensor:
         """Add the attention's output [B, L, C] and the MLP's to x [B, L, C]."""
         first, second = mods
-        x = x + apply_mod(getattr(self, f"{stream}_attn").proj(out), first.gate, None, dims)
-        normed = apply_mod(getattr(self, f"{stream}_norm2")(x), 1 + second.scale, second.shift, dims)
-        return x + apply_mod(mlp_gelu(getattr(self, f"{stream}_mlp"), normed), second.gate, None, dims)
+        out, norm = getattr(self, f"{stream}_attn").proj(out), getattr(self, f"{stream}_norm2")
+        if dims is None and _plain_norm(norm):
+            x, normed = add_gated_norm_modulate(x, out, first.gate, second.scale, second.shift, norm.eps)
+        else:
+            x = _add_gated(x, out, first.gate, dims)
+            normed = _modulated(norm, x, second, dims)
+        return _add_gated(x, mlp_gelu(getattr(self, f"{stream}_mlp"), normed), second.gate, dims)
 
-    @dit.shards_own_tokens("txt", "img")
-    def _forward(self, txt, img, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options):
-        img_mods, txt_mods = self.img_mod(vec), self.txt_mod(vec)
-        img_pe = txt_pe = _early(pe)
-        if img_pe is not None:
-            split = img.shape[1] if self.flipped_img_txt else txt.shape[1]
-            head, tail = img_pe[:, :, :split], img_pe[:, :, split:]
-            img_pe, txt_pe = (head, tail) if self.flipped_img_txt else (tail, head)
-        image = self._into_attention("img", img, img_mods[0], modulation_dims_img, img_pe)
-        text = self._into_attention("txt", txt, txt_mods[0], modulation_dims_txt, txt_pe)
-        order = (image, text) if self.flipped_img_txt else (text, image)
-        out = _meet(_joined(*order), pe, attn_mask, transformer_options)
-        split = img.shape[1] if self.flipped_img_txt else txt.shape[1]
-        head, tail = out[:, :split], out[:, split:]
-        img_out, txt_out = (head, tail) if self.flipped_img_txt else (tail, head)
-        img = self._after_attention("img", img, img_out, img_mods, modulation_dims_img)
-        txt = self._after_attention("txt", txt, txt_out, txt_mods, modulation_dims_txt)
-        if txt.dtype == torch.float16:
-            txt = torch.nan_to_num(txt, nan=0.0, posinf=65504, neginf=-65504)
-        return txt, img
+    def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall, dims: Any = (None, None)) -> dit.DiTState:
+        """The block on a state with the streams `img` and `txt`; `dims`: modulation ranges of img and txt."""
+        dims = dict(zip(("img", "txt"), dims))
+        mods = {name: _modulation(getattr(self, f"{name}_mod"), state.sample["vec"], call) for name in dims}
+        sizes = [tokens.shape[1] for tokens in state.streams.values()]
+        pe = _rotary(state)
+        tables = (None, None) if pe is None else pe.split(sizes, dim=2)
+        parts = [
+            self._into_attention(name, tokens, mods[name][0], dims[name], table)
+            for (name, tokens), table in zip(state.streams.items(), tables)
+        ]
+        meeting = _meeting(state, call, self.num_heads)
+        meeting.send(*_joined(*parts))
+        meeting.attend()
+        meeting.send_back()
+        outs = joined_heads(meeting.result()).split(sizes, dim=1)
+        streams = {
+            name: self._after_attention(name, tokens, out, mods[name], dims[name])
+            for (name, tokens), out in zip(state.streams.items(), outs)
+        }
+        return state.replace(streams={**streams, "txt": _clamped(streams["txt"])})
 
     def forward(
         self,
@@ -284,13 +349,19 @@ class DoubleStreamBlock(nn.Module):
         modulation_dims_txt: Any = None,
         transformer_options: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """img [B, L_img, C], txt [B, L_txt, C], vec [B, C], pe [B or 1, 1, L_txt + L_img, D/2, 2, 2] -> img, txt."""
-        txt, img = self._forward(
-            txt, img, vec, pe, attn_mask, modulation_dims_img, modulation_dims_txt, transformer_options
-        )
-        return img, txt
+        """img [B, L_img, C], txt [B, L_txt, C], vec [B, C], pe [B or 1, 1, L_txt + L_img, D/2, 2, 2] -> img, txt.
+
+        Whole streams, the text first in `pe` and `attn_mask`, the picture first with `flipped_img_txt`.
+        """
+        dims = modulation_dims_img, modulation_dims_txt
+        streams = {"img": img, "txt": txt} if self.flipped_img_txt else {"txt": txt, "img": img}
+        ranges = None if dims == (None, None) else dims
+        state, call = _entrance(streams, vec, pe, attn_mask, transformer_options, ranges)
+        state = self.forward_state(state, call, dims)
+        return state.whole("img"), state.whole("txt")
 
 
+@dit.own_block
 class SingleStreamBlock(nn.Module):
     """All tokens with the same weights; attention and MLP side by side in one pair of linears."""
 
@@ -314,29 +385,35 @@ class SingleStreamBlock(nn.Module):
     def _into_attention(
         self, x: torch.Tensor, mod: ModulationOut, dims: Any, pe: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        """x [B, L, C] -> q, k, v [B, H, L, D], q and k rotated by `pe` if given, and the MLP's middle [B, L, M]."""
-        normed = apply_mod(self.pre_norm(x), 1 + mod.scale, mod.shift, dims)
-        qkv, mlp = split_gelu_linear(self.linear1, self.mlp_act, normed, 3 * self.hidden_size)
+        """x [B, L, C] -> q, k, v [B, H, L, D], q and k rotated by `pe` if given, and what `_middle` begins from."""
+        normed = _modulated(self.pre_norm, x, mod, dims)
+        qkv, rest = split_linear(self.linear1, self.mlp_act, normed, 3 * self.hidden_size)
         q, k, v = _heads_first(qkv, self.num_heads)
-        return (*_normed(self.norm, q, k, v, pe), v, mlp)
+        return (*_normed(self.norm, q, k, v, pe), v, rest)
+
+    @dit.stage
+    def _middle(self, rest: torch.Tensor) -> torch.Tensor:
+        """The MLP's middle [B, L, M]: the half of the block that needs nothing of the attention."""
+        return split_linear_rest(self.linear1, self.mlp_act, rest, 3 * self.hidden_size)
 
     @dit.stage
     def _after_attention(
         self, x: torch.Tensor, out: torch.Tensor, mlp: torch.Tensor, mod: ModulationOut, dims: Any
     ) -> torch.Tensor:
         """Add attention [B, L, C] and MLP [B, L, M], projected together, to x [B, L, C]."""
-        merged = linear_of_pair(self.linear2, out, mlp)
-        x = x + apply_mod(merged, mod.gate, None, dims)
-        if x.dtype == torch.float16:
-            x = torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504)
-        return x
+        return _clamped(_add_gated(x, linear_of_pair(self.linear2, out, mlp), mod.gate, dims))
 
-    @dit.shards_own_tokens("x")
-    def _forward(self, x, vec, pe, attn_mask, modulation_dims, transformer_options):
-        mod, _ = self.modulation(vec)
-        q, k, v, mlp = self._into_attention(x, mod, modulation_dims, _early(pe))
-        out = _meet((q, k, v), pe, attn_mask, transformer_options)
-        return self._after_attention(x, out, mlp, mod, modulation_dims)
+    def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall, dims: Any = None) -> dit.DiTState:
+        """The block on all streams of a state as one sequence; `dims`: modulation ranges."""
+        x = state.joint()
+        mod, _ = _modulation(self.modulation, state.sample["vec"], call)
+        q, k, v, rest = self._into_attention(x, mod, dims, _rotary(state))
+        meeting = _meeting(state, call, self.num_heads)
+        meeting.send(q, k, v)
+        mlp = self._middle(rest)
+        meeting.attend()
+        meeting.send_back()
+        return state.with_joint(self._after_attention(x, joined_heads(meeting.result()), mlp, mod, dims))
 
     def forward(
         self,
@@ -347,8 +424,9 @@ class SingleStreamBlock(nn.Module):
         modulation_dims: Any = None,
         transformer_options: dict[str, Any] | None = None,
     ) -> torch.Tensor:
-        """x [B, L, C] (text first), vec [B, C], pe [B or 1, 1, L, D/2, 2, 2] -> [B, L, C]."""
-        return self._forward(x, vec, pe, attn_mask, modulation_dims, transformer_options)
+        """Whole x [B, L, C] (text first), vec [B, C], pe [B or 1, 1, L, D/2, 2, 2] -> [B, L, C]."""
+        state, call = _entrance({"x": x}, vec, pe, attn_mask, transformer_options, modulation_dims)
+        return self.forward_state(state, call, modulation_dims).whole("x")
 
 
 class LastLayer(nn.Module):

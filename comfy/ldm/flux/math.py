@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-import comfy.ldm.modules.attention
-from comfy.ldm import dit
+from comfy.ldm.modules import attention as attention_module
+from comfy.ldm.stages import stage
 
 
 def rope(pos: torch.Tensor, dim: int, theta: int) -> torch.Tensor:
@@ -40,7 +40,7 @@ def apply_rope(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> t
     return apply_rope1(xq, freqs_cis), apply_rope1(xk, freqs_cis)
 
 
-_rotated = dit.stage(apply_rope)
+_rotated = stage(apply_rope)
 
 
 def attention(
@@ -50,11 +50,9 @@ def attention(
     pe: torch.Tensor | None,
     mask: torch.Tensor | None = None,
     transformer_options: dict[str, Any] | None = None,
-    beside: Any = None,
-) -> Any:
-    """Rotate q and k [B, H, L, D] by `pe` [B or 1, 1, L, D/2, 2, 2] and attend: [B, L, H*D]."""
+) -> torch.Tensor:
+    """Rotate whole q and k [B, H, L, D] by `pe` [B or 1, 1, L, D/2, 2, 2] and attend: [B, L, H*D]. For custom nodes."""
     if pe is not None:
         q, k = _rotated(q, k, pe)
-    return comfy.ldm.modules.attention.attention(
-        q, k, v, q.shape[1], mask, transformer_options=transformer_options, beside=beside
-    )
+    function = attention_module.optimized_attention if mask is None else attention_module.optimized_attention_masked
+    return function(q, k, v, q.shape[1], mask=mask, skip_reshape=True, transformer_options=transformer_options or {})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,8 +24,13 @@ from .layers import (
     MLPEmbedder,
     Modulation,
     SingleStreamBlock,
+    replaced_attention,
     timestep_embedding,
 )
+
+_VALUES = {"vec": "vec", "pe": "pe", "attn_mask": "attn_mask"}
+_DOUBLE = dit.BlockArguments({"img": ("img",), "txt": ("txt",)}, _VALUES, frozenset({"attn_mask"}))
+_SINGLE = dit.BlockArguments({"img": ("txt", "img")}, _VALUES, frozenset({"attn_mask"}), first="img")
 
 
 @dataclass
@@ -89,9 +95,11 @@ class Flux(nn.Module):
         if final_layer:
             self.final_layer = LastLayer(self.hidden_size, params.patch_size, params.out_channels, **place)
 
+    replaced_attention = staticmethod(replaced_attention)
+
     # --- the contract: embed, blocks, head ---------------------------------------------------------------------
 
-    def embed_tokens(
+    def embed(
         self,
         img: torch.Tensor,
         img_ids: torch.Tensor,
@@ -100,10 +108,10 @@ class Flux(nn.Module):
         timesteps: torch.Tensor,
         y: torch.Tensor | None,
         guidance: torch.Tensor | None,
-        transformer_options: dict[str, Any],
+        call: dit.DenoiserCall,
         attn_mask: torch.Tensor | None = None,
     ) -> dit.DiTState:
-        """Patches [B, L_img, in] and text [B, L_txt, context] -> state with streams `txt` and `img`."""
+        """Patches [B, L_img, in] and text [B, L_txt, context] -> whole state with streams `txt` and `img`."""
         if img.ndim != 3 or txt.ndim != 3:
             raise ValueError(f"img and txt must be [B, L, C], got {tuple(img.shape)} and {tuple(txt.shape)}")
         if y is None:
@@ -113,48 +121,46 @@ class Flux(nn.Module):
         if self.params.guidance_embed and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(img.dtype))
         vec = vec + self.vector_in(y[:, : self.params.vec_in_dim])
-        txt = self.txt_in(txt)
-        for patch in transformer_options.get("patches", {}).get("post_input", ()):
-            changed = patch({"img": img, "txt": txt, "img_ids": img_ids, "txt_ids": txt_ids,
-                             "transformer_options": transformer_options})  # fmt: skip
-            img, txt = changed["img"], changed["txt"]
-            img_ids, txt_ids = changed["img_ids"], changed["txt_ids"]
+        values = {"img": img, "txt": self.txt_in(txt), "img_ids": img_ids, "txt_ids": txt_ids}
+        values = dit.patched_inputs(call.options, values)
+        pe = self.pe_embedder(torch.cat((values["txt_ids"], values["img_ids"]), dim=1))
         return dit.DiTState(
-            streams={"txt": txt, "img": img},
-            rotary={"txt": self.pe_embedder(txt_ids), "img": self.pe_embedder(img_ids)},
-            sample={"vec": vec},
-            mask=attn_mask,
-            options=transformer_options,
+            streams={"txt": values["txt"], "img": values["img"]},
+            tokenwise={"pe": dit.TokenAxis(pe, ("txt", "img"), 2)},
+            sample={"vec": vec, "attn_mask": attn_mask},
         )
 
-    def blocks(
-        self, control: dict[str, Any] | None = None, transformer_options: dict[str, Any] | None = None
-    ) -> Iterator[Callable[[dit.DiTState], dit.DiTState]]:
-        """The blocks as functions of the state, with their patches and ControlNet residuals."""
-        options = transformer_options or {}
-        control = control or {}
-        replace = options.get("patches_replace", {}).get("dit", {})
-        after = options.get("patches", {}).get("double_block", ())
-        for i, block in enumerate(self.double_blocks):
-            yield _double_step(block, i, replace.get(("double_block", i)), _at(control.get("input"), i), after)
-        for i, block in enumerate(self.single_blocks):
-            yield _single_step(block, i, replace.get(("single_block", i)), _at(control.get("output"), i))
+    def block_list(self) -> tuple[dit.Block, ...]:
+        """The blocks in order. A single block's weights are 0.59 of a double block's, so is its time."""
+        double = [
+            dit.Block(
+                f"double_blocks.{i}", block, _DOUBLE, i, replace_key=("double_block", i),
+                patches_after=("double_block",), residual=dit.Residual("img", "input", i),
+            )
+            for i, block in enumerate(self.double_blocks)
+        ]  # fmt: skip
+        single = [
+            dit.Block(
+                f"single_blocks.{i}", block, _SINGLE, i, cost=0.59, replace_key=("single_block", i),
+                residual=dit.Residual("img", "output", i),
+            )
+            for i, block in enumerate(self.single_blocks)
+        ]  # fmt: skip
+        return (*double, *single)
 
-    def _modulations(self, state: dit.DiTState) -> dict[int, torch.Tensor] | None:
-        """All blocks' modulation parameters, dealt over the ranks; None when tokens are not spread."""
-        if state.plan is None:
-            return None
+    def prepared_layers(self, state: dit.DiTState) -> list[dit.PreparedLayer]:
+        """All blocks' modulations: they need nothing but the conditioning vector."""
         ours = [m for m in self.modules() if type(m) is Modulation and "forward" not in vars(m)]
         # Wide and narrow ones in turn, so that equal shares of the list are equal shares of the weights.
         wide, narrow = [m for m in ours if m.is_double], [m for m in ours if not m.is_double]
         modules = [m for pair in itertools.zip_longest(wide, narrow) for m in pair if m is not None]
         vec = nn.functional.silu(state.sample["vec"])
-        return dit.prepare_together(modules, [m.lin.out_features for m in modules], lambda module: module.lin(vec))
+        return [dit.PreparedLayer(m, m.lin.out_features, functools.partial(m.lin, vec)) for m in modules]
 
     def head(self, state: dit.DiTState) -> torch.Tensor:
         """Picture tokens of the state -> [B, L_img, patch^2 * out_channels], whole."""
-        img = self.final_layer(state.streams["img"], state.sample["vec"])
-        return img if state.plan is None else state.plan.gather(img, 1, state.lengths["img"])
+        out = self.final_layer(state.streams["img"], state.sample["vec"])
+        return state.with_stream("img", out).whole("img")
 
     def forward_orig(
         self,
@@ -170,13 +176,9 @@ class Flux(nn.Module):
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed, blocks and head on whole patch tokens: [B, L_img, in] -> [B, L_img, patch^2 * out_channels]."""
-        state = self.embed_tokens(
-            img, img_ids, txt, txt_ids, timesteps, y, guidance, transformer_options, attn_mask
-        ).shard(dit.active_plan())
-        with dit.blocks_on(state), dit.with_prepared(self._modulations(state)):
-            for step in self.blocks(control, transformer_options):
-                state = step(state)
-            return self.head(state)
+        call = dataclasses.replace(dit.call_of(transformer_options), control=control or {})
+        state = self.embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, call, attn_mask)
+        return self.head(dit.run_blocks(self, state, call))
 
     def lora_key_prefixes(self) -> dict[str, Any]:
         """Adapter key prefixes beyond the weights' own names: diffusers' in three spellings, and fused q/k/v."""
@@ -290,100 +292,3 @@ class Flux(nn.Module):
         rows, cols = -(-height // patch), -(-width // patch)
         out = out.reshape(batch, rows, cols, self.out_channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
         return out.reshape(batch, self.out_channels, rows * patch, cols * patch)[:, :, :height, :width]
-
-
-def _at(residuals: list[torch.Tensor | None] | None, index: int) -> torch.Tensor | None:
-    return residuals[index] if residuals is not None and index < len(residuals) else None
-
-
-def _call(block: nn.Module, state: dit.DiTState, arguments: dict[str, Any]) -> Any:
-    """Run a block with whatever keywords it knows: older replacements lack the optional ones."""
-    if state.mask is not None:
-        arguments["attn_mask"] = state.mask
-    if state.options:
-        arguments["transformer_options"] = state.options
-    return block(**arguments)
-
-
-def _is_ours(block: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a block runs our forward, token-local except for attention."""
-    forward = type(block).forward
-    return forward is kind.forward and "forward" not in vars(block)
-
-
-def _double_step(
-    block: nn.Module, index: int, replacement: Any, residual: torch.Tensor | None, after: Any
-) -> Callable[[dit.DiTState], dit.DiTState]:
-    """Block `index` of the double stream as a function of the state."""
-
-    def run(args: dict[str, Any]) -> dict[str, Any]:
-        keywords = {k: v for k, v in args.items() if k in ("img", "txt", "vec", "pe", "attn_mask")}
-        if keywords.get("attn_mask") is None:
-            keywords.pop("attn_mask", None)
-        if args.get("transformer_options"):
-            keywords["transformer_options"] = args["transformer_options"]
-        img, txt = block(**keywords)
-        return {"img": img, "txt": txt}
-
-    def whole(state: dit.DiTState) -> None:
-        img, txt = state.whole("img"), state.whole("txt")
-        pe = state.pe if state.plan is None else state.plan.gather_in_order(state.pe, 2)
-        args = {"img": img, "txt": txt, "vec": state.sample["vec"], "pe": pe, "attn_mask": state.mask,
-                "transformer_options": state.options}  # fmt: skip
-        with dit.whole_tokens():
-            out = run(args) if replacement is None else replacement(args, {"original_block": run})
-        state.put("img", out["img"])
-        state.put("txt", out["txt"])
-
-    def step(state: dit.DiTState) -> dit.DiTState:
-        if replacement is None and _is_ours(block, DoubleStreamBlock):
-            img, txt = _call(
-                block, state,
-                {"img": state.streams["img"], "txt": state.streams["txt"], "vec": state.sample["vec"], "pe": state.pe},
-            )  # fmt: skip
-            state.streams["img"], state.streams["txt"] = img, txt
-        else:
-            whole(state)
-        for patch in after:
-            args = {"img": state.whole("img"), "txt": state.whole("txt"), "block_index": index,
-                    "transformer_options": state.options}  # fmt: skip
-            with dit.whole_tokens():
-                out = patch(args)
-            state.put("img", out["img"])
-            state.put("txt", out["txt"])
-        if residual is not None:
-            state.add("img", residual)
-        return state
-
-    return step
-
-
-def _single_step(
-    block: nn.Module, index: int, replacement: Any, residual: torch.Tensor | None
-) -> Callable[[dit.DiTState], dit.DiTState]:
-    """Block `index` of the single stream, which sees text and picture as one sequence."""
-
-    def run(args: dict[str, Any]) -> dict[str, Any]:
-        keywords = {k: v for k, v in args.items() if k in ("vec", "pe", "attn_mask") and v is not None}
-        if args.get("transformer_options"):
-            keywords["transformer_options"] = args["transformer_options"]
-        return {"img": block(args["img"], **keywords)}
-
-    def step(state: dit.DiTState) -> dit.DiTState:
-        if replacement is None and _is_ours(block, SingleStreamBlock):
-            state.set_joint(_call(block, state, {"x": state.joint(), "vec": state.sample["vec"], "pe": state.pe}))
-        else:
-            txt_tokens = state.lengths["txt"]
-            x = torch.cat((state.whole("txt"), state.whole("img")), dim=1)
-            pe = state.pe if state.plan is None else state.plan.gather_in_order(state.pe, 2)
-            args = {"img": x, "vec": state.sample["vec"], "pe": pe, "attn_mask": state.mask,
-                    "transformer_options": state.options}  # fmt: skip
-            with dit.whole_tokens():
-                x = (run(args) if replacement is None else replacement(args, {"original_block": run}))["img"]
-            state.put("txt", x[:, :txt_tokens])
-            state.put("img", x[:, txt_tokens:])
-        if residual is not None:
-            state.add("img", residual)
-        return state
-
-    return step

@@ -1,24 +1,28 @@
 """Attention: the only place where tokens meet.
 
-`attention` is what networks call. With a token plan active it exchanges tokens between ranks around the kernel; without
-one it is `optimized_attention`, ComfyUI's name for "the best kernel there is". Custom nodes replace
+`attention` is what networks call: `AttentionSpec` says which tokens ask which, `DenoiserCall` how they are spread over
+ranks. On one rank it is `optimized_attention`, ComfyUI's name for "the best kernel there is". Custom nodes replace
 `optimized_attention` (by assignment, or per call through `transformer_options["optimized_attention_override"]`);
-both see all tokens of the heads they are given.
+both see all tokens of the heads they are given, in the order of whole streams.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from comfy.ldm import dit
+from comfy.ldm.dit_state import Compute, DenoiserCall, Meeting, Tokens
+from comfy.ldm.modules import kernels
+from comfy.ldm.modules.kernels import describe_backend, masked, scaled_dot_product, use_fused_attention
 from comfy.missing import missing_names
+
+__all__ = ["describe_backend", "scaled_dot_product", "use_fused_attention"]  # from kernels, for users of this module
 
 REGISTERED_ATTENTION_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {}
 
@@ -83,52 +87,6 @@ def _broadcast_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.unsqueeze(1) if mask.ndim == 3 else mask
 
 
-_fused = True
-
-
-def use_fused_attention(enabled: bool) -> None:
-    """Whether attention runs on fused kernels; without them scores are written out, for comparing and for old GPUs."""
-    global _fused
-    _fused = enabled
-
-
-def describe_backend(device: torch.device) -> str:
-    """Which attention kernel is used on `device`, and why; one line for the log."""
-    if not _fused:
-        return "attention: written out (optimization.use_flash_attention is false)"
-    if device.type == "cuda" and _prefers_cudnn(device.index):
-        return "attention: cuDNN where it fits (twice as fast on Hopper as torch's flash kernel), else torch's choice"
-    return f"attention: torch's fused kernels ({device.type})"
-
-
-def scaled_dot_product(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v for [B, H, L, D], on the fastest kernel torch offers.
-
-    cuDNN is asked for by name on Hopper and newer: torch prefers its flash backend, which reaches less than half of
-    cuDNN's rate there.
-    """
-    if not _fused:
-        return attention_basic(q, k, v, q.shape[1], mask, skip_reshape=True, skip_output_reshape=True)
-    fits = mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-    fits = fits and all(t.stride(-1) == 1 for t in (q, k, v))
-    if fits and q.dtype in (torch.bfloat16, torch.float16) and _prefers_cudnn(q.device.index):
-        # The derivative needs the sums of exponentials; without them it is NaN.
-        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, trains)[0]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-@functools.cache
-def _prefers_cudnn(index: int | None) -> bool:
-    return (
-        torch.version.cuda is not None
-        and torch.backends.cudnn.is_available()
-        and torch.cuda.get_device_capability(index)[0] >= 9
-    )
-
-
 @wrap_attn
 def attention_pytorch(
     q: torch.Tensor,
@@ -166,12 +124,7 @@ def attention_basic(
     q, k, v = _split_heads(q, k, v, heads, skip_reshape)
     if attn_precision == torch.float32:
         q, k = q.float(), k.float()
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    mask = _broadcast_mask(mask)
-    if mask is not None:
-        scores = (
-            scores.masked_fill(~mask, -torch.finfo(scores.dtype).max) if mask.dtype == torch.bool else scores + mask
-        )
+    scores = masked(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, _broadcast_mask(mask))
     return _join_heads(scores.softmax(-1).to(v.dtype) @ v, skip_output_reshape)
 
 
@@ -209,6 +162,7 @@ for _name, _function in (
     ("split", attention_split),
     ("sub_quad", attention_sub_quad),
 ):
+    _function.rows_independent = True  # type: ignore[attr-defined]
     register_attention_function(_name, _function)
 
 optimized_attention: Callable[..., torch.Tensor] = attention_pytorch
@@ -224,42 +178,135 @@ def optimized_attention_for_device(
     return optimized_attention_masked if mask else optimized_attention
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    heads: int,
-    mask: torch.Tensor | None = None,
-    *,
-    replicated_kv: bool = False,
-    layout: tuple[int, ...] | None = None,
-    transformer_options: dict[str, Any] | None = None,
-    beside: Callable[[], Any] | None = None,
-) -> Any:
-    """Attention between the tokens of all ranks: q, k, v [B, H, L, D] -> [B, L, H*D].
+@dataclass(frozen=True, eq=False)
+class AttentionSpec:
+    """Who attends to whom in one attention.
 
-    On shards L counts this rank's tokens. `replicated_kv`: k and v are the same on every rank (cross-attention to a
-    prompt), so nothing travels. `layout`: tokens per rank when not all streams take part. `mask` is for the whole
-    sequence. With `beside`, returns (attention, beside()).
+    heads: query heads H. queries, keys: the tokens on either side; keys are those of the queries unless said otherwise.
+    mask: for whole streams, on every rank, [Lq, Lk], [B, Lq, Lk] or [B, H or 1, Lq, Lk] with Lq possibly 1; boolean
+    (True = attend) or added to the scores. kv_heads: heads of keys and values, a divisor of H (grouped queries, Ainslie
+    et al. 2023). layer: what identifies the attention in its network, for strategies that keep keys and values between
+    calls. causal: query i attends to keys 0 .. i only.
     """
-    plan = dit.active_plan()
-    options = transformer_options or {}
 
-    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    heads: int
+    queries: Tokens
+    keys: Tokens | None = None
+    mask: torch.Tensor | None = None
+    kv_heads: int | None = None
+    layer: str | None = None
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads % self.shared_heads:
+            raise ValueError(
+                f"{self.heads} query heads cannot share {self.shared_heads} key heads; the first must be a multiple"
+            )
+        if self.mask is None:
+            return
+        rows, columns = self.mask.shape[-2:]
+        if rows not in (1, sum(self.queries.lengths)) or columns not in (1, sum(self.sources.lengths)):
+            raise ValueError(
+                f"an attention mask of {tuple(self.mask.shape)} for {sum(self.queries.lengths)} queries and "
+                f"{sum(self.sources.lengths)} keys; masks are for the tokens of whole streams"
+            )
+
+    @property
+    def sources(self) -> Tokens:
+        """The tokens of keys and values."""
+        return self.queries if self.keys is None else self.keys
+
+    @property
+    def shared_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the order of tokens matters."""
+        return self.mask is not None or self.causal
+
+    def block(
+        self, device: torch.device, rows: torch.Tensor | None = None, heads: tuple[int, int] | None = None
+    ) -> torch.Tensor | None:
+        """The mask of some queries (their places in whole streams) and some heads, causality included; None: no mask."""
+        mask = self.mask
+        if mask is not None and rows is not None and mask.shape[-2] > 1:
+            mask = mask.index_select(-2, rows)
+        if mask is not None and heads is not None and mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask[:, heads[0] : heads[1]]
+        if not self.causal:
+            return mask
+        places = torch.arange(sum(self.queries.lengths), device=device) if rows is None else rows
+        earlier = places[:, None] >= torch.arange(sum(self.sources.lengths), device=device)
+        if mask is None:
+            return earlier
+        return mask & earlier if mask.dtype == torch.bool else mask.masked_fill(~earlier, float("-inf"))
+
+
+class _LocalMeeting:
+    """An attention whose tokens are all on this rank."""
+
+    def __init__(self, spec: AttentionSpec, compute: Compute) -> None:
+        self._spec, self._compute = spec, compute
+
+    def send(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._inputs = q, k, v
+
+    def attend(self) -> None:
+        q, k, v = self._inputs
+        self._out = self._compute(q, k, v, self._spec.block(q.device))
+
+    def send_back(self) -> None:
+        pass
+
+    def result(self) -> torch.Tensor:
+        return self._out
+
+
+def replaced_attention(options: Any = None) -> bool:
+    """Whether a custom node has put a function of its own in the place of this module's attention."""
+    return (
+        optimized_attention is not attention_pytorch
+        or optimized_attention_masked is not attention_pytorch
+        or "optimized_attention_override" in (options or {})
+    )
+
+
+def meet(spec: AttentionSpec, call: DenoiserCall, compute: Compute | None = None) -> Meeting:
+    """An attention in moments; see `Meeting`. `compute` is a foreign function to use instead of this module's own."""
+    options, plan = call.options, call.plan
+    foreign = compute is not None or replaced_attention(options)
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if not foreign:
+            return scaled_dot_product(q, k, v, _broadcast_mask(mask))
+        k, v = kernels.repeat_heads(q, k, v)
         function = optimized_attention if mask is None else optimized_attention_masked
         return function(
             q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, transformer_options=options
         )
 
-    if plan is None or not plan.sharded or replicated_kv:
-        aside = beside() if beside is not None else None
-        out = kernel(q, k, v)
-    else:
-        foreign = optimized_attention is not attention_pytorch or "optimized_attention_override" in options
-        in_order = mask is not None or foreign
-        out, aside = plan.attend(q, k, v, kernel, layout=layout or plan.layout, in_order=in_order, beside=beside)
-    out = out.transpose(1, 2).flatten(2)
-    return (out, aside) if beside is not None else out
+    compute = compute or kernel
+    if plan is None or not (spec.queries.sharded or spec.sources.sharded):
+        return _LocalMeeting(spec, compute)
+    return plan.meet(spec, compute, in_order=foreign or spec.ordered)
+
+
+def joined_heads(out: torch.Tensor) -> torch.Tensor:
+    """[B, H, L, D] -> [B, L, H*D]."""
+    return out.transpose(1, 2).flatten(2)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, call: DenoiserCall
+) -> torch.Tensor:
+    """q [B, H, Lq, D], k and v [B, KV, Lk, D] of this rank's tokens, or whole -> [B, Lq, H*D]; see `AttentionSpec`."""
+    meeting = meet(spec, call)
+    meeting.send(q, k, v)
+    meeting.attend()
+    meeting.send_back()
+    return joined_heads(meeting.result())
 
 
 def default(value: Any, other: Any) -> Any:

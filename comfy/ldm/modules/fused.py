@@ -48,15 +48,24 @@ def mlp_gelu(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return layers[2](gelu_linear(x, layers[0].weight, layers[0].bias))
 
 
-def split_gelu_linear(
+def split_linear(
     linear: nn.Module, activation: nn.Module, x: torch.Tensor, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear(x)` cut at `first`: the head as it is, the tail through `activation`: [.., in] -> [.., first], [.., rest]."""
+    """The first `first` outputs of `linear(x)` for x [.., in], and what `split_linear_rest` finishes the others from.
+
+    That is x itself where the rest of the product can be computed on its own, else the rest before its activation.
+    """
     if is_tanh_gelu(activation) and computes_directly(linear, x):
-        weight, bias = linear.weight, linear.bias
-        return F.linear(x, weight[:first], bias[:first]), gelu_linear(x, weight[first:], bias[first:])
+        return F.linear(x, linear.weight[:first], linear.bias[:first]), x
     out = linear(x)
-    return out[..., :first], activation(out[..., first:])
+    return out[..., :first], out[..., first:]
+
+
+def split_linear_rest(linear: nn.Module, activation: nn.Module, rest: torch.Tensor, first: int) -> torch.Tensor:
+    """The outputs of `linear(x)` from `first` on, through `activation`: [.., out - first]."""
+    if is_tanh_gelu(activation) and computes_directly(linear, rest):
+        return gelu_linear(rest, linear.weight[first:], linear.bias[first:])
+    return activation(rest)
 
 
 def linear_of_pair(linear: nn.Module, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
+import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 import comfy.model_management
-from comfy.denoiser_batch import evaluate_serially
+from comfy.denoiser_batch import DenoiserBatch, evaluate_serially
 from comfy.ldm import dit
+from comfy.taco_dit.fast.captured_calls import CapturedCalls
 from comfy.taco_dit.parallel.exchange import CollectiveExchange
 from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
@@ -27,28 +28,9 @@ from comfy_execution.lockstep import Lockstep
 
 from .config_manager import ConfigError, OptimizationConfig, ParallelConfig, TacoConfig
 from .distributed_manager import TACODiTDistributedManager
-from .network_runner import NetworkRunner
-from .plan import ParallelDims, Plan, Workload, choose_plan, share
-
-
-def foreign_parts(network: Any, model_options: dict[str, Any]) -> list[str]:
-    """What is not ours in or around a network, and may look at all conditionings of a call together.
-
-    Such code runs with all rows on every rank; tokens are still split inside our own blocks.
-    """
-    found = []
-    if "model_function_wrapper" in model_options:
-        found.append("a model function wrapper")
-    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
-    found += [
-        f"a {kind} wrapper" for kind in ("apply_model", "diffusion_model") if any(wrappers.get(kind, {}).values())
-    ]
-    for name in ("forward", "_forward", "forward_orig"):
-        method = getattr(type(network), name, None)
-        replaced = name in vars(network) or not getattr(method, "__module__", "comfy.").startswith("comfy.")
-        if method is not None and replaced:
-            found.append(f"a replaced {name}")
-    return found
+from .layout import Layout, layout_of
+from .plan import ParallelDims, Plan, Workload, choose_plan
+from .rows import can_cut, collect_rows, foreign_parts, replaced_parts, rows_of
 
 
 class TACODiTExecutionEngine:
@@ -68,8 +50,10 @@ class TACODiTExecutionEngine:
         self._started = 0.0
         self._token_plans: dict[Any, UlyssesPlan] = {}
         self._warned: set[str] = set()
-        self.runner = NetworkRunner(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
+        self.runner = CapturedCalls(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
         comfy.model_management.add_memory_holder(self.runner.release_memory)
+        if manager.data is not None:
+            manager.data.before_groups_end(self.runner.forget)
 
     # --- plan ------------------------------------------------------------------------------------------------------
 
@@ -84,11 +68,11 @@ class TACODiTExecutionEngine:
         tokens = math.prod(-(-size // patch) for size in largest.x.shape[2:])
         context = largest.conditioning.get("c_crossattn")
         tokens += context.shape[1] if context is not None and context.ndim == 3 else 0
-        foreign = foreign_parts(network, model_options)
+        foreign = foreign_parts(network, batches, model_options)
         if foreign and self.manager.world_size > 1:
             self._warn_once(
-                f"{', '.join(foreign)} ({type(network).__name__}): conditionings and pictures stay together on every "
-                "rank; only tokens are split"
+                f"{', '.join(foreign)} ({type(network).__name__}) may let pictures of a batch see one another: conditionings "
+                "and pictures stay together on every rank, only tokens are split"
             )
         return Workload(
             conds=sum(len(b.cond_or_uncond) for b in batches),
@@ -96,8 +80,8 @@ class TACODiTExecutionEngine:
             tokens=tokens,
             heads=heads,
             hidden_size=hidden,
-            rows_split=not foreign and _can_cut(batches),
-            tokens_split=hasattr(network, "embed_tokens"),
+            rows_split=not foreign and can_cut(batches),
+            tokens_split=hasattr(network, "block_list"),
         )
 
     def _warn_once(self, text: str) -> None:
@@ -121,15 +105,16 @@ class TACODiTExecutionEngine:
         return self._token_plans[key]
 
     def _new_plan(self, members: tuple[int, ...]) -> UlyssesPlan:
-        exchange = CollectiveExchange(self.manager.data.group(members), self.clock)  # type: ignore[union-attr]
+        group = self.manager.data.group(members)  # type: ignore[union-attr]
+        exchange = CollectiveExchange(group, self.clock)
         if self.config.optimization.engine != "xfuser":
-            return UlyssesPlan(exchange)
+            return UlyssesPlan(exchange, group)
         if len(members) != self.manager.world_size:
             self._warn_once("xfuser's attention runs over all ranks or none; this plan uses the native exchange")
-            return UlyssesPlan(exchange)
+            return UlyssesPlan(exchange, group)
         from comfy.taco_dit.parallel.xfuser_engine import XfuserPlan, start
 
-        return XfuserPlan(exchange, start(self.manager.rank, self.manager.world_size))
+        return XfuserPlan(exchange, group, start(self.manager.rank, self.manager.world_size))
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -145,65 +130,63 @@ class TACODiTExecutionEngine:
         gate()
         self.total_calls += 1
         parallel = parallel or self.config.parallel
+        layout = layout_of(model)
         if self.manager.world_size == 1 or not parallel.enabled:
-            with self.clock.call(), self._fast(model, None):
-                return evaluate_serially(model, batches, model_options)
-        plan = choose_plan(parallel, self.workload(model, batches, model_options), self.manager.world_size)
+            with self.clock.call():
+                return self._run(model, batches, model_options, None, layout)
+        work = self.workload(model, batches, model_options)
+        plan = choose_plan(parallel, work, self.manager.world_size, layout)
         self._plan = plan
         with self.clock.call():
-            return self._evaluate_rows(model, batches, model_options, plan.dims)
+            return self._evaluate_rows(model, batches, model_options, plan.dims, layout)
 
     def _evaluate_rows(
-        self, model: Any, batches: list[Any], model_options: dict[str, Any], dims: ParallelDims
+        self,
+        model: Any,
+        batches: list[DenoiserBatch],
+        model_options: dict[str, Any],
+        dims: ParallelDims,
+        layout: Layout,
     ) -> list[torch.Tensor]:
-        cfg, data, _, _ = dims.coordinates(self.manager.rank)
-        mine = _rows(batches, dims, cfg, data)
-        parts = [
-            batches[i].select_conds(conds).select_samples(*samples)
-            if dims.cfg_degree * dims.data_degree > 1
-            else batches[i]
-            for i, conds, samples in mine
-        ]
         token_plan = self.token_plan(dims)
-        with dit.use_plan(token_plan), self._fast(model, token_plan):
-            outs = evaluate_serially(model, parts, model_options)
         if dims.cfg_degree * dims.data_degree == 1:
-            return outs
-        return self._collect(batches, dims, outs)
+            return self._run(model, batches, model_options, token_plan, layout)
+        cfg, data, _, _ = dims.coordinates(self.manager.rank)
+        mine = rows_of(batches, dims, cfg, data)
+        parts = [batches[i].select_conds(conds).select_samples(*samples) for i, conds, samples in mine]
+        outs = self._run(model, parts, model_options, token_plan, layout)
+        return collect_rows(batches, dims, outs, functools.partial(self._gather_rows, dims))
+
+    def _run(
+        self,
+        model: Any,
+        batches: list[DenoiserBatch],
+        model_options: dict[str, Any],
+        token_plan: UlyssesPlan | None,
+        layout: Layout,
+    ) -> list[torch.Tensor]:
+        """This rank's batches, with what their networks need to know of the call."""
+        call = dit.DenoiserCall(plan=token_plan, layout=layout)
+        told = [batch.within(call) for batch in batches]
+        with dit.fallback_call(call), self._fast(model, token_plan):
+            return evaluate_serially(model, told, model_options)
+
+    def _gather_rows(self, dims: ParallelDims, flat: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        group = self.manager.data.group(dims.row_group(self.manager.rank))  # type: ignore[union-attr]
+        with self.clock.exchange():
+            return group.all_gather(flat, counts)
 
     @contextlib.contextmanager
     def _fast(self, model: Any, token_plan: UlyssesPlan | None) -> Iterator[None]:
         """Inside, the model calls its network compiled and captured, if the configuration asks for it."""
-        if not self.runner.wanted or foreign_parts(model.diffusion_model, {}):
+        if not self.runner.wanted or replaced_parts(model.diffusion_model):
             yield
             return
-        model.network_runner = self.runner.bound(model, None if token_plan is None else id(token_plan))
+        model.network_runner = self.runner.bound(model, token_plan)
         try:
             yield
         finally:
             model.network_runner = None
-
-    def _collect(self, batches: list[Any], dims: ParallelDims, outs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """All rows from all row groups. Rows of a call may differ in size, so they travel flat."""
-        group = self.manager.data.group(dims.row_group(self.manager.rank))  # type: ignore[union-attr]
-        owners = [(c, d) for c in range(dims.cfg_degree) for d in range(dims.data_degree)]
-        dealt = [_rows(batches, dims, c, d) for c, d in owners]
-        width = [batch.x[0].numel() for batch in batches]
-        counts = [sum(len(conds) * (b - a) * width[i] for i, conds, (a, b) in rows) for rows in dealt]
-        flat = torch.cat([out.reshape(-1) for out in outs])
-        with self.clock.exchange():
-            whole = group.all_gather(flat, counts)
-        results = [out_like(batch, flat) for batch in batches]
-        position = 0
-        for rows in dealt:
-            for i, conds, (start, stop) in rows:
-                batch = batches[i]
-                shape = (len(conds), stop - start, *batch.x.shape[1:])
-                size = math.prod(shape)
-                view = results[i].view(len(batch.cond_or_uncond), batch.batch_size, *batch.x.shape[1:])
-                view[conds[0] : conds[-1] + 1, start:stop] = whole[position : position + size].view(shape)
-                position += size
-        return results
 
     # --- statistics ------------------------------------------------------------------------------------------------
 
@@ -241,7 +224,7 @@ class TACODiTExecutionEngine:
         """For `/taco_dit/status`."""
         return {
             "engine": self.config.optimization.engine,
-            "cuda_graph": self.runner.cuda_graph,
+            **self.runner.status(),
             "config": dataclasses.asdict(self.config),
             "active_plan": None if self._plan is None else self._plan.dims.describe(),
             "reason": None if self._plan is None else self._plan.reason,
@@ -256,35 +239,4 @@ def _fast_ways(optimization: OptimizationConfig, device: torch.device) -> tuple[
     """(compile stages, capture CUDA graphs): as configured, else what the device can do."""
     cuda = device.type == "cuda"
     compile_stages, cuda_graph = optimization.use_torch_compile, optimization.use_cuda_graph
-    if compile_stages is None:
-        compile_stages = cuda and importlib.util.find_spec("triton") is not None
-    return compile_stages, cuda if cuda_graph is None else cuda_graph and cuda
-
-
-def _can_cut(batches: list[Any]) -> bool:
-    """Whether every tensor of the batches tells its conditionings and pictures apart."""
-    try:
-        for batch in batches:
-            batch.select_conds([0])
-            batch.select_samples(0, 1)
-    except ValueError:
-        return False
-    return True
-
-
-def out_like(batch: Any, flat: torch.Tensor) -> torch.Tensor:
-    """Room for a batch's results in the dtype of the predictions."""
-    return torch.empty(batch.x.shape, dtype=flat.dtype, device=flat.device)
-
-
-def _rows(batches: list[Any], dims: ParallelDims, cfg: int, data: int) -> list[tuple[int, list[int], tuple[int, int]]]:
-    """(batch, its conditionings, pictures) that the row group (cfg, data) evaluates."""
-    units = [(i, c) for i, batch in enumerate(batches) for c in range(len(batch.cond_or_uncond))]
-    start, stop = share(len(units), dims.cfg_degree, cfg)
-    out: list[tuple[int, list[int], tuple[int, int]]] = []
-    for i, c in units[start:stop]:
-        if out and out[-1][0] == i:
-            out[-1][1].append(c)
-        else:
-            out.append((i, [c], share(batches[i].batch_size, dims.data_degree, data)))
-    return out
+    return bool(compile_stages), cuda if cuda_graph is None else cuda_graph and cuda

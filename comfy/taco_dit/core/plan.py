@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config_manager import ConfigError, ParallelConfig, divisors
+from .layout import Layout
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Plan:
     reason: str
     work: Workload | None = None
     considered: tuple[tuple[str, float], ...] = ()
-    """Every layout that was possible and its estimated time, in units of one rank's; the best first."""
+    """Every choice that was possible and its estimated time, in units of one rank's; the best first."""
 
     def considered_as_dicts(self) -> list[dict[str, Any]]:
         """For JSON: `plan`, `relative_time`."""
@@ -115,7 +116,7 @@ def _cost(dims: ParallelDims, work: Workload) -> float:
 
 
 def candidates(config: ParallelConfig, work: Workload, world_size: int) -> list[ParallelDims]:
-    """Every layout that the configuration and the workload allow."""
+    """All degrees that the configuration and the workload allow."""
     if not config.enabled:
         return [ParallelDims(replicas=world_size)]
     degree = config.ulysses_degree or config.sequence_parallel_degree
@@ -142,11 +143,13 @@ def candidates(config: ParallelConfig, work: Workload, world_size: int) -> list[
     return found
 
 
-def choose_plan(config: ParallelConfig, work: Workload, world_size: int) -> Plan:
-    """The layout with the smallest estimated time; ties go to fewer exchanges, conditionings first.
+def choose_plan(config: ParallelConfig, work: Workload, world_size: int, layout: Layout = Layout()) -> Plan:  # noqa: B008
+    """The degrees with the smallest estimated time; ties go to fewer exchanges, conditionings first.
 
-    Raises ConfigError when fixed degrees leave no layout.
+    Degrees deal work over the copies of the network that `layout` leaves. Raises ConfigError when fixed degrees leave
+    no plan, and ValueError when the layout does not fit the ranks.
     """
+    world_size = layout.copies(world_size)
     found = candidates(config, work, world_size)
     if not found:
         raise ConfigError(

@@ -96,6 +96,7 @@ class CapturedCalls:
         self._refused = False
         self._pool: Any = None
         self._lock = threading.Lock()
+        self.device_type = "cuda"
 
     @property
     def wanted(self) -> bool:
@@ -186,7 +187,9 @@ class CapturedCalls:
     def _key(self, model: Any, context: Any, call: dict[str, Any]) -> Any:
         """Under which the call is found, or None when it is not to be captured."""
         device = call["x"].device
-        if not self.cuda_graph or self._refused or device.type != "cuda" or model.weight_store.partly_loaded:
+        if not self.cuda_graph or self._refused or device.type != self.device_type:
+            return None
+        if model.weight_store.partly_loaded:
             return None
         network = model.diffusion_model
         if id(network) not in self._checked and not self._unchanged(network):

@@ -14,6 +14,8 @@ import torch
 from comfy.ldm import dit
 from comfy.taco_dit.core.plan import share
 
+Range = tuple[int, int]
+
 
 class Exchange(Protocol):
     """A transport of heads and tokens within one token group."""
@@ -21,29 +23,47 @@ class Exchange(Protocol):
     size: int
     index: int
 
-    def to_heads(self, parts: Sequence[torch.Tensor], layout: Sequence[int]) -> list[torch.Tensor]:
-        """Each part [B, H, L_local, D] -> [B, h, L, D] of this rank's heads, all tokens in rank order."""
+    def to_heads(
+        self, parts: Sequence[torch.Tensor], heads: Sequence[Range], tokens: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Each part [B, H, L_local, D] -> [B, h, L, D] of this rank's heads, all tokens in rank order.
 
-    def to_tokens(self, out: torch.Tensor, heads: int, layout: Sequence[int]) -> torch.Tensor:
-        """[B, h, L, D] -> [B, H, L_local, D]."""
+        heads: the range of heads that each rank gets; ranges may overlap. tokens: what each rank holds.
+        """
 
-    def gather(self, local: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
+    def to_tokens(self, out: torch.Tensor, heads: Sequence[Range], tokens: Sequence[int]) -> torch.Tensor:
+        """[B, h, L, D] -> [B, H, L_local, D]; `heads` partition H."""
+
+    def gather(self, local: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
         """Shards along `dim`, concatenated in rank order."""
 
 
-def head_counts(heads: int, size: int) -> list[int]:
-    """Heads per rank, dealt as evenly as possible."""
-    return [stop - start for start, stop in (share(heads, size, i) for i in range(size))]
+def head_ranges(heads: int, shared: int, size: int) -> tuple[list[Range], list[Range]]:
+    """For each rank its query heads, and the key heads (of `shared`) that these need.
+
+    Heads are dealt as evenly as possible, in whole groups that share a key head while there are groups for all ranks;
+    with more ranks than groups some key heads go to several ranks.
+    """
+    group = heads // shared
+    if shared >= size:
+        keys = [share(shared, size, rank) for rank in range(size)]
+        return [(a * group, b * group) for a, b in keys], keys
+    queries = [share(heads, size, rank) for rank in range(size)]
+    return queries, [(a // group, -(-b // group)) if b > a else (0, 0) for a, b in queries]
 
 
 @dit.stage
-def pack_heads(parts: Sequence[torch.Tensor], counts: list[int]) -> torch.Tensor:
+def pack_heads(parts: Sequence[torch.Tensor], heads: Sequence[Range]) -> torch.Tensor:
     """Parts [B, H, L, D] -> flat send buffer: for each rank its heads, token-major [L, B, parts, heads, D]."""
+    batch, _, local, size = parts[0].shape
+    width, ranks = heads[0][1], len(heads)
+    if all(bounds == (width * rank, width * (rank + 1)) for rank, bounds in enumerate(heads)):
+        send = parts[0].new_empty((ranks, local, batch, len(parts), width, size))
+        for i, part in enumerate(parts):  # each is read once and written once, where it belongs
+            send[:, :, :, i] = part.permute(2, 0, 1, 3).unflatten(2, (ranks, width)).movedim(2, 0)
+        return send.view(-1)
     stacked = torch.stack([p.permute(2, 0, 1, 3) for p in parts], dim=2)
-    if len(set(counts)) == 1:
-        blocks = stacked.unflatten(3, (len(counts), counts[0]))  # [L, B, parts, rank, heads, D]
-        return blocks.movedim(3, 0).reshape(-1)
-    return torch.cat([block.reshape(-1) for block in stacked.split(counts, dim=3)])
+    return torch.cat([stacked[:, :, :, a:b].reshape(-1) for a, b in heads])
 
 
 @dit.stage
@@ -74,33 +94,33 @@ class CollectiveExchange:
                 self._group.all_to_all(out, send, received, sent)
         return out
 
-    def to_heads(self, parts: Sequence[torch.Tensor], layout: Sequence[int]) -> list[torch.Tensor]:
-        batch, heads, local, size = parts[0].shape
-        if local != layout[self.index]:
-            raise ValueError(f"rank {self.index} holds {local} tokens where the layout says {layout[self.index]}")
-        counts = head_counts(heads, self.size)
-        send = pack_heads(tuple(parts), counts)
+    def to_heads(
+        self, parts: Sequence[torch.Tensor], heads: Sequence[Range], tokens: Sequence[int]
+    ) -> list[torch.Tensor]:
+        batch, _, local, size = parts[0].shape
+        if local != tokens[self.index]:
+            raise ValueError(f"rank {self.index} holds {local} tokens where the plan says {tokens[self.index]}")
+        counts = [stop - start for start, stop in heads]
+        send = pack_heads(tuple(parts), tuple(heads))
         unit = batch * len(parts) * size
         mine = counts[self.index]
         received = self._all_to_all(
-            send, [local * c * unit for c in counts], [tokens * mine * unit for tokens in layout]
+            send, [local * c * unit for c in counts], [tokens_there * mine * unit for tokens_there in tokens]
         )
-        whole = received.view(sum(layout), batch, len(parts), mine, size)
+        whole = received.view(sum(tokens), batch, len(parts), mine, size)
         return [whole[:, :, i].permute(1, 2, 0, 3) for i in range(len(parts))]
 
-    def to_tokens(self, out: torch.Tensor, heads: int, layout: Sequence[int]) -> torch.Tensor:
+    def to_tokens(self, out: torch.Tensor, heads: Sequence[Range], tokens: Sequence[int]) -> torch.Tensor:
         batch, mine, _, size = out.shape
-        counts = head_counts(heads, self.size)
-        local, unit = layout[self.index], batch * size
+        counts = [stop - start for start, stop in heads]
+        local, unit = tokens[self.index], batch * size
         send = out.permute(2, 0, 1, 3).reshape(-1)  # token-major: each rank's tokens are one run
-        received = self._all_to_all(
-            send, [tokens * mine * unit for tokens in layout], [local * c * unit for c in counts]
-        )
+        received = self._all_to_all(send, [there * mine * unit for there in tokens], [local * c * unit for c in counts])
         return unpack_heads(received, counts, local, batch, size)
 
-    def gather(self, local: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
+    def gather(self, local: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
         rows = local.movedim(dim, 0)
         if self._clock is None:
-            return self._group.all_gather(rows, lengths).movedim(0, dim)
+            return self._group.all_gather(rows, counts).movedim(0, dim)
         with self._clock.exchange():
-            return self._group.all_gather(rows, lengths).movedim(0, dim)
+            return self._group.all_gather(rows, counts).movedim(0, dim)

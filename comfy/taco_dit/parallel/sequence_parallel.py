@@ -6,97 +6,175 @@ Nothing is padded, so no mask is needed to hide padding, and masks that exist ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from comfy.ldm import dit
+from comfy.ldm.dit_state import Compute, Meeting
+from comfy.ldm.modules.attention import AttentionSpec
 from comfy.taco_dit.core.plan import share
 
-from .exchange import Exchange
+from .exchange import Exchange, Range, head_ranges
+
+
+@functools.lru_cache(maxsize=256)
+def _orders(lengths: tuple[int, ...], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of stream-ordered tokens in rank order, and the inverse; [L] each.
+
+    In rank order each rank has its parts of all streams, in order of streams, then comes the next rank.
+    """
+    places = torch.empty(sum(lengths), dtype=torch.long)
+    position = 0
+    for rank in range(size):
+        offset = 0
+        for length in lengths:
+            start, stop = share(length, size, rank)
+            places[offset + start : offset + stop] = torch.arange(position, position + stop - start)
+            position += stop - start
+            offset += length
+    inverse = torch.empty_like(places)
+    inverse[places] = torch.arange(len(places))
+    return places.to(device), inverse.to(device)
+
+
+def stream_order(lengths: tuple[int, ...], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_orders` as ordinary tensors, which may also take part in training."""
+    with torch.inference_mode(False):
+        return _orders(lengths, size, device)
+
+
+def _matching_heads(
+    queries: Range, keys: Range, group: int, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k, v [B, kv, L, D] of the key heads `keys` so that the kernel's even grouping fits the query heads `queries`."""
+    if group == 1 or (queries[0] % group == 0 and queries[1] % group == 0):
+        return k, v
+    with torch.inference_mode(False):
+        index = _head_index(queries, keys[0], group, k.device)
+    return k.index_select(1, index), v.index_select(1, index)
+
+
+@functools.lru_cache(maxsize=64)
+def _head_index(queries: Range, first: int, group: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor([head // group - first for head in range(*queries)], dtype=torch.long, device=device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _counts(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Tokens per rank in all streams of `lengths` together."""
+    bounds = [[share(length, size, rank) for length in lengths] for rank in range(size)]
+    return tuple(sum(stop - start for start, stop in parts) for parts in bounds)
 
 
 class UlyssesPlan:
-    """A `comfy.ldm.dit.TokenPlan` over one token group."""
+    """A `comfy.ldm.dit.TokenPlan` over one token group; `group` is for the ranks' small values."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, group: Any = None) -> None:
         self.exchange = exchange
+        self.group = group
         self.size = exchange.size
-        self.sharded = False
-        self.layout: tuple[int, ...] = ()
-        self.stream_lengths: tuple[int, ...] = ()
-        self._orders: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.index = exchange.index
 
-    def bounds(self, length: int) -> tuple[int, int]:
-        """[start, stop) of this rank's tokens in a stream."""
-        return share(length, self.exchange.size, self.exchange.index)
+    def bounds(self, length: int, rank: int | None = None) -> tuple[int, int]:
+        """[start, stop) of a rank's tokens in a stream, by default this rank's."""
+        return share(length, self.size, self.index if rank is None else rank)
 
-    def share_bounds(self, length: int, rank: int) -> tuple[int, int]:
-        """[start, stop) of any rank's share."""
-        return share(length, self.exchange.size, rank)
+    def counts(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Tokens per rank in all streams of `lengths` together."""
+        return _counts(tuple(lengths), self.size)
 
-    def gather_lengths(self, local: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
+    def gather_parts(self, local: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
         """Parts of all ranks, of the given lengths, concatenated."""
-        return self.exchange.gather(local, dim, lengths)
+        return self.exchange.gather(local, dim, counts)
 
-    def lengths(self, length: int) -> tuple[int, ...]:
-        """Tokens per rank of a stream."""
-        parts = (share(length, self.exchange.size, rank) for rank in range(self.exchange.size))
-        return tuple(stop - start for start, stop in parts)
+    def gather(self, local: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
+        """Whole streams, joined in order, from this rank's parts of them."""
+        ranked = self.exchange.gather(local, dim, self.counts(lengths))
+        if len(lengths) == 1:
+            return ranked  # rank order is the stream's order
+        return ranked.index_select(dim, stream_order(tuple(lengths), self.size, local.device)[0])
 
-    def gather(self, local: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-        """A whole stream from its shards."""
-        return self.exchange.gather(local, dim, self.lengths(length))
+    def meet(self, spec: AttentionSpec, compute: Compute, in_order: bool) -> Meeting:
+        """See `comfy.ldm.dit.TokenPlan.meet`."""
+        if spec.queries.sharded and spec.sources.sharded:
+            return HeadMeeting(self, spec, compute, in_order)
+        return RowMeeting(self, spec, compute)
 
-    def gather_in_order(self, local: torch.Tensor, dim: int) -> torch.Tensor:
-        """All tokens of joint attention in stream order."""
-        ranked = self.exchange.gather(local, dim, self.layout)
-        return ranked.index_select(dim, self._order(local.device)[0])
 
-    def _order(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places of stream-ordered tokens in rank order, and the inverse; [L] each.
+class HeadMeeting:
+    """Queries and keys are shards: all-to-all to all tokens of some heads, attention, all-to-all back."""
 
-        Joint attention concatenates the shards of all streams on each rank, then the ranks.
-        """
-        key = (self.stream_lengths, device)
-        if key not in self._orders:
-            places = torch.empty(sum(self.stream_lengths), dtype=torch.long)
-            position = 0
-            for rank in range(self.exchange.size):
-                offset = 0
-                for length in self.stream_lengths:
-                    start, stop = share(length, self.exchange.size, rank)
-                    places[offset + start : offset + stop] = torch.arange(position, position + stop - start)
-                    position += stop - start
-                    offset += length
-            inverse = torch.empty_like(places)
-            inverse[places] = torch.arange(len(places))
-            self._orders[key] = places.to(device), inverse.to(device)
-        return self._orders[key]
+    def __init__(self, plan: UlyssesPlan, spec: AttentionSpec, compute: Compute, in_order: bool) -> None:
+        self._plan, self._spec, self._compute, self._in_order = plan, spec, compute, in_order
+        self._ranges = head_ranges(spec.heads, spec.shared_heads, plan.size)
+        self._queries = plan.counts(spec.queries.lengths)
+        self._sources = plan.counts(spec.sources.lengths)
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        function: Callable[..., torch.Tensor],
-        *,
-        layout: tuple[int, ...],
-        in_order: bool,
-        beside: Callable[[], Any] | None = None,
-    ) -> tuple[torch.Tensor, Any]:
-        """See `comfy.ldm.dit.TokenPlan.attend`."""
-        heads = q.shape[1]
-        q, k, v = self.exchange.to_heads((q, k, v), layout)
-        aside = beside() if beside is not None else None
-        if q.shape[1] == 0:  # more ranks than heads: this one only keeps tokens
-            out = q
-        elif in_order:
-            places, inverse = self._order(q.device)
-            q, k, v = (t.index_select(2, places) for t in (q, k, v))
-            with dit.use_plan(None):  # a foreign function may call ours again: its tokens have met already
-                out = function(q, k, v).index_select(2, inverse)
+    def send(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        exchange, (heads, shared) = self._plan.exchange, self._ranges
+        if q.shape == k.shape and self._queries == self._sources and heads == shared:
+            self._inputs = exchange.to_heads((q, k, v), heads, self._queries)
         else:
-            out = function(q, k, v)
-        return self.exchange.to_tokens(out, heads, layout), aside
+            self._inputs = [
+                *exchange.to_heads((q,), heads, self._queries), *exchange.to_heads((k, v), shared, self._sources)
+            ]  # fmt: skip
+
+    def attend(self) -> None:
+        plan, spec = self._plan, self._spec
+        q, k, v = self._inputs
+        mine, keys = (ranges[plan.index] for ranges in self._ranges)
+        k, v = _matching_heads(mine, keys, spec.heads // spec.shared_heads, k, v)
+        if q.shape[1] == 0:  # more ranks than heads: this one only keeps tokens
+            self._out = q
+            return
+        if self._in_order:
+            q = self._ordered(q, spec.queries.lengths)
+            k, v = (self._ordered(t, spec.sources.lengths) for t in (k, v))
+        out = self._compute(q, k, v, spec.block(q.device, heads=mine))
+        self._out = self._ordered(out, spec.queries.lengths, back=True) if self._in_order else out
+
+    def _ordered(self, t: torch.Tensor, lengths: tuple[int, ...], back: bool = False) -> torch.Tensor:
+        """[B, h, L, D] from rank order to the order of whole streams, or back."""
+        if len(lengths) == 1:
+            return t
+        return t.index_select(2, stream_order(lengths, self._plan.size, t.device)[back])
+
+    def send_back(self) -> None:
+        self._returned = self._plan.exchange.to_tokens(self._out, self._ranges[0], self._queries)
+
+    def result(self) -> torch.Tensor:
+        return self._returned
+
+
+class RowMeeting:
+    """Whole keys: this rank's queries attend to them alone, and nothing travels. Shards of keys are gathered first."""
+
+    def __init__(self, plan: UlyssesPlan, spec: AttentionSpec, compute: Compute) -> None:
+        self._plan, self._spec, self._compute = plan, spec, compute
+
+    def send(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        sources = self._spec.sources
+        if sources.sharded:
+            k, v = (self._plan.gather(t, 2, sources.lengths) for t in (k, v))
+        self._inputs = q, k, v
+
+    def attend(self) -> None:
+        spec, plan = self._spec, self._plan
+        q, k, v = self._inputs
+        if q.shape[2] == 0:
+            self._out = q
+            return
+        rows = None
+        if spec.queries.sharded and spec.ordered:
+            inverse = stream_order(spec.queries.lengths, plan.size, q.device)[1]
+            start = sum(plan.counts(spec.queries.lengths)[: plan.index])
+            rows = inverse[start : start + q.shape[2]]
+        self._out = self._compute(q, k, v, spec.block(q.device, rows))
+
+    def send_back(self) -> None:
+        pass
+
+    def result(self) -> torch.Tensor:
+        return self._out

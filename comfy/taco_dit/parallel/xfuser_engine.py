@@ -2,6 +2,10 @@
 
 xfuser (Fang et al. 2024, xDiT) is imported only when it is chosen. Its USP attention wants equal shards, heads that
 divide by the degree, no mask, and all ranks in one group; every other call goes through the native exchange.
+
+It is optional, and not the default, because its process group is global to torch.distributed and cannot be aborted: a
+rank that fails inside one of its collectives leaves the others waiting there until the group's own time limit, where
+our groups are abandoned within seconds (see `comfy.taco_dit.core.data_plane`).
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from typing import Any
 
 import torch
 
+from comfy.ldm.dit_state import Compute, Meeting
+from comfy.ldm.modules.attention import AttentionSpec
 from comfy.taco_dit.core.config_manager import ConfigError
 
 from .exchange import Exchange
@@ -52,24 +58,33 @@ def start(rank: int, world_size: int) -> Callable[..., torch.Tensor]:
 class XfuserPlan(UlyssesPlan):
     """A token plan whose attention is xfuser's where its limits allow."""
 
-    def __init__(self, exchange: Exchange, usp: Callable[..., torch.Tensor]) -> None:
-        super().__init__(exchange)
+    def __init__(self, exchange: Exchange, group: Any, usp: Callable[..., torch.Tensor]) -> None:
+        super().__init__(exchange, group)
         self._usp = usp
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        function: Callable[..., torch.Tensor],
-        *,
-        layout: tuple[int, ...],
-        in_order: bool,
-        beside: Callable[[], Any] | None = None,
-    ) -> tuple[torch.Tensor, Any]:
-        """See `comfy.ldm.dit.TokenPlan.attend`."""
-        fits = not in_order and len(set(layout)) == 1 and q.shape[1] % self.exchange.size == 0 and q.is_cuda
-        if not fits:
-            return super().attend(q, k, v, function, layout=layout, in_order=in_order, beside=beside)
-        aside = beside() if beside is not None else None
-        return self._usp(q, k, v), aside
+    def meet(self, spec: AttentionSpec, compute: Compute, in_order: bool) -> Meeting:
+        """See `comfy.ldm.dit.TokenPlan.meet`."""
+        even = len(set(self.counts(spec.queries.lengths))) == 1 and spec.heads % self.size == 0
+        joint = spec.keys is None and spec.queries.sharded and spec.shared_heads == spec.heads
+        if in_order or not even or not joint:
+            return super().meet(spec, compute, in_order)
+        return UspMeeting(self._usp)
+
+
+class UspMeeting:
+    """An attention that xfuser does in one piece, exchange included."""
+
+    def __init__(self, usp: Callable[..., torch.Tensor]) -> None:
+        self._usp = usp
+
+    def send(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._inputs = q, k, v
+
+    def attend(self) -> None:
+        self._out = self._usp(*self._inputs)
+
+    def send_back(self) -> None:
+        pass
+
+    def result(self) -> torch.Tensor:
+        return self._out

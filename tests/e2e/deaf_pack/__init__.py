@@ -1,12 +1,19 @@
 """A broken parallel strategy: attention without its exchange. Each rank's tokens see only their like."""
 
-from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
+from comfy.taco_dit.parallel.sequence_parallel import HeadMeeting
 
 
-def _alone(self, q, k, v, function, *, layout, in_order, beside=None):
-    aside = beside() if beside is not None else None
-    return function(q, k, v), aside
+def _send(self, q, k, v):
+    self._inputs = q, k, v
 
 
-UlyssesPlan.attend = _alone
+def _attend(self):
+    self._out = self._compute(*self._inputs, None)
+
+
+def _send_back(self):
+    self._returned = self._out
+
+
+HeadMeeting.send, HeadMeeting.attend, HeadMeeting.send_back = _send, _attend, _send_back
 NODE_CLASS_MAPPINGS = {}

@@ -1,0 +1,117 @@
+"""Attention kernels: softmax(q k^T / sqrt(D) + mask) v on this process, with log-sum-exp when asked for.
+
+With the log-sum-exp of each query, attentions over parts of the keys can be merged exactly (Milakov & Gimelshein 2018;
+Liu et al. 2023, ring attention).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+_fused = True
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def use_fused_attention(enabled: bool) -> None:
+    """Whether attention runs on fused kernels; without them scores are written out, for comparing and for old GPUs."""
+    global _fused
+    _fused = enabled
+
+
+def describe_backend(device: torch.device) -> str:
+    """Which attention kernel is used on `device`, and why; one line for the log."""
+    if not _fused:
+        return "attention: written out (optimization.use_flash_attention is false)"
+    if device.type == "cuda" and _prefers_cudnn(device.index):
+        return "attention: cuDNN where it fits (twice as fast on Hopper as torch's flash kernel), else torch's choice"
+    return f"attention: torch's fused kernels ({device.type})"
+
+
+@functools.cache
+def _prefers_cudnn(index: int | None) -> bool:
+    return (
+        torch.version.cuda is not None
+        and torch.backends.cudnn.is_available()
+        and torch.cuda.get_device_capability(index)[0] >= 9
+    )
+
+
+def repeat_heads(q: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Keys and values [B, KV, L, D] with each head repeated for the queries [B, H, L, D] that share it.
+
+    Raises ValueError when H is not a multiple of KV.
+    """
+    heads, shared = q.shape[1], tensors[0].shape[1]
+    if heads == shared:
+        return tensors
+    if shared == 0 or heads % shared:
+        raise ValueError(f"{heads} query heads cannot share {shared} key heads; the first must be a multiple")
+    return tuple(t.repeat_interleave(heads // shared, dim=1) for t in tensors)
+
+
+def scaled_dot_product(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`run` without log-sum-exp."""
+    return run(q, k, v, mask)[0]
+
+
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, need_lse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of q [B, H, Lq, D] to k, v [B, KV, Lk, D], KV a divisor of H (grouped queries).
+
+    mask [B or 1, H or 1, Lq, Lk]: boolean (True = attend) or added to the scores. Returns the output [B, H, Lq, D] and,
+    with `need_lse`, the natural logarithm of the sum of exponentials of each query's scores, [B, H, Lq] fp32.
+    cuDNN is asked for by name on Hopper and newer: torch prefers its flash backend, which reaches less than half of
+    cuDNN's rate there.
+    """
+    if not _fused:
+        return _written_out(q, k, v, mask, need_lse)
+    fits = mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.dtype in _HALF
+    fits = fits and all(t.stride(-1) == 1 for t in (q, k, v))
+    if fits and _prefers_cudnn(q.device.index):
+        k, v = repeat_heads(q, k, v)
+        # The derivative needs the sums of exponentials; without them it is NaN.
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, trains or need_lse)
+        return found[0], found[1].reshape(q.shape[:-1]) if need_lse else None
+    if need_lse:
+        return _with_lse(q, k, v, mask, fits)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped), None
+
+
+def _with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, flash: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    k, v = repeat_heads(q, k, v)
+    if flash:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    elif mask is None and not q.is_cuda:
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    else:
+        out, lse = _written_out(q, k, v, mask, True)
+        assert lse is not None
+        return out, lse
+    return found[0], found[1][..., : q.shape[2]].float()
+
+
+def _written_out(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, need_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    k, v = repeat_heads(q, k, v)
+    scores = masked(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), mask)
+    lse = scores.float().logsumexp(-1) if need_lse else None
+    return scores.softmax(-1).to(v.dtype) @ v, lse
+
+
+def masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores [B, H, Lq, Lk] under a mask that is boolean (True = attend) or added."""
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.finfo(scores.dtype).max) if mask.dtype == torch.bool else scores + mask

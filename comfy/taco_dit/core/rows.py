@@ -1,0 +1,128 @@
+"""Whether the rows of a denoiser call (conditionings x pictures) may be evaluated on different ranks.
+
+Rows are independent when every function that runs in or around the network treats each row by itself. Our own code
+does. Foreign code may let the pictures of a batch see one another (shared attention, reference pictures, statistics
+over the batch), so rows are coupled while any is there, unless it says `rows_independent = True` of itself (an
+attribute of the function, or of the object whose method it is).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from comfy.denoiser_batch import DenoiserBatch
+from comfy.ldm import dit
+from comfy.ldm.modules import attention
+
+from .plan import ParallelDims, share
+
+Rows = list[tuple[int, list[int], tuple[int, int]]]
+"""(place of a batch, some of its conditionings, [start, stop) of its pictures)."""
+
+_WRAPPERS = ("apply_model", "diffusion_model")
+
+
+def is_independent(function: Any) -> bool:
+    """Whether a function declares that it treats each row by itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    owner = getattr(function, "__self__", None)
+    return bool(getattr(function, "rows_independent", False) or getattr(owner, "rows_independent", False))
+
+
+def _functions(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(what it is, function) of all foreign code in `transformer_options`."""
+    if options.get("optimized_attention_override") is not None:
+        yield "an attention override", options["optimized_attention_override"]
+    for kind, patches in options.get("patches", {}).items():
+        yield from ((f"a {kind} patch", patch) for patch in patches)
+    for kind, replacements in options.get("patches_replace", {}).items():
+        yield from ((f"a replaced {kind} block", patch) for patch in replacements.values())
+    for kind in _WRAPPERS:
+        for wrappers in options.get("wrappers", {}).get(kind, {}).values():
+            yield from ((f"a {kind} wrapper", wrapper) for wrapper in wrappers)
+
+
+def replaced_parts(network: Any) -> list[str]:
+    """What is not ours of a network itself."""
+    found = []
+    for name in ("forward", "_forward", "forward_orig"):
+        method = getattr(network, name, None)
+        ours = name not in vars(network) and getattr(method, "__module__", "comfy.").startswith("comfy.")
+        if method is not None and not ours and not is_independent(method):
+            found.append(f"a replaced {name}")
+    blocks = [] if found else dit.foreign_blocks(network)
+    if blocks:
+        found.append(f"{len(blocks)} replaced blocks")
+    functions: list[Any] = [attention.optimized_attention, attention.optimized_attention_masked]
+    functions.append(getattr(network, "replaced_attention", lambda: None)())
+    if any(f not in (None, attention.attention_pytorch) and not is_independent(f) for f in functions):
+        found.append("a replaced attention function")
+    return found
+
+
+def foreign_parts(network: Any, batches: list[DenoiserBatch], model_options: dict[str, Any]) -> list[str]:
+    """What is in or around a network that may look at all rows of a call together, each kind once."""
+    found = []
+    wrapper = model_options.get("model_function_wrapper")
+    if wrapper is not None and not is_independent(wrapper):
+        found.append("a model function wrapper")
+    everywhere = [model_options.get("transformer_options", {})]
+    everywhere += [batch.conditioning.get("transformer_options", {}) for batch in batches]
+    for options in everywhere:
+        found += [what for what, function in _functions(options) if not is_independent(function)]
+    return list(dict.fromkeys(found + replaced_parts(network)))
+
+
+def can_cut(batches: list[DenoiserBatch]) -> bool:
+    """Whether every tensor of the batches tells its conditionings and pictures apart."""
+    try:
+        for batch in batches:
+            batch.select_conds([0])
+            batch.select_samples(0, 1)
+    except ValueError:
+        return False
+    return True
+
+
+def rows_of(batches: list[DenoiserBatch], dims: ParallelDims, cfg: int, data: int) -> Rows:
+    """What the row group (cfg, data) evaluates."""
+    units = [(i, c) for i, batch in enumerate(batches) for c in range(len(batch.cond_or_uncond))]
+    start, stop = share(len(units), dims.cfg_degree, cfg)
+    out: Rows = []
+    for i, c in units[start:stop]:
+        if out and out[-1][0] == i:
+            out[-1][1].append(c)
+        else:
+            out.append((i, [c], share(batches[i].batch_size, dims.data_degree, data)))
+    return out
+
+
+def collect_rows(batches: list[DenoiserBatch], dims: ParallelDims, outs: list[Any], gather: Any) -> list[Any]:
+    """Predictions of each batch [k * B, C, ...] from those of all row groups.
+
+    outs: this row group's predictions. `gather(flat, counts)` joins the flat tensors of all row groups in order: rows of
+    a call may differ in size, so they travel flat.
+    """
+    owners = [(c, d) for c in range(dims.cfg_degree) for d in range(dims.data_degree)]
+    dealt = [rows_of(batches, dims, c, d) for c, d in owners]
+    width = [batch.x[0].numel() for batch in batches]
+    counts = [sum(len(conds) * (b - a) * width[i] for i, conds, (a, b) in rows) for rows in dealt]
+    flat = torch.cat([out.reshape(-1) for out in outs])
+    whole = gather(flat, counts)
+    results = [torch.empty(batch.x.shape, dtype=flat.dtype, device=flat.device) for batch in batches]
+    position = 0
+    for rows in dealt:
+        for i, conds, (start, stop) in rows:
+            batch = batches[i]
+            shape = (len(conds), stop - start, *batch.x.shape[1:])
+            size = math.prod(shape)
+            view = results[i].view(len(batch.cond_or_uncond), batch.batch_size, *batch.x.shape[1:])
+            view[conds[0] : conds[-1] + 1, start:stop] = whole[position : position + size].view(shape)
+            position += size
+    return results
