@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import comfy.model_management
+from comfy import accounting
 from comfy.denoiser_batch import DenoiserBatch, evaluate_serially
 from comfy.ldm import dit
 from comfy.taco_dit.fast.captured_calls import CapturedCalls
@@ -214,11 +215,11 @@ class TACODiTExecutionEngine:
         return self.last_run
 
     def summary(self) -> str:
-        """What the console says of the sampling since it was last asked; empty when there was none."""
+        """What the console says of the prompt that ended: its sampling, if there was any, and where its time went."""
         run, self._unsaid = self._unsaid, None
-        if run is None:
-            return ""
-        return f"; {run.calls} steps of {run.mean_call_ms:.1f} ms, {run.plan}, about {run.speedup:.2f} times one rank"
+        parts = [f"{run.calls} steps of {run.mean_call_ms:.1f} ms, {run.plan}"] if run is not None else []
+        parts += filter(None, [accounting.current().text()])
+        return "; ".join(["", *parts])
 
     def status(self) -> dict[str, Any]:
         """For `/taco_dit/status`."""
