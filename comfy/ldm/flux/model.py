@@ -16,7 +16,6 @@ import comfy.ops
 import comfy.patcher_extension
 from comfy.ldm import dit
 
-from .keys import diffusers_key_map
 from .layers import (
     DoubleStreamBlock,
     EmbedND,
@@ -179,20 +178,6 @@ class Flux(nn.Module):
         call = dataclasses.replace(dit.call_of(transformer_options), control=control or {})
         state = self.embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, call, attn_mask)
         return self.head(dit.run_blocks(self, state, call))
-
-    def lora_key_prefixes(self) -> dict[str, Any]:
-        """Adapter key prefixes beyond the weights' own names: diffusers' in three spellings, and fused q/k/v."""
-        prefixes: dict[str, Any] = {}
-        for theirs, target in diffusers_key_map(vars(self.params), "diffusion_model.").items():
-            if theirs.endswith(".weight"):
-                stem = theirs.removesuffix(".weight")
-                prefixes[f"transformer.{stem}"] = target
-                for spelling in ("lycoris_", "lora_transformer_"):
-                    prefixes[spelling + stem.replace(".", "_")] = target
-        for i in range(len(self.single_blocks)):
-            name = f"diffusion_model.single_blocks.{i}.linear1"
-            prefixes[f"{name}_qkv"] = (f"{name}.weight", (0, 0, 3 * self.hidden_size))
-        return prefixes
 
     # --- latents to patches and back ---------------------------------------------------------------------------
 
