@@ -107,15 +107,15 @@ _fallback: contextvars.ContextVar[DenoiserCall | None] = contextvars.ContextVar(
 _SERIAL = DenoiserCall()
 
 
-def call_of(options: Mapping[str, Any] | None) -> DenoiserCall:
-    """The denoiser call that `transformer_options` belong to, with these as its `options`.
+def call_of(options: Mapping[str, Any] | None, control: Mapping[str, Any] | None = None) -> DenoiserCall:
+    """The denoiser call that `transformer_options` belong to, with these as its `options`, and ControlNet residuals.
 
     Foreign code that drops `transformer_options` between the engine and a network is the one case in which the call is
     taken from `fallback_call`.
     """
     options = {} if options is None else options
     call = options.get(CALL_KEY) or _fallback.get() or _SERIAL
-    return dataclasses.replace(call, options=options)
+    return dataclasses.replace(call, options=options, control=control or {})
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass, fields
@@ -175,7 +174,7 @@ class Flux(nn.Module):
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed, blocks and head on whole patch tokens: [B, L_img, in] -> [B, L_img, patch^2 * out_channels]."""
-        call = dataclasses.replace(dit.call_of(transformer_options), control=control or {})
+        call = dit.call_of(transformer_options, control)
         state = self.embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, call, attn_mask)
         return self.head(dit.run_blocks(self, state, call))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import comfy.families
 from comfy.denoiser_batch import DenoiserBatch
 from comfy.ldm import dit
 from comfy.ldm.modules import attention
@@ -51,9 +52,11 @@ def _functions(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def replaced_parts(network: Any) -> list[str]:
     """What is not ours of a network itself."""
     found = []
+    family = comfy.families.record_of(network)
+    home = "comfy." if family is None else family.network.partition(":")[0]
     for name in ("forward", "_forward", "forward_orig"):
         method = getattr(network, name, None)
-        ours = name not in vars(network) and getattr(method, "__module__", "comfy.").startswith("comfy.")
+        ours = name not in vars(network) and getattr(method, "__module__", home).startswith(home)
         if method is not None and not ours and not is_independent(method):
             found.append(f"a replaced {name}")
     blocks = [] if found else dit.foreign_blocks(network)
