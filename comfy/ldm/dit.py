@@ -209,7 +209,7 @@ def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequen
 
 def _run_own(block: Block, state: DiTState, call: DenoiserCall) -> DiTState:
     module: Any = block.module
-    run = functools.partial(module.forward_state, call=call)
+    run = functools.partial(module.forward_state, call=dataclasses.replace(call, layer=block.name))
     for surround in reversed(call.around):
         run = functools.partial(_surrounded, surround, block, run)
     return run(state)

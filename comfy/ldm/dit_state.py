@@ -82,6 +82,7 @@ class DenoiserCall:
     (`input`, `output`, ...), whole tokens [B, L, C] each. prepared: outputs of per-sample layers that were computed
     beforehand, by `id` of the module. around: functions `(block, state, run) -> state` that surround each of our own
     blocks on shards, outermost first: step caches, and prefetching of weights.
+    layer: name of the block that is running, None where foreign code called it.
     """
 
     plan: TokenPlan | None = None
@@ -90,6 +91,7 @@ class DenoiserCall:
     control: Mapping[str, Any] = field(default_factory=dict)
     prepared: Mapping[int, torch.Tensor] = field(default_factory=dict)
     around: tuple[Callable[..., Any], ...] = ()
+    layer: str | None = None
 
     def __copy__(self) -> DenoiserCall:
         return self

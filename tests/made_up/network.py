@@ -64,7 +64,7 @@ class PebbleBlock(nn.Module):
         x, txt = state.streams["img"], state.sample["txt"]
         shift, scale, gate, *mlp = self.mod(state.sample["vec"]).unsqueeze(1).chunk(6, dim=-1)
         image, text = state.tokens("img"), dit.Tokens((txt.shape[1],))
-        meeting = meet(AttentionSpec(self.heads, image, kv_heads=self.kv_heads), call)
+        meeting = meet(AttentionSpec(self.heads, image, kv_heads=self.kv_heads, layer=call.layer), call)
         meeting.send(*self._into_attention(x, shift, scale, state.local("pe")))
         k, v = (_heads(t, self.heads) for t in self.cross_kv(txt).chunk(2, dim=-1))  # while tokens travel
         meeting.attend()

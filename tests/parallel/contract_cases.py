@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 import comfy.ldm.flux.layers as layers
@@ -205,6 +207,42 @@ def modulation_ranges(call):
     return network.single_blocks[0](torch.cat((txt, img), 1), vec, pe, modulation_dims=dims)
 
 
+def picture_before_text(call):
+    """A double block whose joint attention has the picture first (HunyuanVideo)."""
+    network = tiny_flux()
+    img, txt, vec = draw(2, 20, 96), draw(2, 7, 96, seed=1), draw(2, 96, seed=2)
+    pe = network.pe_embedder(torch.arange(81.0).view(1, 27, 3) % 9)
+    block = network.double_blocks[0]
+    block.flipped_img_txt = True
+    mask = draw(2, 27, 27, seed=5)
+    return torch.cat(block(img, txt, vec, pe, attn_mask=mask, transformer_options=call.within({})), dim=1)
+
+
+def layers_are_named(call):
+    """Strategies that keep keys and values between calls know the layer."""
+    names = []
+
+    class Watching:
+        """A plan that notes the layer of each attention."""
+
+        def __init__(self, plan):
+            self._plan = plan
+
+        def __getattr__(self, name):
+            return getattr(self._plan, name)
+
+        def meet(self, spec, compute, in_order):
+            names.append(spec.layer)
+            return self._plan.meet(spec, compute, in_order)
+
+    if call.plan is None:
+        return tiny_flux()(**inputs(9, 13, 11))
+    watched = dataclasses.replace(call, plan=Watching(call.plan))
+    out = tiny_flux()(**inputs(9, 13, 11), transformer_options=watched.within({}))
+    assert names == [f"double_blocks.{i}" for i in range(2)] + [f"single_blocks.{i}" for i in range(3)]
+    return out
+
+
 def hooked_block(call):
     network = tiny_flux()
 
@@ -223,8 +261,6 @@ def around_blocks(call):
         names.append(block.name)
         return state if block.name == "double_blocks.1" else run(state)
 
-    import dataclasses
-
     call = dataclasses.replace(call, around=(cache,))
     out = tiny_flux()(**inputs(9, 13, 11), transformer_options=call.within({}))
     assert names == [f"double_blocks.{i}" for i in range(2)] + [f"single_blocks.{i}" for i in range(3)]
@@ -236,5 +272,5 @@ CASES = [
     cross_attention_to_a_whole_prompt, whole_queries_to_shards, fewer_key_heads, fewer_key_heads_unevenly_dealt,
     one_key_head, causal, causal_with_mask, modulation_by_token, skip_stack, work_between_moments, keys_in_parts,
     replaced_block_adds_a_text_token, replaced_attention_gets_options, changed_vector_in_a_replaced_block,
-    modulation_ranges, hooked_block, around_blocks,
+    modulation_ranges, picture_before_text, layers_are_named, hooked_block, around_blocks,
 ]  # fmt: skip
