@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,10 +38,14 @@ def register(family: Family) -> None:
     if any(family.name == known.name for known in records()):
         raise ValueError(f"there is a model family {family.name!r} already; give the new one another name")
     _registered.append(family)
+    supported = sys.modules.get("comfy.supported_models")
+    if supported is not None and "models" in vars(supported):
+        supported.models[:0] = family.configurations.values()
 
 
 def record_of(network: Any) -> Family | None:
-    """The family of a network (or of a class derived from its network), or None."""
+    """The family of a network (of a class derived from its network, or compiled by torch), or None."""
+    network = getattr(network, "_orig_mod", network)
     names = {f"{kind.__module__}:{kind.__qualname__}" for kind in type(network).__mro__}
     return next((family for family in records() if family.network in names), None)
 

@@ -87,7 +87,7 @@ class BlockArguments:
             known["transformer_options"] = arguments["transformer_options"]
         positional = () if self.first is None else (known.pop(self.first),)
         out = module(*positional, **known)
-        return dict(zip(self.tokens, out if isinstance(out, tuple) else (out,)))
+        return dict(zip(self.tokens, out if isinstance(out, (tuple, list)) else (out,)))
 
     def put(self, state: DiTState, results: Mapping[str, torch.Tensor]) -> DiTState:
         """The state with what foreign code returned.

@@ -73,7 +73,7 @@ class TokenPlan(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DenoiserCall:
     """What one call of a network needs besides its inputs.
 

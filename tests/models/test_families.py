@@ -57,12 +57,25 @@ def test_a_name_is_registered_once():
         comfy.families.register(FLUX)
 
 
+def test_a_family_registered_late_is_tried_first():
+    import comfy.model_detection
+    import comfy.supported_models
+
+    before = list(comfy.supported_models.models)
+    if PEBBLE not in comfy.families.records():
+        comfy.families.register(PEBBLE)
+        assert comfy.supported_models.models[1:] == before
+    config = comfy.model_detection.model_config_from_unet(dict(Pebble(depth=1).state_dict()), "")
+    assert type(config) is comfy.supported_models.Pebble and config.unet_config["kv_heads"] == 2
+
+
 def test_a_network_belongs_to_its_record():
     class Derived(type(tiny_flux())):
         """A pack's subclass."""
 
     network = tiny_flux()
     assert comfy.families.record_of(network) is FLUX
+    assert comfy.families.record_of(torch.compile(network)) is FLUX
     network.__class__ = Derived
     assert comfy.families.record_of(network) is FLUX and comfy.families.record_of(nn.Linear(1, 1)) is None
 
