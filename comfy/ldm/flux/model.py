@@ -147,7 +147,9 @@ class Flux(nn.Module):
         return (*double, *single)
 
     def prepared_layers(self, state: dit.DiTState) -> list[dit.PreparedLayer]:
-        """All blocks' modulations: they need nothing but the conditioning vector."""
+        """All blocks' modulations: they need nothing but the conditioning vector [B, C]."""
+        if state.sample["vec"].ndim != 2:
+            return []
         ours = [m for m in self.modules() if type(m) is Modulation and "forward" not in vars(m)]
         # Wide and narrow ones in turn, so that equal shares of the list are equal shares of the weights.
         wide, narrow = [m for m in ours if m.is_double], [m for m in ours if not m.is_double]
