@@ -1,4 +1,4 @@
-"""Start: read flags, decide devices and ranks, become N ranks (through torchrun's launcher), then serve or follow.
+"""Start: read flags, decide devices and ranks, become N ranks (under a supervisor), then serve or follow.
 
 python main.py                                  one rank per visible GPU, http://127.0.0.1:8188
 python main.py --gpus 3,4,5 --port 12215        three GPUs

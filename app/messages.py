@@ -10,13 +10,7 @@ import json
 import struct
 from typing import Any
 
-
-class BinaryEventTypes:
-    PREVIEW_IMAGE = 1
-    UNENCODED_PREVIEW_IMAGE = 2
-    TEXT = 3
-    PREVIEW_IMAGE_WITH_METADATA = 4
-
+from comfy_execution.message_types import BinaryEventTypes
 
 _IMAGE_NUMBERS = {"JPEG": 1, "PNG": 2}
 

@@ -43,6 +43,16 @@ class Panel:
         reports = {report["rank"]: report for report in self.monitor.reports()}
         return [{**info, **reports.get(info["rank"], {})} for info in self.rank_infos]
 
+    def set_ranks(self, infos: list[dict[str, Any]]) -> None:
+        """Who the ranks are; again when one was replaced, whose numbers of reports and events begin anew."""
+        known = {info["rank"]: info["pid"] for info in self.rank_infos}
+        self.rank_infos = infos
+        for info in infos:
+            if known.get(info["rank"], info["pid"]) != info["pid"]:
+                self.monitor.forget(info["rank"])
+                self.events.add("error", f"rank {info['rank']} ended and was started again", info["rank"])
+        self.monitor.wake()
+
     def status(self) -> dict[str, Any]:
         """`GET /taco_dit/status` and the WebSocket message: ranks, configuration, plan, runs, events."""
         current, ranks = self._current, self.ranks()

@@ -146,14 +146,10 @@ def _add_history(routes: web.RouteTableDef, server: Any) -> None:
 
 def _interrupt(server: Any, prompt_id: str | None) -> bool:
     """Stop the running prompt, if it is `prompt_id` (None: whichever runs); whether one was asked to stop."""
-    import nodes
-
-    running, _ = server.prompt_queue.get_current_queue_volatile()
-    if prompt_id is not None and all(item[1] != prompt_id for item in running):
+    stopped = server.prompt_queue.interrupt(prompt_id)
+    if not stopped:
         logging.info("prompt %s is not running, so it is not interrupted", prompt_id)
-        return False
-    nodes.interrupt_processing()
-    return True
+    return stopped
 
 
 def _add_control(routes: web.RouteTableDef, server: Any) -> None:
@@ -176,8 +172,7 @@ def _cancel(server: Any, prompt_id: str) -> bool:
     """Take a waiting prompt out of the queue or stop it when it runs."""
     if server.prompt_queue.delete_queue_item(lambda item: item[1] == prompt_id):
         return True
-    running, _ = server.prompt_queue.get_current_queue_volatile()
-    return any(item[1] == prompt_id for item in running) and _interrupt(server, prompt_id)
+    return _interrupt(server, prompt_id)
 
 
 def _add_jobs(routes: web.RouteTableDef, server: Any) -> None:

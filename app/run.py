@@ -149,7 +149,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         summary=current.engine.summary,
         on_done=panel.prompt_done,
     )
-    panel.rank_infos = current.lockstep.gather("ranks", current.manager.describe())
+    panel.set_ranks(_join(current, panel))
     _say_hello(current, panel.rank_infos)
     _name_flags_without_effect(args)
     if args.quick_test_for_ci:
@@ -182,6 +182,16 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         _clean_temp()
     _exit_soon()
     return 0
+
+
+def _join(current: Any, panel: Any = None) -> list[dict[str, Any]]:
+    """This rank is ready; on rank 0 wait for the others and keep the panel told of who they are."""
+    info = current.manager.describe()
+    if current.manager.world_size == 1:
+        return [info]
+    if panel is not None:
+        current.lockstep.on_members = panel.set_ranks
+    return current.lockstep.join(info)
 
 
 def _make_panel(server: Any, current: Any) -> Any:
@@ -239,7 +249,7 @@ def _follow(args: argparse.Namespace, current: Any) -> int:
     worker = PromptWorker(None, server, lockstep=current.lockstep, cache_type=cache_type, cache_args=cache_args)
     monitor = Monitor(current.manager, current.engine)
     logging.getLogger().addHandler(EventHandler(monitor.events, monitor.rank))
-    current.lockstep.gather("ranks", current.manager.describe())
+    _join(current)
     monitor.start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # blocked in the store, Python could not handle it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

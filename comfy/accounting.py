@@ -67,6 +67,26 @@ class Record:
         other = max(0.0, self.total - sum(phases.values()))
         return {"prompt_id": self.prompt_id, "total": self.total, "phases": phases, "counts": counts, "other": other}
 
+    def text(self) -> str:
+        """Phases of at least 10 ms and what was moved and captured, for one line of the console; may be empty."""
+        said = self.as_dict()
+        parts = [f"{name} {said['phases'][name]:.2f} s" for name in PHASES if said["phases"].get(name, 0) >= 0.01]
+        if said["other"] >= 0.01 and parts:
+            parts.append(f"other {said['other']:.2f} s")
+        counts = said["counts"]
+        if counts.get("weight_bytes"):
+            parts.append(f"{counts['weight_bytes'] / 1e9:.2f} GB of weights moved")
+        if counts.get("weights_patched"):
+            parts.append(f"{counts['weights_patched']} weights patched")
+        calls = [
+            f"{counts[f'calls_{kind}']} {kind}"
+            for kind in ("plain", "captured", "replayed")
+            if counts.get(f"calls_{kind}")
+        ]
+        if calls:
+            parts.append("calls: " + ", ".join(calls))
+        return ", ".join(parts)
+
 
 _current = Record()
 _stack = threading.local()

@@ -8,17 +8,66 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import gc
-import logging
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import psutil
 import torch
 
 from comfy.cli_args import PerformanceFeature, args
+from comfy.dtype_choice import (
+    dtype_size,
+    pick_weight_dtype,
+    should_use_bf16,
+    should_use_fp16,
+    supports_cast,
+    supports_dtype,
+    supports_fp8_compute,
+    text_encoder_dtype,
+    unet_compute_dtype,
+    unet_dtype,
+    unet_manual_cast,
+    vae_dtype,
+)
+from comfy.weights.loading import (
+    LoadedModel,
+    add_memory_holder,
+    cleanup_models,
+    cleanup_models_gc,
+    current_loaded_models,
+    free_memory,
+    load_model_gpu,
+    load_models_gpu,
+    loaded_models,
+    unload_all_models,
+    unload_model_clones,
+)
+
+__all__ = [
+    "LoadedModel",
+    "add_memory_holder",
+    "cleanup_models",
+    "cleanup_models_gc",
+    "current_loaded_models",
+    "dtype_size",
+    "free_memory",
+    "load_model_gpu",
+    "load_models_gpu",
+    "loaded_models",
+    "pick_weight_dtype",
+    "should_use_bf16",
+    "should_use_fp16",
+    "supports_cast",
+    "supports_dtype",
+    "supports_fp8_compute",
+    "text_encoder_dtype",
+    "unet_compute_dtype",
+    "unet_dtype",
+    "unet_manual_cast",
+    "unload_all_models",
+    "unload_model_clones",
+    "vae_dtype",
+]
 
 
 class VRAMState(enum.Enum):
@@ -221,166 +270,6 @@ def mps_mode() -> bool:
     return get_torch_device().type == "mps"
 
 
-# --- dtypes ---------------------------------------------------------------------------------------------------------
-
-
-def dtype_size(dtype: torch.dtype | None) -> int:
-    """Bytes of one element."""
-    return 4 if dtype is None else dtype.itemsize
-
-
-def should_use_fp16(
-    device: torch.device | None = None,
-    model_params: int = 0,
-    prioritize_performance: bool = True,
-    manual_cast: bool = False,
-) -> bool:
-    """Whether half precision is a good choice on `device`."""
-    device = get_torch_device() if device is None else device
-    if args.force_fp16:
-        return True
-    if args.force_fp32 or device.type == "cpu":
-        return False
-    return device.type in ("cuda", "mps", "xpu")
-
-
-def should_use_bf16(
-    device: torch.device | None = None,
-    model_params: int = 0,
-    prioritize_performance: bool = True,
-    manual_cast: bool = False,
-) -> bool:
-    """Whether bfloat16 is a good choice on `device` (Ampere and newer)."""
-    device = get_torch_device() if device is None else device
-    if args.force_fp32 or device.type == "cpu":
-        return False
-    if device.type == "cuda":
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "xpu"
-
-
-def supports_fp8_compute(device: torch.device | None = None) -> bool:
-    """Whether tensor cores of `device` multiply fp8 (Ada and newer)."""
-    if args.supports_fp8_compute:
-        return True
-    device = get_torch_device() if device is None else device
-    if device.type != "cuda" or torch.version.cuda is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def supports_dtype(device: torch.device, dtype: torch.dtype | None) -> bool:
-    """Whether weights of `dtype` can be computed with on `device`."""
-    if dtype == torch.float32 or dtype is None:
-        return dtype is not None
-    if is_device_cpu(device):
-        return False
-    return dtype in (torch.float16, torch.bfloat16)
-
-
-def supports_cast(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights can be stored as `dtype` on `device` and cast for use."""
-    if dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return True
-    return dtype in (torch.float8_e4m3fn, torch.float8_e5m2) and not is_device_mps(device)
-
-
-def pick_weight_dtype(dtype: torch.dtype | None, fallback_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`dtype` if it can be stored on `device`, else `fallback_dtype`."""
-    if dtype is None or dtype_size(dtype) > dtype_size(fallback_dtype) or not supports_cast(device, dtype):
-        return fallback_dtype
-    return dtype
-
-
-_UNET_FLAGS = (
-    ("fp32_unet", torch.float32),
-    ("fp64_unet", torch.float64),
-    ("bf16_unet", torch.bfloat16),
-    ("fp16_unet", torch.float16),
-    ("fp8_e4m3fn_unet", torch.float8_e4m3fn),
-    ("fp8_e5m2_unet", torch.float8_e5m2),
-)
-_ALL_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def unet_dtype(
-    device: torch.device | None = None,
-    model_params: int = 0,
-    supported_dtypes: Sequence[torch.dtype] = _ALL_FLOATS,
-    weight_dtype: torch.dtype | None = None,
-) -> torch.dtype:
-    """The dtype in which a diffusion model's weights are kept: as stored, unless a flag says otherwise.
-
-    Half-precision files stay half precision on the CPU too (each weight is cast at use), so that ranks share the
-    file's memory-mapped pages instead of holding fp32 copies.
-    """
-    for flag, dtype in _UNET_FLAGS:
-        if getattr(args, flag, False):
-            return dtype
-    if weight_dtype is not None and weight_dtype in (*_ALL_FLOATS, torch.float8_e4m3fn, torch.float8_e5m2):
-        if weight_dtype == torch.float32 and not is_device_cpu(device or get_torch_device()):
-            return unet_compute_dtype(device or get_torch_device(), supported_dtypes)
-        return weight_dtype
-    return unet_compute_dtype(device or get_torch_device(), supported_dtypes)
-
-
-def unet_compute_dtype(device: torch.device, supported_dtypes: Iterable[torch.dtype] = _ALL_FLOATS) -> torch.dtype:
-    """The first dtype of `supported_dtypes` that computes fast on `device`; fp32 else."""
-    if args.force_fp32:
-        return torch.float32
-    for dtype in supported_dtypes:
-        if dtype == torch.float16 and should_use_fp16(device):
-            return dtype
-        if dtype == torch.bfloat16 and should_use_bf16(device):
-            return dtype
-    return torch.float32
-
-
-def unet_manual_cast(
-    weight_dtype: torch.dtype | None,
-    inference_device: torch.device,
-    supported_dtypes: Sequence[torch.dtype] = _ALL_FLOATS,
-) -> torch.dtype | None:
-    """The dtype to cast weights to at use, or None when they compute as they are."""
-    if weight_dtype in (torch.float32, torch.float64):
-        return None
-    if weight_dtype == torch.float16 and should_use_fp16(inference_device) and weight_dtype in supported_dtypes:
-        return None
-    if weight_dtype == torch.bfloat16 and should_use_bf16(inference_device) and weight_dtype in supported_dtypes:
-        return None
-    return unet_compute_dtype(inference_device, supported_dtypes)
-
-
-def text_encoder_dtype(device: torch.device | None = None) -> torch.dtype:
-    """The dtype in which text encoders compute."""
-    for flag, dtype in (
-        ("fp8_e4m3fn_text_enc", torch.float8_e4m3fn),
-        ("fp8_e5m2_text_enc", torch.float8_e5m2),
-        ("fp16_text_enc", torch.float16),
-        ("bf16_text_enc", torch.bfloat16),
-        ("fp32_text_enc", torch.float32),
-    ):
-        if getattr(args, flag):
-            return dtype
-    return torch.float32 if is_device_cpu(device) else torch.float16
-
-
-def vae_dtype(
-    device: torch.device | None = None, allowed_dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)
-) -> torch.dtype:
-    """The dtype in which a VAE computes."""
-    for flag, dtype in (("fp16_vae", torch.float16), ("bf16_vae", torch.bfloat16), ("fp32_vae", torch.float32)):
-        if getattr(args, flag):
-            return dtype
-    device = vae_device() if device is None else device
-    for dtype in allowed_dtypes:
-        if dtype == torch.float16 and should_use_fp16(device):
-            return dtype
-        if dtype == torch.bfloat16 and should_use_bf16(device):
-            return dtype
-    return torch.float32
-
-
 # --- placement ------------------------------------------------------------------------------------------------------
 
 
@@ -504,234 +393,6 @@ def force_upcast_attention_dtype() -> dict[torch.dtype, torch.dtype] | None:
 def module_size(module: torch.nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
     return sum(t.nelement() * t.element_size() for t in module.state_dict(keep_vars=True).values())
-
-
-class LoadedModel:
-    """A model patcher whose model is on its load device, wholly or partly."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)  # weak: a model that no node holds any more is freed
-        self.device = model.load_device
-        self.currently_used = True
-        self.real_model: Any = None
-        self.model_finalizer: Any = None
-
-    @property
-    def model(self) -> Any:
-        """The patcher, or None once nobody holds it."""
-        return self._model()
-
-    def model_memory(self) -> int:
-        """Bytes of all weights."""
-        return self.model.model_size()
-
-    def model_loaded_memory(self) -> int:
-        """Bytes on the load device."""
-        return self.model.loaded_size()
-
-    def model_offloaded_memory(self) -> int:
-        """Bytes that wait elsewhere."""
-        return self.model.model_size() - self.model.loaded_size()
-
-    def model_memory_required(self, device: torch.device) -> int:
-        """Bytes that loading to `device` would add."""
-        if device == self.model.current_loaded_device():
-            return self.model_offloaded_memory()
-        return self.model_memory()
-
-    def model_load(self, lowvram_model_memory: int = 0, force_patch_weights: bool = False) -> Any:
-        """Bring weights to the load device, at most `lowvram_model_memory` bytes if that is not 0."""
-        self.model.model_patches_to(self.device)
-        self.model.model_patches_to(self.model.model_dtype())
-        self.model.patch_model(
-            device_to=self.device, lowvram_model_memory=lowvram_model_memory, load_weights=True,
-            force_patch_weights=force_patch_weights,
-        )  # fmt: skip
-        self.real_model = weakref.ref(self.model.model)
-        return self.model.model
-
-    def should_reload_model(self, force_patch_weights: bool = False) -> bool:
-        """Whether patched weights must be patched again."""
-        return force_patch_weights and self.model.lowvram_patch_counter() > 0
-
-    def model_unload(self, memory_to_free: int | None = None, unpatch_weights: bool = True) -> bool:
-        """Free `memory_to_free` bytes if part of the model is enough; else unload it. True when all is unloaded."""
-        partly = memory_to_free is not None and memory_to_free < self.model.loaded_size()
-        if partly and self.model.partially_unload(self.model.offload_device, memory_to_free) >= memory_to_free:
-            return False
-        self.model.detach(unpatch_weights)
-        self.real_model = None
-        return True
-
-    def model_use_more_vram(self, extra_memory: int, force_patch_weights: bool = False) -> int:
-        """Load up to `extra_memory` further bytes."""
-        return self.model.partially_load(self.device, extra_memory, force_patch_weights=force_patch_weights)
-
-    def is_dead(self) -> bool:
-        """Whether nobody holds the patcher any more."""
-        return self.model is None
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LoadedModel) and self.model is other.model
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-current_loaded_models: list[LoadedModel] = []
-_memory_holders: list[Callable[[], None]] = []
-
-
-def add_memory_holder(release: Callable[[], None]) -> None:
-    """Register somebody who keeps GPU memory for speed only and gives it up when `release` is called."""
-    _memory_holders.append(release)
-
-
-def loaded_models(only_currently_used: bool = False) -> list[Any]:
-    """The patchers of loaded models."""
-    entries = [m for m in current_loaded_models if not m.is_dead()]
-    return [m.model for m in entries if m.currently_used or not only_currently_used]
-
-
-def free_memory(
-    memory_required: int, device: torch.device, keep_loaded: Sequence[LoadedModel] = ()
-) -> list[LoadedModel]:
-    """Unload models from `device`, least recently used first, until `memory_required` bytes are free."""
-    cleanup_models_gc()
-    unloaded: list[LoadedModel] = []
-    candidates = [m for m in reversed(current_loaded_models) if m.device == device and m not in keep_loaded]
-    if is_device_cpu(device) and memory_required < 1e20:
-        return unloaded  # weights on the CPU are pages of their files: the system drops them when it must
-    if _memory_holders and get_free_memory(device) < memory_required:
-        for release in _memory_holders:
-            release()
-        soft_empty_cache()
-    for entry in candidates:
-        if entry.is_dead():
-            current_loaded_models.remove(entry)
-            continue
-        if not DISABLE_SMART_MEMORY:
-            missing = memory_required - get_free_memory(device)
-            if missing <= 0:
-                break
-        else:
-            missing = None
-        entry.currently_used = False
-        if entry.model_unload(None if missing is None or memory_required >= 1e20 else int(missing)):
-            current_loaded_models.remove(entry)
-            unloaded.append(entry)
-    if unloaded:
-        soft_empty_cache()
-    return unloaded
-
-
-def load_models_gpu(
-    models: Sequence[Any],
-    memory_required: float = 0,
-    force_patch_weights: bool = False,
-    minimum_memory_required: float | None = None,
-    force_full_load: bool = False,
-) -> None:
-    """Bring models to their load devices, leaving `memory_required` bytes for computation.
-
-    What does not fit stays in host memory and is brought to the device layer by layer. Models of other prompts are
-    unloaded first when memory is short.
-    """
-    cleanup_models_gc()
-    needed = max(minimum_inference_memory(), memory_required + extra_reserved_memory())
-    minimum = needed if minimum_memory_required is None else max(
-        minimum_inference_memory(), minimum_memory_required + extra_reserved_memory()
-    )  # fmt: skip
-    wanted: list[Any] = []
-    for model in models:
-        for patcher in (model, *getattr(model, "model_patches_models", list)()):
-            if not any(patcher is w for w in wanted):
-                wanted.append(patcher)
-    entries = [_entry_for(patcher) for patcher in wanted]
-    for entry in entries:
-        _retire_clones(entry)
-    by_device: dict[torch.device, int] = {}
-    for entry in entries:
-        by_device[entry.device] = by_device.get(entry.device, 0) + entry.model_memory_required(entry.device)
-    for device, size in by_device.items():
-        if not is_device_cpu(device):
-            free_memory(int(size * 1.1 + needed), device, keep_loaded=entries)
-    for entry in entries:
-        _load_entry(entry, needed, minimum, force_patch_weights, force_full_load)
-        if entry in current_loaded_models:
-            current_loaded_models.remove(entry)
-        current_loaded_models.insert(0, entry)
-
-
-def _entry_for(patcher: Any) -> LoadedModel:
-    for entry in current_loaded_models:
-        if entry.model is patcher:
-            entry.currently_used = True
-            return entry
-    return LoadedModel(patcher)
-
-
-def _retire_clones(entry: LoadedModel) -> None:
-    """Unload other patchers of the same network: one network holds one set of patched weights."""
-    for other in list(current_loaded_models):
-        if other.is_dead():  # collected since the list was cleaned
-            current_loaded_models.remove(other)
-        elif other is not entry and other.model.is_clone(entry.model):
-            other.model.detach(unpatch_all=not other.model.clone_has_same_weights(entry.model))
-            current_loaded_models.remove(other)
-
-
-def _load_entry(
-    entry: LoadedModel, needed: float, minimum: float, force_patch_weights: bool, force_full_load: bool
-) -> None:
-    device, budget = entry.device, 0
-    if not is_device_cpu(device) and vram_state != VRAMState.HIGH_VRAM and not force_full_load:
-        free = get_free_memory(device)
-        to_load = entry.model_memory_required(device)
-        if vram_state == VRAMState.NO_VRAM:
-            budget = 1
-        elif to_load > free - needed or vram_state == VRAMState.LOW_VRAM:
-            limit = get_total_memory(device) * MIN_WEIGHT_MEMORY_RATIO if vram_state == VRAMState.LOW_VRAM else free
-            budget = max(1, int(min(limit, free - minimum)))
-            logging.info(
-                "%s: %.0f of %.0f MiB of weights fit on %s; the rest stays in host memory",
-                type(entry.model.model).__name__, budget / 2**20, to_load / 2**20, device,
-            )  # fmt: skip
-    entry.model_load(budget, force_patch_weights=force_patch_weights)
-
-
-def load_model_gpu(model: Any) -> None:
-    """`load_models_gpu` for one model."""
-    load_models_gpu([model])
-
-
-def cleanup_models_gc() -> None:
-    """Drop entries whose model is gone."""
-    if any(entry.is_dead() for entry in current_loaded_models):
-        cleanup_models()
-        gc.collect()
-
-
-def cleanup_models() -> None:
-    """Remove dead entries from the list."""
-    for entry in [m for m in current_loaded_models if m.is_dead()]:
-        current_loaded_models.remove(entry)
-
-
-def unload_all_models() -> None:
-    """Unload everything everywhere."""
-    cleanup_models()
-    for entry in list(current_loaded_models):
-        entry.model_unload()
-        current_loaded_models.remove(entry)
-    soft_empty_cache(True)
-
-
-def unload_model_clones(model: Any, unload_weights_only: bool = True, force_unload: bool = True) -> None:
-    """Unload every patcher of the same network."""
-    for entry in [m for m in current_loaded_models if not m.is_dead() and m.model.is_clone(model)]:
-        entry.model_unload()
-        current_loaded_models.remove(entry)
 
 
 def soft_empty_cache(force: bool = False) -> None:

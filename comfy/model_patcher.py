@@ -1,16 +1,15 @@
 """A model with everything that may be changed about it without changing it: patches, options, placement.
 
 A `ModelPatcher` is cheap to clone. The network is shared by all clones; the weights it holds at a time are those of one
-of them. Original weights stay where they were loaded (usually memory-mapped pages of the file, shared by all ranks of
-a host): a network's `host_weights`. Loading makes device copies and patched copies; unloading drops them, so nothing
-is ever copied back.
+of them. Where weights are and with which patches they were made is known to the network's `WeightStore`
+(`comfy.weights.store`), and so is which attributes are replaced: changing from one clone to another changes only what
+differs between them.
 """
 
 from __future__ import annotations
 
 import collections
 import copy
-import itertools
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +30,8 @@ from comfy.model_patcher_options import (
     set_model_options_pre_cfg_function,
 )
 from comfy.patcher_extension import PatcherInjection
+from comfy.weights.patching import LowVramPatch, get_key_weight, real_value, string_to_seed, wipe_lowvram_weight
+from comfy.weights.store import WeightStore, store_of
 
 __all__ = [
     "PatcherInjection",
@@ -39,61 +40,18 @@ __all__ = [
     "string_to_seed", "wipe_lowvram_weight",
 ]  # fmt: skip
 
-_weights_versions = itertools.count(1)
-
 Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])
 
 
-def string_to_seed(data: str) -> int:
-    """A number for a weight's name, the same on every rank (CRC-32, unlike Python's salted hash)."""
-    import zlib
-
-    return zlib.crc32(data.encode("utf-8"))
-
-
-def get_key_weight(model: Any, key: str) -> tuple[torch.Tensor, Any, Any]:
-    """(weight, its layer's `set_weight` or None, its `convert_weight` or None) at a dotted path."""
-    owner_path, _, name = key.rpartition(".")
-    owner = comfy.utils.get_attr(model, owner_path) if owner_path else model
-    weight = getattr(owner, name)
-    if name != "weight":
-        return weight, None, None
-    return weight, getattr(owner, "set_weight", None), getattr(owner, "convert_weight", None)
-
-
-class LowVramPatch:
-    """Applies a weight's patches each time the weight is brought to the device."""
-
-    def __init__(self, key: str, patches: dict[str, list[Any]]) -> None:
-        self.key = key
-        self.patches = patches
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        dtype = torch.float32 if weight.element_size() < 4 else weight.dtype
-        patched = comfy.lora.calculate_weight(self.patches[self.key], weight.to(dtype), self.key, dtype)
-        return patched.to(weight.dtype)
-
-
-def wipe_lowvram_weight(layer: Any) -> None:
-    """Undo what partial loading changed about a layer."""
-    if hasattr(layer, "prev_comfy_cast_weights"):
-        layer.comfy_cast_weights = layer.prev_comfy_cast_weights
-        del layer.prev_comfy_cast_weights
-    for name in ("weight_function", "bias_function"):
-        if hasattr(layer, name):
-            setattr(layer, name, [f for f in getattr(layer, name) if not isinstance(f, LowVramPatch)])
-
-
 def _prepare_network(model: Any) -> None:
-    """Give a network the attributes in which its current state is kept."""
+    """Give a network the attributes in which its current state is kept, under ComfyUI's names."""
     defaults: dict[str, Any] = {
-        "host_weights": {},
         "weight_backups": {},
+        "object_originals": {},
         "model_loaded_weight_memory": 0,
         "lowvram_patch_counter": 0,
         "model_lowvram": False,
         "current_weight_patches_uuid": None,
-        "weights_version": next(_weights_versions),
     }
     for name, value in defaults.items():
         if not hasattr(model, name):
@@ -122,7 +80,6 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         self.force_cast_weights = False
         self.patches: dict[str, list[Any]] = {}
         self.object_patches: dict[str, Any] = {}
-        self.object_patches_backup: dict[str, Any] = {}
         self.weight_wrapper_patches: dict[str, list[Any]] = {}
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.patches_uuid = uuid.uuid4()
@@ -131,9 +88,19 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         self._init_hooks()
 
     @property
+    def weights(self) -> WeightStore:
+        """Where the network's weights are."""
+        return store_of(self.model)
+
+    @property
     def backup(self) -> dict[str, Backup]:
         """Originals of the weights that are patched now."""
         return self.model.weight_backups
+
+    @property
+    def object_patches_backup(self) -> dict[str, Any]:
+        """Originals of the attributes that are replaced now, by whichever clone."""
+        return self.model.object_originals
 
     # --- identity and size -----------------------------------------------------------------------------------------
 
@@ -149,11 +116,11 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
 
     def loaded_size(self) -> int:
         """Bytes of weights on the load device."""
-        return self.model.model_loaded_weight_memory
+        return self.weights.loaded_bytes
 
     def lowvram_patch_counter(self) -> int:
         """How many weights are patched at each use."""
-        return self.model.lowvram_patch_counter
+        return self.weights.patched_at_use
 
     def clone(self) -> ModelPatcher:
         """Another patcher of the same network, with copies of all settings."""
@@ -164,7 +131,6 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         other.patches = {key: list(patches) for key, patches in self.patches.items()}
         other.patches_uuid = self.patches_uuid
         other.object_patches = dict(self.object_patches)
-        other.object_patches_backup = self.object_patches_backup
         other.weight_wrapper_patches = {key: list(w) for key, w in self.weight_wrapper_patches.items()}
         other.model_options = create_model_options_clone(self.model_options)
         other.force_cast_weights = self.force_cast_weights
@@ -252,9 +218,8 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         for key in self.model_state_dict():
             if filter_prefix is not None and not key.startswith(filter_prefix):
                 continue
-            weight, _, convert = get_key_weight(self.model, key)
-            if key in self.backup:
-                weight = self.backup[key].weight
+            _, _, convert = get_key_weight(self.model, key)
+            weight = self.weights.source(key)
             convert = convert or (lambda tensor, **_: tensor)
             out[key] = [(weight, convert), *self.patches.get(key, [])]
         return out
@@ -295,77 +260,35 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         """The weight with patches applied; custom nodes override or replace this."""
         return comfy.lora.calculate_weight(patches, weight, key, intermediate_dtype=intermediate_dtype)
 
-    # --- weights: host, device, patched ----------------------------------------------------------------------------
-
-    def _host_weight(self, key: str) -> torch.Tensor:
-        """The original of a weight. A weight somebody replaced in place of ours becomes the new original."""
-        homes = self.model.host_weights
-        current = comfy.utils.get_attr(self.model, key)
-        known = homes.get(key)
-        if known is None or (current is not known[0] and current is not known[1]):
-            homes[key] = (current, current)
-            return current
-        return known[0]
-
-    def _weights_moved(self) -> None:
-        """Note that weights are no longer where they were; versions are never used twice in a process, so that whoever
-        remembers one (a captured graph) cannot mistake another network for its own."""
-        self.model.weights_version = next(_weights_versions)
-
-    def _place_weight(self, key: str, value: torch.Tensor) -> None:
-        """Let the network use `value` for a weight, remembering the original."""
-        self._weights_moved()
-        original = self._host_weight(key)
-        if not isinstance(value, torch.nn.Parameter) and isinstance(original, torch.nn.Parameter):
-            value = torch.nn.Parameter(value, requires_grad=False)
-        comfy.utils.set_attr(self.model, key, value)
-        self.model.host_weights[key] = (original, value)
-
-    def _restore_weight(self, key: str) -> None:
-        known = self.model.host_weights.get(key)
-        self._weights_moved()
-        if known is not None and comfy.utils.get_attr(self.model, key) is known[1]:
-            comfy.utils.set_attr(self.model, key, known[0])
-            self.model.host_weights[key] = (known[0], known[0])
-        self.backup.pop(key, None)
+    # --- weights and attributes in place ---------------------------------------------------------------------------
 
     def patch_weight_to_device(
-        self, key: str, device_to: torch.device | None = None, inplace_update: bool = False, return_weight: bool = False
+        self,
+        key: str,
+        device_to: torch.device | None = None,
+        inplace_update: bool = False,
+        return_weight: bool = False,
     ) -> Any:
-        """Compute a weight's patched value on `device_to` and let the network use it."""
+        """Compute a weight's patched value on `device_to` and let the network use it, or return it."""
         if key not in self.patches:
             return None
-        original = self._host_weight(key)
-        _, set_weight, convert = get_key_weight(self.model, key)
-        device = device_to or original.device
-        self.backup.setdefault(key, Backup(original, False))
-        moved = original.to(device, copy=True)
-        real = convert(moved, inplace=True) if convert is not None else moved.to(torch.float32)
-        patched = self.calculate_weight(self.patches[key], real, key)
-        if set_weight is not None:
-            if return_weight:
-                return patched
-            set_weight(patched, inplace_update=False, seed=string_to_seed(key))
-            placed = comfy.utils.get_attr(self.model, key)
-            comfy.utils.set_attr(self.model, key, original)
-            self._place_weight(key, placed)
+        source = self.weights.source(key)
+        device = torch.device(device_to) if device_to is not None else source.device
+        if not return_weight:
+            self.weights.patch_one(key, self.patches[key], device, self.calculate_weight)
+            self._note_backups()
             return None
-        rounded = stochastic_rounding(patched, original.dtype, seed=string_to_seed(key))
-        if return_weight:
-            return rounded
-        self._place_weight(key, rounded)
-        return None
+        real = self.calculate_weight(self.patches[key], real_value(self.model, key, source.to(device)), key)
+        if get_key_weight(self.model, key)[1] is not None:
+            return real
+        return stochastic_rounding(real, source.dtype, seed=string_to_seed(key))
 
-    def _load_list(self) -> list[tuple[int, str, torch.nn.Module, list[str]]]:
-        """(bytes, module path, module, its weight names) of every module that has weights, largest first."""
-        out = []
-        for path, module in self.model.named_modules():
-            names = [name for name, _ in module.named_parameters(recurse=False)]
-            names += [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None]
-            if names:
-                size = sum(getattr(module, n).nelement() * getattr(module, n).element_size() for n in names)
-                out.append((size, path, module, names))
-        return sorted(out, key=lambda entry: (-entry[0], entry[1]))
+    def _patches_by_itself(self) -> Callable[[str], Any] | None:
+        """The `patch_weight_to_device` of a subclass or instance that has one of its own, for the store to call."""
+        own = "patch_weight_to_device" in vars(self)
+        if not own and type(self).patch_weight_to_device is ModelPatcher.patch_weight_to_device:
+            return None
+        return lambda key: self.patch_weight_to_device(key, self.weights.device)
 
     def load(
         self,
@@ -376,73 +299,48 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
     ) -> None:
         """Bring patched weights to `device_to`, up to `lowvram_model_memory` bytes unless that is 0.
 
-        Modules beyond the budget that can cast their weights at use keep them in host memory.
+        Modules beyond the budget that can cast their weights at use keep them in host memory, unpatched; with
+        `force_patch_weights` they are patched there, so that `state_dict` has patched weights only. Does nothing about
+        weights that are in place.
         """
         self.unpatch_hooks()
         device = torch.device(device_to) if device_to is not None else self.model.device
-        loaded = lowvram_count = patched_at_use = 0
-        limited = lowvram_model_memory > 0 and not full_load
-        for size, path, module, names in self._load_list():
-            keys = [f"{path}.{name}" if path else name for name in names]
-            stays = limited and loaded + size > lowvram_model_memory and hasattr(module, "comfy_cast_weights")
-            wipe_lowvram_weight(module)
-            if stays:
-                lowvram_count += 1
-                module.prev_comfy_cast_weights = module.comfy_cast_weights
-                module.comfy_cast_weights = True
-                patched_at_use += self._patch_at_use(module, keys)
-                continue
-            for key in keys:
-                if key in self.patches:
-                    self.patch_weight_to_device(key, device)
-                else:
-                    original = self._host_weight(key)
-                    if original.device != device:
-                        self._place_weight(key, original.to(device))
-            self._wrap_weights(module, keys)
-            loaded += size
+        self.weights.place(
+            device,
+            self.patches,
+            self.calculate_weight,
+            budget=lowvram_model_memory if lowvram_model_memory > 0 and not full_load else None,
+            wrappers=self.weight_wrapper_patches,
+            patch_host=force_patch_weights,
+            foreign=self._patches_by_itself(),
+        )
         self.model.device = device
-        self.model.model_lowvram = lowvram_count > 0
-        self.model.lowvram_patch_counter = patched_at_use
-        self.model.model_loaded_weight_memory = loaded
         self.model.current_weight_patches_uuid = self.patches_uuid
+        self._note_state()
         self._call_callbacks("on_load_after", device_to, lowvram_model_memory, force_patch_weights, full_load)
-        self.apply_hooks(self.forced_hooks, force_apply=True)
+        if self.forced_hooks is not None:
+            self.apply_hooks(self.forced_hooks, force_apply=True)
 
-    def _patch_at_use(self, module: Any, keys: list[str]) -> int:
-        """Register patches that are applied when a host weight is brought over; returns how many."""
-        count = 0
-        for key in keys:
-            name = key.rpartition(".")[2]
-            if key in self.patches and name in ("weight", "bias"):
-                getattr(module, f"{name}_function").append(LowVramPatch(key, self.patches))
-                count += 1
-        self._wrap_weights(module, keys)
-        return count
+    def _note_state(self) -> None:
+        """Tell under ComfyUI's names what the store knows."""
+        self.model.model_lowvram = self.weights.partly_loaded
+        self.model.lowvram_patch_counter = self.weights.patched_at_use
+        self.model.model_loaded_weight_memory = self.weights.loaded_bytes
+        self._note_backups()
 
-    def _wrap_weights(self, module: Any, keys: list[str]) -> None:
-        for key in keys:
-            name = key.rpartition(".")[2]
-            for function in self.weight_wrapper_patches.get(key, ()):
-                functions = getattr(module, f"{name}_function", None)
-                if functions is not None and function not in functions:
-                    functions.append(function)
+    def _note_backups(self) -> None:
+        self.backup.clear()
+        self.backup.update({key: Backup(source, False) for key, source in self.weights.patched_keys().items()})
 
-    def _unload_weights(self) -> None:
-        for _, path, module, names in self._load_list():
-            wipe_lowvram_weight(module)
-            for name in names:
-                key = f"{path}.{name}" if path else name
-                self._restore_weight(key)
-                for function in self.weight_wrapper_patches.get(key, ()):
-                    functions = getattr(module, f"{name}_function", [])
-                    if function in functions:
-                        functions.remove(function)
-        self.model.model_lowvram = False
-        self.model.lowvram_patch_counter = 0
-        self.model.model_loaded_weight_memory = 0
-        self.model.current_weight_patches_uuid = None
-        self.model.device = self.offload_device
+    def _set_objects(self, wanted: dict[str, Any]) -> None:
+        """Replace exactly the attributes at these dotted paths; others that a clone replaced are as they were."""
+        originals = self.object_patches_backup
+        for name in [name for name in reversed(originals) if name not in wanted]:
+            comfy.utils.set_attr(self.model, name, originals.pop(name))
+        for name, value in wanted.items():
+            if comfy.utils.get_attr(self.model, name) is not value:
+                previous = comfy.utils.set_attr(self.model, name, value)
+                originals.setdefault(name, previous)
 
     def patch_model(
         self,
@@ -451,69 +349,40 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         load_weights: bool = True,
         force_patch_weights: bool = False,
     ) -> Any:
-        """Apply object patches and, with `load_weights`, load patched weights. Returns the network."""
+        """Replace attributes as this clone wants and, with `load_weights`, load patched weights. Returns the network."""
         with self.use_ejected():
-            for name, obj in self.object_patches.items():
-                previous = comfy.utils.set_attr(self.model, name, obj)
-                self.object_patches_backup.setdefault(name, previous)
+            self._set_objects(self.object_patches)
             if load_weights:
-                if self._other_weights_loaded():
-                    self._unload_weights()
                 self.load(device_to, lowvram_model_memory, force_patch_weights, full_load=lowvram_model_memory == 0)
         self.inject_model()
         return self.model
-
-    def _other_weights_loaded(self) -> bool:
-        current = self.model.current_weight_patches_uuid
-        return current is not None and (current != self.patches_uuid or bool(self.weight_wrapper_patches))
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         """Undo `patch_model`: originals back in place, device copies dropped."""
         self.eject_model()
         if unpatch_weights:
             self.unpatch_hooks()
-            self._unload_weights()
-            if device_to is not None:
-                self.model.device = torch.device(device_to)
-        for name in list(self.object_patches_backup):
-            comfy.utils.set_attr(self.model, name, self.object_patches_backup.pop(name))
+            self.weights.unload()
+            self.model.current_weight_patches_uuid = None
+            self.model.device = torch.device(device_to) if device_to is not None else self.offload_device
+            self._note_state()
+        self._set_objects({})
 
     def partially_unload(self, device_to: torch.device, memory_to_free: int = 0) -> int:
         """Let the largest modules go back to host memory until `memory_to_free` bytes are free; returns how many."""
         with self.use_ejected():
-            freed = 0
-            hooks_unpatched = False
-            for size, path, module, names in self._load_list():
-                if freed >= memory_to_free:
-                    break
-                keys = [f"{path}.{name}" if path else name for name in names]
-                on_device = any(
-                    comfy.utils.get_attr(self.model, key).device != self._host_weight(key).device for key in keys
-                )
-                if not on_device or not hasattr(module, "comfy_cast_weights"):
-                    continue
-                if not hooks_unpatched:
-                    self.unpatch_hooks()
-                    hooks_unpatched = True
-                for key in keys:
-                    self._restore_weight(key)
-                if not hasattr(module, "prev_comfy_cast_weights"):
-                    module.prev_comfy_cast_weights = module.comfy_cast_weights
-                module.comfy_cast_weights = True
-                self.model.lowvram_patch_counter += self._patch_at_use(module, keys)
-                freed += size
-            if freed:
-                self.model.model_lowvram = True
-                self.model.model_loaded_weight_memory -= freed
-            return freed
+            self.unpatch_hooks()
+            freed = self.weights.free(memory_to_free)
+            self._note_state()
+        return freed
 
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
         """Load up to `extra_memory` further bytes; returns how many were loaded."""
-        before = self.model.model_loaded_weight_memory
+        before = self.loaded_size()
         if before >= self.model_size() and self.model.current_weight_patches_uuid == self.patches_uuid:
             return 0
-        self.patch_model(device_to, lowvram_model_memory=before + extra_memory)
-        return self.model.model_loaded_weight_memory - before
+        self.patch_model(device_to, max(1, before + int(extra_memory)), force_patch_weights=force_patch_weights)
+        return self.loaded_size() - before
 
     def detach(self, unpatch_all: bool = True) -> Any:
         """Take the model off its device."""

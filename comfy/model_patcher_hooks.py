@@ -12,6 +12,7 @@ import torch
 
 import comfy.lora
 import comfy.utils
+from comfy.weights.store import store_of
 
 
 def _blends_model(value: Any) -> bool:
@@ -162,10 +163,8 @@ class HooksMixin:
 
     def patch_cached_hook_weights(self, cached_weights: dict[str, Any], key: str, memory_counter: Any) -> None:
         """Let the network use a kept weight."""
-        previous = comfy.utils.get_attr(self.model, key)
-        self.hook_backup.setdefault(key, previous)
-        self._weights_moved()  # type: ignore[attr-defined]
-        comfy.utils.set_attr_param(self.model, key, cached_weights[key])
+        before = store_of(self.model).rewrite(key, cached_weights[key])
+        self.hook_backup.setdefault(key, before)
 
     def patch_hook_weight_to_device(
         self, hooks: Any, combined_patches: dict[str, Any], key: str, original_weights: Any, memory_counter: Any
@@ -179,8 +178,7 @@ class HooksMixin:
         """Take a group's weights out of the network."""
         for key in list(self.hook_backup):
             if whitelist_keys_set is None or key in whitelist_keys_set:
-                comfy.utils.set_attr(self.model, key, self.hook_backup.pop(key))
-                self._weights_moved()  # type: ignore[attr-defined]
+                store_of(self.model).put_back(key, self.hook_backup.pop(key))
         self.current_hooks = None
 
     def clear_cached_hook_weights(self) -> None:

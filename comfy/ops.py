@@ -51,10 +51,14 @@ def cast_bias_weight(
         dtype = dtype or (input.dtype if input.dtype not in FP8_DTYPES else torch.bfloat16)
         device = device or input.device
     non_blocking = device is not None and torch.device(device).type == "cuda"
-    bias = getattr(s, "bias", None)
+    weight, bias = s.weight, getattr(s, "bias", None)
+    stream = getattr(s, "streamed_weights", None)
+    if stream is not None and device is not None and torch.device(device).type == "cuda":
+        arrived = stream.take(s)  # on their way since the layers before this one
+        weight, bias = arrived.get("weight", weight), arrived.get("bias", bias)
     if bias is not None:
         bias = _patched(bias, getattr(s, "bias_function", ()), bias_dtype or dtype, device, non_blocking)
-    weight = _patched(s.weight, getattr(s, "weight_function", ()), dtype, device, non_blocking)
+    weight = _patched(weight, getattr(s, "weight_function", ()), dtype, device, non_blocking)
     return weight, bias
 
 

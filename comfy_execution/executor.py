@@ -6,12 +6,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
+from comfy import accounting
+from comfy_execution import seams
 from comfy_execution.caching import CacheSet, CacheType, RamCache, Signer, fingerprint
 from comfy_execution.graph import DependencyCycleError, DynamicPrompt, ExecutionList, NodeNotFoundError, node_class
+from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.inputs import get_input_data, has_function, is_v3
 from comfy_execution.lockstep import Lockstep, RankError
+from comfy_execution.node_call import failure
+from comfy_execution.node_execution import ExecutionResult, ends_program, use_lockstep
 from comfy_execution.progress import (
     WebUIProgressHandler,
     add_progress_handler,
@@ -50,15 +56,13 @@ class IsChangedCache:
         return self.is_changed[node_id]
 
     async def _ask(self, node_id: str, node: Mapping[str, Any], class_def: Any, name: str) -> Any:
-        import execution
-
         try:
             values, _, v3_data = get_input_data(node["inputs"], class_def, node_id, None, self.dynprompt)
-            answers = await execution._async_map_node_over_list(
+            answers = await seams.replaceable()._async_map_node_over_list(
                 self.prompt_id, node_id, class_def, values, name, v3_data=v3_data
             )
-            answers = await execution.resolve_map_node_over_list_results(answers)
-            return [None if isinstance(answer, execution.ExecutionBlocker) else answer for answer in answers]
+            answers = await seams.replaceable().resolve_map_node_over_list_results(answers)
+            return [None if isinstance(answer, ExecutionBlocker) else answer for answer in answers]
         except Exception as error:  # noqa: BLE001 - a node that cannot say is run again
             logging.warning(
                 "node %s (%s): %s failed, so it counts as changed: %s", node_id, node["class_type"], name, error
@@ -182,7 +186,9 @@ class PromptExecutor:
     """Runs prompts one after the other and keeps results between them.
 
     `cache_type` and `cache_args` choose what is kept (see `CacheType`); `lockstep` connects the ranks. After `execute`,
-    `success`, `status_messages`, `history_result` (`{"outputs", "meta"}`) and `failed_rank` say how it went.
+    `success`, `status_messages`, `history_result` (`{"outputs", "meta"}`) and `failed_rank` say how it went, and `record`
+    where its time went (`comfy.accounting`). `cancels_kept` is set by who hands prompts out and forgets old cancels then;
+    without it a prompt begins by forgetting them.
     """
 
     def __init__(
@@ -196,6 +202,8 @@ class PromptExecutor:
         self.cache_type = cache_type if isinstance(cache_type, CacheType) else CacheType.CLASSIC
         self.server = server
         self.lockstep = lockstep or Lockstep()
+        self.cancels_kept = False
+        self.record = accounting.Record()
         self.reset()
 
     def reset(self) -> None:
@@ -235,22 +243,19 @@ class PromptExecutor:
         import comfy.model_management
 
         extra_data = extra_data or {}
-        comfy.model_management.interrupt_current_processing(False)
-        self.server.client_id = extra_data.get("client_id")
-        self.server.last_prompt_id = prompt_id
-        self.status_messages = []
-        self.history_result = {"outputs": {}, "meta": {}}
-        self.success = True
-        self.failed_rank = None
+        if not self.cancels_kept:
+            comfy.model_management.interrupt_current_processing(False)
+        self._open(prompt_id, extra_data)
         self.add_message("execution_start", {"prompt_id": prompt_id}, broadcast=False)
         dynprompt = DynamicPrompt(prompt)
         if self.lockstep.is_first:
             reset_progress_state(prompt_id, dynprompt)
             add_progress_handler(WebUIProgressHandler(self.server))
+        use_lockstep(self.lockstep)
         run = PromptRun(prompt_id, dynprompt, self.caches, self.lockstep)
         executed = Executed()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), nullcontext() if self.lockstep.is_first else self.lockstep.computing:
                 problem = await self._run_nodes(run, prompt_id, extra_data, list(execute_outputs), executed)
                 problem = self._close(problem)
         finally:
@@ -258,16 +263,33 @@ class PromptExecutor:
             if self.lockstep.is_first:
                 get_progress_state().reset_handlers()
             self.server.last_node_id = None
+            self.record = accounting.finish()
         self._report(run, prompt_id, prompt, executed, problem)
         if comfy.model_management.DISABLE_SMART_MEMORY:
             comfy.model_management.unload_all_models()
+
+    def _open(self, prompt_id: str, extra_data: Mapping[str, Any]) -> None:
+        """Start the reports of a prompt."""
+        self.record = accounting.begin(prompt_id)
+        self.server.client_id = extra_data.get("client_id")
+        self.server.last_prompt_id = prompt_id
+        self.status_messages = []
+        self.history_result = {"outputs": {}, "meta": {}}
+        self.success = True
+        self.failed_rank = None
+
+    def refuse(self, prompt_id: str, extra_data: Mapping[str, Any], error: BaseException) -> None:
+        """Report a prompt that failed outside of its nodes: before it could begin, or in the executor itself."""
+        if self.server.last_prompt_id != prompt_id or not self.status_messages:
+            self._open(prompt_id, extra_data)
+        self.record = accounting.finish()
+        self.success = False
+        self.handle_execution_error(prompt_id, {}, [], [], failure("", error, None) | {"node_id": None}, error)
 
     async def _run_nodes(
         self, run: PromptRun, prompt_id: str, extra_data: Mapping[str, Any], outputs: list[str], executed: Executed
     ) -> tuple[dict[str, Any], BaseException] | None:
         """Run until nothing is left; the report and exception of the first failure, None when there was none."""
-        import execution
-
         current: str = outputs[0] if outputs else ""
         try:
             self.lockstep.begin(prompt_id)
@@ -285,7 +307,7 @@ class PromptExecutor:
                 if action != RUN:
                     raise _agreed_end(action, chosen)
                 run.stage(current)
-                result, error, exception = await execution.execute(
+                result, error, exception = await seams.replaceable().execute(
                     self.server,
                     run.dynprompt,
                     self.caches,
@@ -297,31 +319,29 @@ class PromptExecutor:
                     pending_subgraph_results,
                     pending_async_nodes,
                 )
-                if result is execution.ExecutionResult.FAILURE:
+                if result is ExecutionResult.FAILURE:
                     assert error is not None and exception is not None
                     return error, exception
-                if result is execution.ExecutionResult.PENDING:
+                if result is ExecutionResult.PENDING:
                     run.unstage_node_execution()
                 else:
                     run.complete_node_execution()
                     await run.relieve()
                 run.start()
-        except Exception as error:  # noqa: BLE001 - the next prompt must always work
+        except BaseException as error:  # noqa: BLE001 - the next prompt must always work
+            if ends_program(error):
+                raise
             return self._executor_failure(run, current, error)
         return None
 
     def _executor_failure(
         self, run: PromptRun, node_id: str, error: BaseException
     ) -> tuple[dict[str, Any], BaseException]:
-        from comfy_execution.node_call import failure
-
         node_id = run.dynprompt.get_real_node_id(node_id)
         error = self.lockstep.fail(error, node_id)
         return failure(node_id, error, None), error
 
     def _close(self, problem: tuple[dict[str, Any], BaseException] | None) -> Any:
-        from comfy_execution.node_call import failure
-
         try:
             self.lockstep.end()
         except Exception as error:  # noqa: BLE001 - a rank that failed, or an interrupt that another one saw
@@ -391,7 +411,9 @@ class PromptExecutor:
             logging.error("Got an OOM, unloading all loaded models.")
             comfy.model_management.unload_all_models()
 
-    def _log_failure(self, node_id: str, node_type: str | None, details: Mapping[str, Any], ex: BaseException) -> None:
+    def _log_failure(
+        self, node_id: str | None, node_type: str | None, details: Mapping[str, Any], ex: BaseException
+    ) -> None:
         """Where it came from is told once, on rank 0; with several ranks the others say one line each."""
         reason = details["exception_message"].rstrip()
         if not self.lockstep.is_first:

@@ -13,8 +13,8 @@ from comfy_execution.inputs import SECRET_INPUTS, InputData, get_input_data, hid
 from comfy_execution.lockstep import RankError
 from comfy_execution.outputs import format_value
 from comfy_execution.progress import get_progress_state
-from comfy_execution.prompt_validation import full_type_name
 from comfy_execution.ranks import Ranks
+from comfy_execution.utils import full_type_name
 
 
 class DuplicateNodeError(Exception):
@@ -158,6 +158,11 @@ class NodeCall:
         self.caches.outputs.set(self.unique_id, entry)
 
 
+def subgraph_links(results: list[Any]) -> list[Any]:
+    """The (node id, slot) pairs that an expanded node's results are, of all its calls."""
+    return [value for graph, result in results if graph is not None or result for value in result if is_link(value)]
+
+
 async def expand(call: NodeCall, results: list[Any], pending_subgraph_results: dict[str, Any]) -> None:
     """Put the sub-graphs a node returned into the prompt; the node waits for those of their nodes it is linked to."""
     new_nodes: dict[str, dict[str, Any]] = {}
@@ -175,8 +180,7 @@ async def expand(call: NodeCall, results: list[Any], pending_subgraph_results: d
     for node_id, info in new_nodes.items():
         if getattr(node_class(info["class_type"]), "OUTPUT_NODE", False):
             call.execution_list.add_node(node_id)
-    links = [value for graph, result in results if graph is not None or result for value in result if is_link(value)]
-    for source, slot in links:
+    for source, slot in subgraph_links(results):
         call.execution_list.hold(source, call.unique_id)
         call.execution_list.add_strong_link(source, slot, call.unique_id)
     pending_subgraph_results[call.unique_id] = results

@@ -14,6 +14,7 @@ from abc import ABC
 from enum import Enum
 from typing import Any, TypedDict
 
+from comfy_execution.message_types import BinaryEventTypes
 from comfy_execution.utils import get_executing_context
 
 
@@ -135,7 +136,6 @@ class WebUIProgressHandler(ProgressHandler):
         if image is None or self.server_instance is None:
             return
         from comfy_api import feature_flags
-        from server import BinaryEventTypes
 
         server = self.server_instance
         if feature_flags.supports_feature(server.sockets_metadata, server.client_id, "supports_preview_metadata"):
@@ -302,7 +302,6 @@ def install_progress_hook(server: Any) -> None:
         server.send_sync("progress", message, server.client_id)
         if preview is not None:
             from comfy_api import feature_flags
-            from server import BinaryEventTypes
 
             if not feature_flags.supports_feature(
                 server.sockets_metadata, server.client_id, "supports_preview_metadata"

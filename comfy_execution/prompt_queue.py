@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import comfy.model_management
+
 MAXIMUM_HISTORY_SIZE = 10000
 
 # given to nodes as hidden inputs, never shown
@@ -77,8 +79,21 @@ class PromptQueue:
             task_id = self.task_counter
             self.task_counter += 1
             self.currently_running[task_id] = copy.copy(item)
+            comfy.model_management.interrupt_current_processing(False)  # a cancel of the prompt before
             self._announce()
             return item, task_id
+
+    def interrupt(self, prompt_id: str | None = None) -> bool:
+        """Cancel the running prompt, if it is `prompt_id` (None: whichever runs); whether one was cancelled.
+
+        A prompt runs from the moment it is given out, so a cancel is neither lost before its execution begins nor kept
+        for the next prompt.
+        """
+        with self.mutex:
+            if prompt_id is not None and all(item[1] != prompt_id for item in self.currently_running.values()):
+                return False
+            comfy.model_management.interrupt_current_processing()
+            return True
 
     def task_done(
         self,

@@ -13,19 +13,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from comfy_execution import seams
 from comfy_execution.graph import get_input_info
 from comfy_execution.graph_utils import ExecutionBlocker, is_link
 from comfy_execution.inputs import get_input_data, has_function
+from comfy_execution.utils import full_type_name
 from comfy_execution.validation import validate_node_input
 
 Error = dict[str, Any]
 _MAX_OPTIONS_SHOWN = 20
-
-
-def full_type_name(klass: type) -> str:
-    """`module.Class`; the bare name for built-in types."""
-    module = klass.__module__
-    return klass.__qualname__ if module == "builtins" else f"{module}.{klass.__qualname__}"
 
 
 def error(kind: str, message: str, details: str = "", **extra_info: Any) -> Error:
@@ -289,16 +285,14 @@ class PromptCheck:
     async def _ask_node(
         self, node_id: str, class_def: Any, function: str, named: list[str], takes_all: bool, received: dict[str, Any]
     ) -> Any:
-        import execution
-
         values, _, v3_data = get_input_data(self.prompt[node_id]["inputs"], class_def, node_id)
         values = {name: value for name, value in values.items() if takes_all or name in named}
         if "input_types" in named:
             values["input_types"] = [received]
-        answers = await execution._async_map_node_over_list(
+        answers = await seams.replaceable()._async_map_node_over_list(
             self.prompt_id, node_id, class_def, values, function, v3_data=v3_data
         )
-        answers = await execution.resolve_map_node_over_list_results(answers)
+        answers = await seams.replaceable().resolve_map_node_over_list_results(answers)
         for name in values:
             for answer in answers:
                 if answer is not True and not isinstance(answer, ExecutionBlocker):

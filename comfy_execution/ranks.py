@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -88,18 +87,20 @@ class Ranks:
 
     def share_inputs(self, node_id: str, get_cache: Callable[[str], CacheEntry | None]) -> None:
         """Give every rank the results that only rank 0 has and this node is linked to. Call it on all ranks."""
+        self.share_results(filter(is_link, self.dynprompt.get_node(node_id)["inputs"].values()), get_cache)
+
+    def share_results(self, links: Iterable[Any], get_cache: Callable[[str], CacheEntry | None]) -> None:
+        """Give every rank the results behind these (node id, slot) pairs that only rank 0 has. Call it on all ranks."""
         if not self.several:
             return
-        for value in self.dynprompt.get_node(node_id)["inputs"].values():
-            entry = get_cache(value[0]) if is_link(value) else None
+        for source, _ in links:
+            entry = get_cache(source)
             if entry is not None and entry.first_only:
-                entry.outputs = self.lockstep.share(f"outputs of node {value[0]}", partial(getattr, entry, "outputs"))
+                entry.outputs = self.lockstep.share(f"outputs of node {source}", partial(getattr, entry, "outputs"))
                 entry.first_only = False
 
     async def decide(self, topic: str, choose: Callable[[], Any]) -> Any:
-        """`Lockstep.decide` without stopping the asynchronous nodes of this rank while it waits."""
-        if self.several and not self.lockstep.is_first and len(asyncio.all_tasks()) > 1:
-            return await asyncio.to_thread(self.lockstep.decide, topic, choose)
+        """`Lockstep.decide`; a rank that follows gives way to its asynchronous nodes while it waits."""
         return self.lockstep.decide(topic, choose)
 
     async def decide_async(self, topic: str, choose: Callable[[], Awaitable[Any]]) -> Any:

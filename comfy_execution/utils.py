@@ -35,3 +35,9 @@ def executing(prompt_id: str, node_id: str, list_index: int | None = None) -> It
 
 
 CurrentNodeContext = executing
+
+
+def full_type_name(klass: type) -> str:
+    """`module.Class`; the bare name for built-in types."""
+    module = klass.__module__
+    return klass.__qualname__ if module == "builtins" else f"{module}.{klass.__qualname__}"

@@ -14,6 +14,7 @@ import comfy.utils
 from comfy_execution.caching import CacheType
 from comfy_execution.executor import PromptExecutor
 from comfy_execution.lockstep import Lockstep
+from comfy_execution.node_execution import ends_program
 from comfy_execution.progress import install_progress_hook
 from comfy_execution.prompt_queue import ExecutionStatus, PromptQueue, QueueItem
 
@@ -33,7 +34,8 @@ def cache_choice(args: Any) -> tuple[CacheType, dict[str, Any]]:
 class PromptWorker:
     """Executes prompts: `run` on rank 0 in a thread of its own, `follow` on the other ranks.
 
-    `announce(command)` tells the other ranks what rank 0 is about to do: `{"kind": "prompt", "item": queue item}`,
+    `announce(command)` tells the other ranks what rank 0 is about to do: `{"kind": "prompt", "item": queue item}` (with
+    `"reset": True` when a rank was replaced, so that all forget what they keep),
     `{"kind": "free", "unload_models": bool, "free_memory": bool}` or `{"kind": "stop"}`. Commands are picklable and
     must reach every follower's `follow` in order.
     """
@@ -63,6 +65,7 @@ class PromptWorker:
     def run(self) -> None:
         """Work until `stop`. Needs the queue."""
         assert self.queue is not None, "rank 0's worker needs the queue"
+        self.executor.cancels_kept = True  # the queue forgets them when it gives a prompt out
         install_progress_hook(self.server)
         while not self._stop.is_set():
             taken = self.queue.get(timeout=self._wait())
@@ -88,16 +91,24 @@ class PromptWorker:
             if kind == "stop":
                 return
             if kind == "prompt":
-                try:
-                    self._execute(command["item"])
-                except Exception:  # noqa: BLE001 - a follower that leaves would stop the whole group
-                    logging.exception("prompt %s could not be executed on this rank", command["item"][1])
-                self._gc_due = True
+                self._follow_prompt(command)
             elif kind == "free":
                 self._free(command["unload_models"], command["free_memory"])
             else:
                 raise ValueError(f"rank 0 sent the unknown command {kind!r}; all ranks must run the same version")
             self._collect_garbage()
+
+    def _follow_prompt(self, command: Mapping[str, Any]) -> None:
+        try:
+            if command.get("reset"):
+                self._free(True, True)
+            self._execute(command["item"])
+        except BaseException as error:  # noqa: BLE001 - a follower that leaves would stop the whole group
+            if ends_program(error):
+                raise
+            logging.exception("prompt %s could not be executed on this rank", command["item"][1])
+            self.lockstep.refuse(command["item"][1], error)
+        self._gc_due = True
 
     def _wait(self) -> float:
         if not self._gc_due:
@@ -112,14 +123,20 @@ class PromptWorker:
         assert self.queue is not None
         prompt_id = item[1]
         before = time.perf_counter()
+        self.executor.status_messages = []
         self.server.last_prompt_id = prompt_id
         try:
-            self.announce({"kind": "prompt", "item": item})
+            command: dict[str, Any] = {"kind": "prompt", "item": item}
+            if self.lockstep.prepare():
+                command["reset"] = True
+                self._free(True, True)
+            self.announce(command)
             self._execute(item)
-        except Exception as error:  # noqa: BLE001 - the queue must go on whatever happened to one prompt
-            logging.exception("prompt %s could not be executed", prompt_id, extra={"reported": True})
-            self.executor.success = False
-            self.executor.add_message("execution_error", _crash(prompt_id, error), broadcast=False)
+        except BaseException as error:  # noqa: BLE001 - the queue must go on whatever happened to one prompt
+            if ends_program(error):
+                raise
+            self.lockstep.refuse(prompt_id, error)
+            self.executor.refuse(prompt_id, item[3], error)
         self._gc_due = True
         executor = self.executor
         status = ExecutionStatus(
@@ -161,17 +178,3 @@ class PromptWorker:
 def _leave_with_the_others(*progress: Any, **where: Any) -> None:
     """A follower's progress is not shown, but a prompt that was cancelled ends here, too."""
     comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-def _crash(prompt_id: str, error: Exception) -> dict[str, Any]:
-    return {
-        "prompt_id": prompt_id,
-        "node_id": None,
-        "node_type": None,
-        "executed": [],
-        "exception_message": f"{error}\n",
-        "exception_type": type(error).__name__,
-        "traceback": [],
-        "current_inputs": {},
-        "current_outputs": [],
-    }

@@ -37,7 +37,7 @@ class Calls:
         self.by_thread: dict[str, list[str]] = {}
 
     def note(self, what: str) -> None:
-        self.by_thread.setdefault(threading.current_thread().name, []).append(what)
+        self.by_thread.setdefault(threading.current_thread().name.partition(":")[0], []).append(what)
 
     @property
     def all(self) -> list[str]:

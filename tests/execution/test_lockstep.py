@@ -141,7 +141,7 @@ def group():
 
 
 def on_rank(rank):
-    return threading.current_thread().name == f"rank{rank}"
+    return threading.current_thread().name.partition(":")[0] == f"rank{rank}"
 
 
 PROMPT = {"v": node("Value", value=1), "a": node("Add", a=["v", 0], b=2), "out": node("Show", value=["a", 0])}

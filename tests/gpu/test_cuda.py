@@ -20,29 +20,36 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_compiled_and_captured_equals_plain() -> None:
-    """The compiled, graph-captured call is the plain call up to bf16 rounding, also on other values and sizes."""
-    from comfy.taco_dit.core.network_runner import NetworkRunner
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_and_captured_equals_plain(compiled: bool) -> None:
+    """The captured call, with stages compiled or not, is the plain call up to bf16 rounding, for other values and sizes."""
+    from comfy.model_patcher import ModelPatcher
+    from comfy.taco_dit.fast.captured_calls import CapturedCalls
     from tests.parallel.tiny import inputs, tiny_flux
 
-    class Model:
-        weights_version = 1
-
-    model = Model()
-    model.diffusion_model = tiny_flux(hidden_size=256, num_heads=4, axes_dim=[8, 28, 28]).cuda().bfloat16()
-    model.diffusion_model.dtype = torch.bfloat16
+    device = torch.device("cuda")
+    model = torch.nn.Module()
+    model.diffusion_model = tiny_flux(hidden_size=256, num_heads=4, axes_dim=[8, 28, 28]).bfloat16()
+    ModelPatcher(model, device, torch.device("cpu")).patch_model(device)
     reference = tiny_flux(hidden_size=256, num_heads=4, axes_dim=[8, 28, 28]).cuda()
-    runner = NetworkRunner(compile_stages=True, cuda_graph=True)
+    calls = CapturedCalls(compile_stages=compiled, cuda_graph=True)
+    calls.begin_run()
     with torch.inference_mode():
-        for height, width, text, seed in ((16, 16, 8, 1), (16, 16, 8, 2), (9, 13, 11, 3)):
+        for height, width, text, seed in (
+            (16, 16, 8, 1),
+            (16, 16, 8, 2),
+            (16, 16, 8, 4),
+            (9, 13, 11, 3),
+            (9, 13, 11, 5),
+        ):
             values = {k: v.cuda().bfloat16() for k, v in inputs(height, width, text, seed=seed).items()}
             plain = model.diffusion_model(**values).float()
             exact = reference(**{k: v.float() for k, v in values.items()})
-            fast = runner.bound(model, None)(values.pop("x"), values.pop("timestep"), **values).float()
+            fast = calls.bound(model, None)(values.pop("x"), values.pop("timestep"), **values).float()
             scale = exact.abs().max()
             # No further from fp32 than bf16 itself is, with room for which way each rounding falls.
             assert (fast - exact).abs().max() / scale <= 1.5 * (plain - exact).abs().max() / scale + 2e-3
-    assert len(runner._graphs) == 2
+    assert calls.status()["captured_calls"] == 2
 
 
 @pytest.mark.multigpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 
 import torch
 
@@ -13,8 +14,8 @@ from comfy.ldm.modules import attention as attention_module
 from comfy.taco_dit.core.config_manager import TacoConfig
 from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
 from comfy.taco_dit.core.lockstep import RankLockstep
-from comfy.taco_dit.core.network_runner import NetworkRunner
 from comfy.taco_dit.core.spread import spread
+from comfy.taco_dit.fast.captured_calls import CapturedCalls
 
 from .tiny import tiny_flux
 
@@ -23,7 +24,7 @@ class Model:
     """What the engine and the runner need of a model."""
 
     def __init__(self):
-        self.weights_version = 1
+        self.weight_store = types.SimpleNamespace(partly_loaded=False, layout_version=1)
         self.diffusion_model = tiny_flux()
         self.network_runner = None
 
@@ -125,28 +126,37 @@ def replaced_parts(engine):
     return out
 
 
-class AgreeingRunner(NetworkRunner):
-    """The runner as on CUDA, without the graph itself: its ranks agree on each kind of call, then call plainly."""
+class Replayed:
+    """A captured call that is made again instead."""
 
-    def __init__(self):
-        super().__init__(False, True)
-        self.kinds = 0
+    def __init__(self, network, options):
+        self._network, self._options = network, options
 
-    def _run(self, model, context, gather, x, timestep, arguments):
-        call = (id(model.diffusion_model), context, tuple(x.shape))
-        known = call in self._confirmed
-        if self._agreed(call, model, gather) and not known:
-            self.kinds += 1
-            gather("capture", "")
-            self._graphs[(model.weights_version, *call)] = object()
-        return model.diffusion_model(x, timestep, **arguments)
+    def replay(self, call):
+        return self._network(**call, transformer_options=self._options)
+
+    def destroy(self):
+        """Nothing is held."""
+
+
+class CallsOnCpu(CapturedCalls):
+    """Captured calls as on CUDA, without graphs."""
+
+    def __init__(self, gather):
+        super().__init__(False, True, gather)
+        self.device_type, self.kinds = "cpu", 0
+
+    def _capture(self, key, network, call, options, keep):
+        self.kinds += 1
+        self._graphs[key] = Replayed(network, options)
+        return self._graphs[key]
 
 
 def area_prompts(engine):
     """Whole picture and areas: row groups make different numbers and kinds of calls. Largest deviation."""
-    engine.runner = AgreeingRunner()
+    engine.runner = CallsOnCpu(engine.lockstep.gather)
     model, worst = Model(), 0.0
-    for _ in range(2):
+    for _ in range(3):
         batches = [batch(1, 12, 12, [1]), batch(5, 12, 6, [0, 1, 0, 1, 0])]
         with torch.inference_mode():
             one = evaluate_serially(model, batches, {})

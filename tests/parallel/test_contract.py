@@ -17,7 +17,7 @@ from .ranks import run_ranks
 
 def _everything(manager):
     group = manager.data.group(range(manager.world_size))
-    call = dit.DenoiserCall(UlyssesPlan(CollectiveExchange(group), group))
+    call = dit.DenoiserCall(UlyssesPlan(CollectiveExchange(group)))
     deviations = {}
     for case in CASES:
         with torch.inference_mode():

@@ -31,7 +31,7 @@ CASES = [
 
 @pytest.mark.parametrize("spec,in_order,kind", CASES)
 def test_what_fits_goes_to_xfuser(spec: AttentionSpec, in_order: bool, kind: type) -> None:
-    plan = XfuserPlan(_TwoRanks(), None, lambda q, k, v: q + k + v)  # type: ignore[arg-type]
+    plan = XfuserPlan(_TwoRanks(), lambda q, k, v: q + k + v)  # type: ignore[arg-type]
     meeting = plan.meet(spec, lambda q, k, v, mask: q, in_order)
     assert type(meeting) is kind
     if kind is UspMeeting:

@@ -21,7 +21,7 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens", "heads"])  # a new number of tokens needs no new code
     def norm_rotate(
         source, scale, table, target, tokens, heads, source_batch, source_token, target_batch, target_token,
         table_batch, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr,

@@ -12,7 +12,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions
 
 NEVER = datetime.timedelta(days=30)
+ABORT_DEADLINE_S = 8.0
 
 
 class Group:
@@ -76,6 +77,13 @@ class Group:
             backend.abort()
 
 
+def _abort_group(group: Group) -> None:
+    try:
+        group.abort()
+    except RuntimeError as error:
+        logging.debug("aborting a process group: %s", error)
+
+
 class DataPlane:
     """All groups of this process. `generation` must change on all ranks together."""
 
@@ -88,6 +96,7 @@ class DataPlane:
         self._groups: dict[tuple[str, tuple[int, ...]], Group] = {}
         self._lock = threading.RLock()
         self._aborted = False
+        self._releases: list[Callable[[], None]] = []
 
     def group(self, ranks: Sequence[int], device_type: str | None = None) -> Group:
         """The group of `ranks` for tensors on `device_type` (this rank's device by default); made on first use.
@@ -130,20 +139,36 @@ class DataPlane:
                 raise ConnectionAbortedError("this prompt was abandoned by another rank")
             time.sleep(0.001)
 
-    def abort(self) -> None:
-        """Leave every collective and refuse new ones until `renew`. May be called from any thread."""
+    def abort(self, deadline_s: float = ABORT_DEADLINE_S) -> bool:
+        """Leave every collective and refuse new ones until `renew`. May be called from any thread.
+
+        NCCL's abort first ends the kernels that wait for peers, then waits until no CUDA graph refers to the
+        communicator any more; a graph cannot be destroyed while such a kernel of it runs. So aborts are begun, each in
+        a thread of its own, and graphs are destroyed meanwhile (`before_groups_end`). Returns whether all ended within
+        the deadline; a rank for which this is False cannot go on and must be replaced.
+        """
         with self._lock:
             if self._aborted:
-                return
+                return True
             self._aborted = True
             groups, self._groups = list(self._groups.values()), {}
-        for group in groups:
-            try:
-                group.abort()
-            except RuntimeError as error:
-                logging.debug("aborting a process group: %s", error)
-        del groups
+        threads = [threading.Thread(target=_abort_group, args=(group,), daemon=True) for group in groups]
+        threads += [threading.Thread(target=release, daemon=True) for release in self._releases]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + deadline_s
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        if any(thread.is_alive() for thread in threads):
+            logging.error("TACO-DiT: rank %d could not leave its process groups within %.0f s", self.rank, deadline_s)
+            return False
+        del groups, threads
         gc.collect()
+        return True
+
+    def before_groups_end(self, release: Callable[[], None]) -> None:
+        """Call `release` whenever groups are aborted, for what refers to them: captured CUDA graphs."""
+        self._releases.append(release)
 
     @property
     def aborted(self) -> bool:

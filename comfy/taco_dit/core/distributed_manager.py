@@ -1,8 +1,8 @@
 """Who this process is among the ranks, and the channels between them.
 
-The control plane is a TCP key-value store (torch's TCPStore; torchrun's own when it offers one). It carries decisions
-and costs nothing while idle. The data plane carries tensors (`data_plane`). Neither reads global state afterwards:
-`TACODiTDistributedManager` is made once, in main.
+The control plane is a TCP key-value store (torch's TCPStore: the supervisor's or torchrun's own, else rank 0's). It carries
+decisions and costs nothing while idle. The data plane carries tensors (`data_plane`). Neither reads global state
+afterwards: `TACODiTDistributedManager` is made once, in main.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import torch.distributed as dist
 
 from .data_plane import NEVER, DataPlane
 
+SUPERVISED = "TACO_SUPERVISED"  # set by our own supervisor, which replaces a rank that ends
+INCARNATION = "TACO_INCARNATION"  # number of the process among those that stood for its rank, from 0
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -28,6 +31,7 @@ class RankInfo:
     local_rank: int = 0
     local_world_size: int = 1
     restart: int = 0
+    incarnation: int = 0  # how often this rank alone was replaced, by the supervisor
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> RankInfo:
@@ -40,6 +44,7 @@ class RankInfo:
             local_rank=int(environ.get("LOCAL_RANK", environ["RANK"])),
             local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
             restart=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            incarnation=int(environ.get(INCARNATION, "0")),
         )
         if not 0 <= info.rank < info.world_size:
             raise ValueError(f"RANK={info.rank} is not below WORLD_SIZE={info.world_size}; start with torchrun")
@@ -63,7 +68,7 @@ def rank_device(info: RankInfo, cpu: bool) -> torch.device:
 
 
 def connect_store(info: RankInfo, environ: Mapping[str, str]) -> Any:
-    """A connection to the job's key-value store; rank 0 hosts it unless torchrun does."""
+    """A connection to the job's key-value store; rank 0 hosts it unless the supervisor or torchrun does."""
     agent_hosts = environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
     store = dist.TCPStore(
         environ.get("MASTER_ADDR", "127.0.0.1"),
@@ -99,6 +104,11 @@ class TACODiTDistributedManager:
     def world_size(self) -> int:
         """Number of ranks."""
         return self.info.world_size
+
+    @property
+    def supervised(self) -> bool:
+        """Whether our supervisor started this process, rather than torchrun."""
+        return bool(self._environ.get(SUPERVISED))
 
     def another_store(self) -> Any:
         """A further connection, for a thread of its own: a connection serves one blocking call at a time."""

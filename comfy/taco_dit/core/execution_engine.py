@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import logging
 import math
 import time
@@ -19,8 +18,10 @@ from typing import Any
 import torch
 
 import comfy.model_management
+from comfy import accounting
 from comfy.denoiser_batch import DenoiserBatch, evaluate_serially
 from comfy.ldm import dit
+from comfy.taco_dit.fast.captured_calls import CapturedCalls
 from comfy.taco_dit.parallel.exchange import CollectiveExchange
 from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
@@ -28,9 +29,7 @@ from comfy_execution.lockstep import Lockstep
 
 from .config_manager import ConfigError, OptimizationConfig, ParallelConfig, TacoConfig
 from .distributed_manager import TACODiTDistributedManager
-from .group_values import gather_among
 from .layout import Layout, layout_of
-from .network_runner import NetworkRunner
 from .plan import ParallelDims, Plan, Workload, choose_plan
 from .rows import can_cut, collect_rows, foreign_parts, replaced_parts, rows_of
 
@@ -52,8 +51,10 @@ class TACODiTExecutionEngine:
         self._started = 0.0
         self._token_plans: dict[Any, UlyssesPlan] = {}
         self._warned: set[str] = set()
-        self.runner = NetworkRunner(*_fast_ways(config.optimization, manager.device))
+        self.runner = CapturedCalls(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
         comfy.model_management.add_memory_holder(self.runner.release_memory)
+        if manager.data is not None:
+            manager.data.before_groups_end(self.runner.forget)
 
     # --- plan ------------------------------------------------------------------------------------------------------
 
@@ -105,16 +106,15 @@ class TACODiTExecutionEngine:
         return self._token_plans[key]
 
     def _new_plan(self, members: tuple[int, ...]) -> UlyssesPlan:
-        group = self.manager.data.group(members)  # type: ignore[union-attr]
-        exchange = CollectiveExchange(group, self.clock)
+        exchange = CollectiveExchange(self.manager.data.group(members), self.clock)  # type: ignore[union-attr]
         if self.config.optimization.engine != "xfuser":
-            return UlyssesPlan(exchange, group)
+            return UlyssesPlan(exchange)
         if len(members) != self.manager.world_size:
             self._warn_once("xfuser's attention runs over all ranks or none; this plan uses the native exchange")
-            return UlyssesPlan(exchange, group)
+            return UlyssesPlan(exchange)
         from comfy.taco_dit.parallel.xfuser_engine import XfuserPlan, start
 
-        return XfuserPlan(exchange, group, start(self.manager.rank, self.manager.world_size))
+        return XfuserPlan(exchange, start(self.manager.rank, self.manager.world_size))
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -178,17 +178,11 @@ class TACODiTExecutionEngine:
 
     @contextlib.contextmanager
     def _fast(self, model: Any, token_plan: UlyssesPlan | None) -> Iterator[None]:
-        """Inside, the model calls its network compiled and captured, if the configuration asks for it.
-
-        What is captured and replayed is agreed among the ranks of the token group: they make the same calls, other row
-        groups may make others.
-        """
+        """Inside, the model calls its network compiled and captured, if the configuration asks for it."""
         if not self.runner.wanted or replaced_parts(model.diffusion_model):
             yield
             return
-        gather = gather_among(None if token_plan is None else token_plan.group, self.manager.device)
-        context = None if token_plan is None else id(token_plan)
-        model.network_runner = self.runner.bound(model, context, gather)
+        model.network_runner = self.runner.bound(model, token_plan)
         try:
             yield
         finally:
@@ -220,17 +214,17 @@ class TACODiTExecutionEngine:
         return self.last_run
 
     def summary(self) -> str:
-        """What the console says of the sampling since it was last asked; empty when there was none."""
+        """What the console says of the prompt that ended: its sampling, if there was any, and where its time went."""
         run, self._unsaid = self._unsaid, None
-        if run is None:
-            return ""
-        return f"; {run.calls} steps of {run.mean_call_ms:.1f} ms, {run.plan}, about {run.speedup:.2f} times one rank"
+        parts = [f"{run.calls} steps of {run.mean_call_ms:.1f} ms, {run.plan}"] if run is not None else []
+        parts += filter(None, [accounting.current().text()])
+        return "; ".join(["", *parts])
 
     def status(self) -> dict[str, Any]:
         """For `/taco_dit/status`."""
         return {
             "engine": self.config.optimization.engine,
-            "cuda_graph": self.runner.cuda_graph,
+            **self.runner.status(),
             "config": dataclasses.asdict(self.config),
             "active_plan": None if self._plan is None else self._plan.dims.describe(),
             "reason": None if self._plan is None else self._plan.reason,
@@ -245,6 +239,4 @@ def _fast_ways(optimization: OptimizationConfig, device: torch.device) -> tuple[
     """(compile stages, capture CUDA graphs): as configured, else what the device can do."""
     cuda = device.type == "cuda"
     compile_stages, cuda_graph = optimization.use_torch_compile, optimization.use_cuda_graph
-    if compile_stages is None:
-        compile_stages = cuda and importlib.util.find_spec("triton") is not None
-    return compile_stages, cuda if cuda_graph is None else cuda_graph and cuda
+    return bool(compile_stages), cuda if cuda_graph is None else cuda_graph and cuda

@@ -1,13 +1,11 @@
 """Small values that the ranks of one group tell each other over the data plane.
 
-Unlike `Lockstep.gather` this involves no other rank, so groups that make different calls do not wait for each other.
-An abandoned prompt ends the wait, as it ends every collective.
+Unlike `Lockstep.gather` this takes no turn in the control plane and involves no other rank.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,18 +22,3 @@ def gather_values(group: Any, value: Any, device: torch.device) -> list[Any]:
         out.append(json.loads(joined[position : position + count]))
         position += count
     return out
-
-
-def gather_among(group: Any, device: torch.device) -> Callable[[str, Any], list[Any]]:
-    """A `gather(topic, value)` among the ranks of a group; without a group, a rank by itself."""
-    if group is None:
-        return lambda topic, value: [value]
-
-    def gather(topic: str, value: Any) -> list[Any]:
-        answers = gather_values(group, [topic, value], device)
-        topics = {answer[0] for answer in answers}
-        if len(topics) > 1:
-            raise RuntimeError(f"ranks of one token group are at different places: {', '.join(sorted(topics))}")
-        return [answer[1] for answer in answers]
-
-    return gather

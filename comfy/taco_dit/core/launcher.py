@@ -1,4 +1,4 @@
-"""From one command to N ranks: which GPUs, how many ranks, and starting them through torchrun's elastic launcher."""
+"""From one command to N ranks: which GPUs, how many ranks, and starting them under our supervisor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from .config_manager import DEFAULT_FILE, ConfigError, TacoConfig, load_config, validate_for
 
-MAX_RESTARTS = 3
 START_MESSAGES = "TACO_START_MESSAGES"  # what was said at the start, for rank 0 to show in the page, a line each
 
 
@@ -31,7 +30,7 @@ class LaunchPlan:
 
 
 def is_worker(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun started this process as one of its ranks."""
+    """Whether the supervisor or torchrun started this process as one of its ranks."""
     return "RANK" in environ and "WORLD_SIZE" in environ
 
 
@@ -125,36 +124,12 @@ def worker_environment(plan: LaunchPlan, environ: Mapping[str, str]) -> dict[str
 def launch(plan: LaunchPlan, script: str, argv: Sequence[str]) -> int:
     """Run `script` on every rank until it ends; returns the exit status.
 
-    Ctrl-C and SIGTERM end all ranks. A rank that dies makes the launcher start the job again, at most MAX_RESTARTS
-    times.
+    Ctrl-C and SIGTERM end all ranks. A rank that dies is replaced; see `supervisor`.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from .supervisor import Supervisor
 
-    os.environ.update(worker_environment(plan, os.environ))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=plan.ranks,
-        run_id=f"taco-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=MAX_RESTARTS,
-        monitor_interval=0.2,
-        start_method="spawn",
-    )
-    try:
-        elastic_launch(config, sys.executable)("-u", script, *argv)
-    except SignalException as stop:
-        return 128 + int(stop.sigval)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return failure.exitcode
-        print(f"TACO-DiT: rank {rank} was ended by signal {-failure.exitcode}", file=sys.stderr)
-        return 1
-    return 0
+    environment = {**os.environ, **worker_environment(plan, os.environ)}
+    return Supervisor([sys.executable, "-u", script, *argv], plan.ranks, environment).run()
 
 
 def die_with_parent() -> None:

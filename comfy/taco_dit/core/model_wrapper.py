@@ -8,6 +8,7 @@ import torch
 
 import comfy.model_management
 import comfy.patcher_extension
+from comfy import accounting
 from comfy.model_patcher import ModelPatcher
 from comfy.taco_dit import runtime
 
@@ -62,8 +63,10 @@ def _sample_together(
         patcher.model.taco_memory_budget = min(current.lockstep.gather("memory", free))
     current.engine.begin_run()
     try:
-        result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        with accounting.phase("denoise"):
+            result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            run = current.engine.end_run()
     finally:
         current.engine.runner.end_run()
-    current.engine.end_run()
+    accounting.move("denoise", "exchange", run.ranks[current.manager.rank]["exchange"] / 1e3)
     return result

@@ -55,11 +55,14 @@ def head_ranges(heads: int, shared: int, size: int) -> tuple[list[Range], list[R
 @dit.stage
 def pack_heads(parts: Sequence[torch.Tensor], heads: Sequence[Range]) -> torch.Tensor:
     """Parts [B, H, L, D] -> flat send buffer: for each rank its heads, token-major [L, B, parts, heads, D]."""
-    stacked = torch.stack([p.permute(2, 0, 1, 3) for p in parts], dim=2)
-    width = heads[0][1]
+    batch, _, local, size = parts[0].shape
+    width, ranks = heads[0][1], len(heads)
     if all(bounds == (width * rank, width * (rank + 1)) for rank, bounds in enumerate(heads)):
-        blocks = stacked.unflatten(3, (len(heads), width))  # [L, B, parts, rank, heads, D]
-        return blocks.movedim(3, 0).reshape(-1)
+        send = parts[0].new_empty((ranks, local, batch, len(parts), width, size))
+        for i, part in enumerate(parts):  # each is read once and written once, where it belongs
+            send[:, :, :, i] = part.permute(2, 0, 1, 3).unflatten(2, (ranks, width)).movedim(2, 0)
+        return send.view(-1)
+    stacked = torch.stack([p.permute(2, 0, 1, 3) for p in parts], dim=2)
     return torch.cat([stacked[:, :, :, a:b].reshape(-1) for a, b in heads])
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -53,11 +52,10 @@ def _counts(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 
 class UlyssesPlan:
-    """A `comfy.ldm.dit.TokenPlan` over one token group; `group` is for the ranks' small values."""
+    """A `comfy.ldm.dit.TokenPlan` over one token group."""
 
-    def __init__(self, exchange: Exchange, group: Any = None) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self.group = group
         self.size = exchange.size
         self.index = exchange.index
         # Index tensors are kept as long as the plan: captured graphs read them, and making one waits for the device.

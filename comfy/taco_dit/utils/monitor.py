@@ -74,6 +74,11 @@ class Monitor:
         known = dict(self._reports)
         return [{**known[rank], "age": round(now - self._arrived[rank], 1)} for rank in sorted(known)]
 
+    def forget(self, rank: int) -> None:
+        """Another process stands for a rank now."""
+        self._reports.pop(rank, None)
+        self._seen_events.pop(rank, None)
+
     def _run(self) -> None:
         while True:
             try:

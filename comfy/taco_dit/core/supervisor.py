@@ -1,0 +1,204 @@
+"""The parent of all ranks on this machine: starts them, ends them, and replaces one that ended by itself.
+
+It hosts the control store on the loopback address. When a follower ends, that is written into the store's event log at
+once (every rank hears of it and leaves the running prompt), and a new process takes its place; it joins before the next
+prompt. When rank 0 ends, all ranks are started again. A rank asks for another one to be ended by a key in the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from .control_store import STOPPING, append_event, end_request_key, fill_gaps
+from .data_plane import NEVER
+from .distributed_manager import INCARNATION, SUPERVISED
+
+MAX_REPLACEMENTS = 3  # within WINDOW_S; one more ends the job
+WINDOW_S = 300.0
+LOOK_S = 0.25  # how often requests of the ranks are read; the end of a process is noticed at once
+END_S = 5.0  # how long a rank may take to end after a signal
+COMMAND_LINE = 2  # exit status of a start that cannot work, which is not tried again
+
+
+def how_it_ended(status: int) -> str:
+    """A process's exit status in words."""
+    return f"process ended by signal {-status}" if status < 0 else f"process ended with status {status}"
+
+
+class GivingUp(Exception):
+    """The job cannot go on. `status` is the exit status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Supervisor:
+    """Runs `command` on `ranks` processes with `environment`; `run` returns the job's exit status."""
+
+    def __init__(self, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> None:
+        self._command = list(command)
+        self._ranks = ranks
+        self._environment = dict(environment)
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._incarnations: dict[int, int] = {}
+        self._ended_at: list[float] = []
+        self._restart = -1
+        self._signal: int | None = None
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1024)
+        self._port = listener.getsockname()[1]
+        self._root = dist.TCPStore(
+            "127.0.0.1", self._port, ranks, True, datetime.timedelta(minutes=10), wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
+        self._root.set_timeout(NEVER)
+        self._store: Any = None
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Until the job ends by itself, by a signal, or because ranks end again and again."""
+        with self._woken_by_signals() as woken:
+            try:
+                self._start_all()
+                while True:
+                    select.select([woken], [], [], LOOK_S)
+                    with contextlib.suppress(BlockingIOError):
+                        woken.recv(4096)
+                    if self._signal is not None:
+                        return 128 + self._signal
+                    self._obey_requests()
+                    status = self._look_at_processes()
+                    if status is not None:
+                        return status
+            except GivingUp as end:
+                _say(str(end))
+                return end.status
+            finally:
+                self._end_all(self._signal or signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def _woken_by_signals(self) -> Iterator[socket.socket]:
+        """A socket that can be read when a child ended or a signal came."""
+        reading, writing = socket.socketpair()
+        reading.setblocking(False)
+        writing.setblocking(False)
+        before = {number: signal.getsignal(number) for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)}
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.signal(signal.SIGINT, self._take_signal)
+        signal.signal(signal.SIGTERM, self._take_signal)
+        signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        try:
+            yield reading
+        finally:
+            signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            reading.close()
+            writing.close()
+
+    def _take_signal(self, number: int, frame: Any) -> None:
+        self._signal = number
+
+    # --- processes -------------------------------------------------------------------------------------------------
+
+    def _start_all(self) -> None:
+        self._restart += 1
+        self._store = dist.PrefixStore(f"taco/{self._restart}/", self._root)
+        self._incarnations = dict.fromkeys(range(self._ranks), 0)
+        for rank in range(self._ranks):
+            self._start(rank)
+
+    def _start(self, rank: int) -> None:
+        """Start a rank; from the main thread only, to whose life Linux binds the child's (`die_with_parent`)."""
+        own = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._ranks, "LOCAL_WORLD_SIZE": self._ranks,
+            "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "ROLE_RANK": rank, "ROLE_WORLD_SIZE": self._ranks,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._port, "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCHELASTIC_RESTART_COUNT": self._restart, "TORCHELASTIC_MAX_RESTARTS": MAX_REPLACEMENTS,
+            "TORCHELASTIC_RUN_ID": f"taco-{os.getpid()}", INCARNATION: self._incarnations[rank], SUPERVISED: 1,
+        }  # fmt: skip
+        environment = self._environment | {name: str(value) for name, value in own.items()}
+        # A session of its own: Ctrl-C in a terminal goes to the supervisor alone, which then ends the ranks in order.
+        self._processes[rank] = subprocess.Popen(self._command, env=environment, start_new_session=True)
+
+    def _look_at_processes(self) -> int | None:
+        """React to processes that ended; the job's exit status when it is over."""
+        ended = {rank: process.returncode for rank, process in self._processes.items() if process.poll() is not None}
+        if 0 in ended:
+            return self._first_ended(ended[0])
+        for rank, status in ended.items():
+            self._follower_ended(rank, status)
+        return None
+
+    def _first_ended(self, status: int) -> int | None:
+        if status in (0, COMMAND_LINE):
+            return status
+        self._count_end(0, status)
+        _say(f"rank 0: {how_it_ended(status)}; all ranks are started again")
+        self._end_all(signal.SIGKILL)
+        self._start_all()
+        return None
+
+    def _follower_ended(self, rank: int, status: int) -> None:
+        del self._processes[rank]
+        if self._store.check([STOPPING]):
+            return
+        fill_gaps(self._store)
+        event = {"kind": "died", "rank": rank, "incarnation": self._incarnations[rank], "how": how_it_ended(status)}
+        append_event(self._store, event)
+        self._count_end(rank, status)
+        _say(f"rank {rank}: {how_it_ended(status)}; it is started again")
+        self._incarnations[rank] += 1
+        self._start(rank)
+
+    def _count_end(self, rank: int, status: int) -> None:
+        """Raises GivingUp when ranks ended too often in a short time."""
+        now = time.monotonic()
+        self._ended_at = [at for at in self._ended_at if now - at < WINDOW_S] + [now]
+        if len(self._ended_at) > MAX_REPLACEMENTS:
+            raise GivingUp(
+                f"rank {rank}: {how_it_ended(status)}. That is the {len(self._ended_at)}th time within "
+                f"{WINDOW_S / 60:.0f} minutes that a rank ended, so the program ends; the lines above say why",
+                status if status > 0 else 1,
+            )
+
+    def _obey_requests(self) -> None:
+        """End the ranks that others asked to be ended; their end is then noticed like any other."""
+        for rank, process in self._processes.items():
+            key = end_request_key(rank)
+            if self._store.check([key]):
+                _say(f"rank {rank} is ended: {self._store.get(key).decode()}")
+                self._store.delete_key(key)
+                process.kill()
+
+    def _end_all(self, number: int) -> None:
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.send_signal(number)
+        deadline = time.monotonic() + END_S
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._processes.clear()
+
+
+def _say(text: str) -> None:
+    print(f"TACO-DiT: {text}", file=sys.stderr, flush=True)

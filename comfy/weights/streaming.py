@@ -1,0 +1,116 @@
+"""Weights that do not fit on a GPU, brought over before their layers ask for them.
+
+The first pass through the network shows in which order its layers are used; from then on copies for the layers to come
+run while others compute, around the end of a denoising step too. Copies use the pinned ring of `staging`.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from comfy import accounting
+
+from .staging import Arrival, can_stage, stager_for
+
+AHEAD_BYTES = 768 << 20
+IN_USE_BYTES = 768 << 20
+
+Tensors = dict[str, torch.Tensor]
+
+
+class WeightStream:
+    """The layers of one network whose weights wait in host memory. `take` is called by `comfy.ops.cast_bias_weight`."""
+
+    def __init__(self, device: torch.device, modules: Sequence[Any]) -> None:
+        self._device = device
+        self.modules = tuple(modules)
+        self._next: dict[int, Any] = {}
+        self._last: Any = None
+        self._pending: collections.OrderedDict[int, tuple[Tensors, Arrival | None, int]] = collections.OrderedDict()
+        self._pending_bytes = 0
+        self._in_use: collections.deque[tuple[Any, int]] = collections.deque()
+        self._in_use_bytes = 0
+        self.attach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightStream:
+        other = WeightStream.__new__(WeightStream)
+        memo[id(self)] = other
+        other.__init__(self._device, [copy.deepcopy(module, memo) for module in self.modules])  # type: ignore[misc]
+        return other
+
+    def attach(self) -> None:
+        """Let the layers find their stream."""
+        for module in self.modules:
+            module.streamed_weights = self
+
+    def take(self, module: Any) -> Tensors:
+        """The weights of a layer on the device, `weight` and, if it has one, `bias`, as they are stored.
+
+        They belong to the caller; the current stream may use them at once.
+        """
+        if id(module) not in self._pending:
+            self._forget_pending()
+            self._request(module)
+        tensors, arrival, size = self._pending.pop(id(module))
+        self._pending_bytes -= size
+        if arrival is not None:
+            arrival.wait()
+        stream = torch.cuda.current_stream(self._device)
+        for tensor in tensors.values():
+            tensor.record_stream(stream)
+        self._note_use(size, stream)
+        if self._last is not None:
+            self._next[id(self._last)] = module
+        self._last = module
+        self._request_ahead(module)
+        return tensors
+
+    def _note_use(self, size: int, stream: Any) -> None:
+        """Let the host wait when too many bytes of layers that have not computed yet are on the device."""
+        event = torch.cuda.Event()
+        event.record(stream)  # everything before this layer
+        self._in_use.append((event, size))
+        self._in_use_bytes += size
+        while self._in_use_bytes > IN_USE_BYTES and len(self._in_use) > 1:
+            passed, freed = self._in_use.popleft()
+            passed.synchronize()
+            self._in_use_bytes -= freed
+
+    def _request_ahead(self, module: Any) -> None:
+        following = self._next.get(id(module))
+        while following is not None and following is not module and self._pending_bytes < AHEAD_BYTES:
+            if id(following) not in self._pending:
+                self._request(following)
+            following = self._next.get(id(following))
+
+    def _request(self, module: Any) -> None:
+        """Begin to bring a layer's weights over."""
+        stager = stager_for(self._device)
+        tensors: Tensors = {}
+        pairs = []
+        with torch.cuda.stream(stager.stream), torch.inference_mode(False):
+            for name, source in module.named_parameters(recurse=False):
+                if name not in ("weight", "bias"):
+                    continue
+                if type(source) is torch.nn.Parameter:
+                    target = torch.empty(source.shape, dtype=source.dtype, device=self._device)
+                    if can_stage(source, target):
+                        pairs.append((source, target))
+                    else:
+                        target.copy_(source.detach(), non_blocking=True)
+                    tensors[name] = target
+        arrival = stager.start(pairs, targets_free=True) if tensors else None
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        self._pending[id(module)] = (tensors, arrival, size)
+        self._pending_bytes += size
+        accounting.count("weight_bytes", size)
+
+    def _forget_pending(self) -> None:
+        """The layers took another order: what was brought over for nothing goes."""
+        self._pending.clear()
+        self._pending_bytes = 0
