@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import comfy.families
 from comfy.latent_format_tables import PREVIEWS, STATISTICS
 
 
@@ -109,15 +110,6 @@ class SD3(LatentFormat):
     scale_factor = 1.5305
     shift_factor = 0.0609
     taesd_decoder_name = "taesd3_decoder"
-
-
-class Flux(LatentFormat):
-    """Flux.1 and the models that use its VAE."""
-
-    latent_channels = 16
-    scale_factor = 0.3611
-    shift_factor = 0.1159
-    taesd_decoder_name = "taef1_decoder"
 
 
 class StableAudio1(LatentFormat):
@@ -231,3 +223,6 @@ class ChromaRadiance(LatentFormat):
     def process_out(self, latent: Any) -> Any:
         """Pixels stay as they are."""
         return latent
+
+
+__getattr__ = comfy.families.lookup("latent_formats", __name__, {})

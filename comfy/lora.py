@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import comfy.families
 import comfy.weight_adapter as weight_adapter
 from comfy.weight_adapter import pad_to_shape
 
@@ -135,9 +136,10 @@ def model_lora_keys_unet(model: Any, key_map: dict[str, Any] | None = None) -> d
             key_map["lora_unet_" + stem.removeprefix("diffusion_model.").replace(".", "_")] = key
         else:
             key_map[key] = key
-    family = getattr(getattr(model, "diffusion_model", None), "lora_key_prefixes", None)
-    if family is not None:
-        key_map.update(family())
+    network = getattr(model, "diffusion_model", None)
+    family = comfy.families.record_of(network)
+    if family is not None and family.lora_keys is not None:
+        key_map.update(family.lora_keys(network))
     return key_map
 
 

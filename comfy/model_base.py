@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 import comfy.conds
+import comfy.families
 import comfy.latent_formats
 import comfy.model_management
 import comfy.model_sampling
 import comfy.ops
 import comfy.patcher_extension
 import comfy.utils
-from comfy.ldm.flux.model import Flux as FluxNetwork
-from comfy.missing import missing_names
 
 
 class ModelType(enum.Enum):
@@ -281,70 +280,6 @@ def upscale_dit_mask(mask: torch.Tensor, img_size_in: tuple[int, int], img_size_
     return along(along(mask.float(), 1), 2).to(mask.dtype)
 
 
-class Flux(BaseModel):
-    """FLUX.1 dev, schnell, Fill, Kontext and control variants."""
-
-    def __init__(self, model_config, model_type=ModelType.FLUX, device=None, unet_model=FluxNetwork):
-        super().__init__(model_config, model_type, device=device, unet_model=unet_model)
-
-    def encode_adm(self, **kwargs: Any) -> torch.Tensor | None:
-        return kwargs.get("pooled_output")
-
-    def concat_cond(self, **kwargs: Any) -> torch.Tensor | None:
-        """Fill and control models: the masked picture's latent and its mask at pixel resolution, as channels."""
-        network = self.diffusion_model
-        channels = network.img_in.weight.shape[1] // network.patch_size**2
-        own = self.model_config.unet_config["out_channels"]
-        if channels <= own:
-            return None
-        noise, device = kwargs["noise"], kwargs["device"]
-        image = kwargs.get("concat_latent_image")
-        image = torch.zeros_like(noise) if image is None else image
-        image = comfy.utils.common_upscale(image.to(device), noise.shape[-1], noise.shape[-2], "bilinear", "center")
-        image = self.process_latent_in(comfy.utils.resize_to_batch_size(image, noise.shape[0]))
-        if channels <= own * 2:
-            return image
-        mask = kwargs.get("concat_mask", kwargs.get("denoise_mask"))
-        mask = torch.ones_like(noise)[:, :1] if mask is None else mask
-        mask = mask.mean(dim=1, keepdim=True).to(device)
-        mask = comfy.utils.common_upscale(mask, noise.shape[-1] * 8, noise.shape[-2] * 8, "bilinear", "center")
-        batch, _, height, width = mask.shape
-        mask = mask.reshape(batch, height // 8, 8, width // 8, 8).permute(0, 2, 4, 1, 3)
-        mask = comfy.utils.resize_to_batch_size(mask.reshape(batch, 64, height // 8, width // 8), noise.shape[0])
-        return torch.cat((image, mask), dim=1)
-
-    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        out = super().extra_conds(**kwargs)
-        cross = kwargs.get("cross_attn")
-        if cross is not None:
-            out["c_crossattn"] = comfy.conds.CONDRegular(cross)
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            patch = self.diffusion_model.patch_size
-            grid = tuple(-(-size // patch) for size in kwargs["noise"].shape[-2:])
-            reference = kwargs.get("attention_mask_img_shape")
-            if reference is not None:
-                mask = upscale_dit_mask(mask, reference, grid)
-                out["attention_mask"] = comfy.conds.CONDRegular(mask)
-        guidance = kwargs.get("guidance", 3.5)
-        if guidance is not None:
-            out["guidance"] = comfy.conds.CONDRegular(torch.FloatTensor([guidance]))
-        references = kwargs.get("reference_latents")
-        if references is not None:
-            out["ref_latents"] = comfy.conds.CONDList([self.process_latent_in(latent) for latent in references])
-            method = kwargs.get("reference_latents_method")
-            if method is not None:
-                out["ref_latents_method"] = comfy.conds.CONDConstant(method)
-        return out
-
-    def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
-        references = kwargs.get("reference_latents")
-        if references is None:
-            return {}
-        tokens = sum(math.prod(latent.shape[2:]) for latent in references)
-        return {"ref_latents": [1, 16, tokens]}
-
-
 # families that packs ask for by class, `isinstance(model, comfy.model_base.SDXL)` above all
 _FAMILIES = (
     "ACEStep",
@@ -401,4 +336,4 @@ _FAMILIES = (
     "WanMultiTalk",
     "sdxl_pooled",
 )
-__getattr__ = missing_names(__name__, {name: f"the model family of {name}" for name in _FAMILIES})
+__getattr__ = comfy.families.lookup("models", __name__, {name: f"the model family of {name}" for name in _FAMILIES})

@@ -1,21 +1,20 @@
 """Which family a state dict belongs to, and the sizes of its network.
 
-Families are told apart by keys; sizes are read from tensor shapes. What shapes cannot tell (Flux's rotary axes) comes
-from a JSON `config` in the file's metadata, else from the family's usual proportion.
+Each family's record says how it is recognised (`Family.detect`): by keys, with sizes from tensor shapes. What shapes
+cannot tell comes from a JSON `config` in the file's metadata, else from the family's usual proportion.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+import comfy.families
 import comfy.supported_models
 import comfy.utils
-from comfy.ldm.flux.keys import from_diffusers
 
 UNET_PREFIXES = ("model.diffusion_model.", "model.model.", "net.")
 
@@ -31,17 +30,7 @@ def count_blocks(state_dict_keys: Any, prefix_string: str) -> int:
     return count
 
 
-def rotary_axes(head_size: int) -> list[int]:
-    """Flux's split of the head size over picture index, row and column: 1/8, 7/16, 7/16, all even."""
-    candidates = [first for first in range(2, head_size, 2) if (head_size - first) % 4 == 0]
-    if not candidates:
-        raise ValueError(f"a head size of {head_size} cannot be split into three even rotary axes")
-    first = min(candidates, key=lambda size: (abs(size - head_size / 8), -size))
-    rest = (head_size - first) // 2
-    return [first, rest, rest]
-
-
-def _metadata_config(metadata: dict[str, str] | None) -> dict[str, Any]:
+def metadata_config(metadata: dict[str, str] | None) -> dict[str, Any]:
     """The network configuration in a file's metadata: `config` itself or its `transformer` part."""
     if not metadata or "config" not in metadata:
         return {}
@@ -53,61 +42,12 @@ def _metadata_config(metadata: dict[str, str] | None) -> dict[str, Any]:
     return config.get("transformer", config) if isinstance(config, dict) else {}
 
 
-def _detect_flux(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[str, Any] | None:
-    key_norm = f"{prefix}double_blocks.0.img_attn.norm.key_norm.scale"
-    img_in = f"{prefix}img_in.weight"
-    if key_norm not in sd or img_in not in sd or f"{prefix}distilled_guidance_layer.norms.0.scale" in sd:
-        return None
-    if f"{prefix}txt_in.individual_token_refiner.blocks.0.norm1.weight" in sd:
-        return None  # HunyuanVideo shares Flux's block names
-    patch = 2
-    hidden, in_features = sd[img_in].shape
-    head_size = sd[key_norm].shape[0]
-    config: dict[str, Any] = {
-        "image_model": "flux",
-        "in_channels": in_features // patch**2,
-        "patch_size": patch,
-        "out_channels": 16,
-    }
-    final = sd.get(f"{prefix}final_layer.linear.weight")
-    if final is not None:
-        config["out_channels"] = final.shape[0] // patch**2
-    vector_in = sd.get(f"{prefix}vector_in.in_layer.weight")
-    if vector_in is not None:
-        config["vec_in_dim"] = vector_in.shape[1]
-    txt_in = sd.get(f"{prefix}txt_in.weight")
-    mlp = sd.get(f"{prefix}double_blocks.0.img_mlp.0.weight")
-    config |= {
-        "context_in_dim": 4096 if txt_in is None else txt_in.shape[1],
-        "hidden_size": hidden,
-        "mlp_ratio": 4.0 if mlp is None else mlp.shape[0] / hidden,
-        "num_heads": hidden // head_size,
-        "depth": count_blocks(sd, prefix + "double_blocks.{}."),
-        "depth_single_blocks": count_blocks(sd, prefix + "single_blocks.{}."),
-        "axes_dim": rotary_axes(head_size),
-        "theta": 10000,
-        "qkv_bias": mlp is None or f"{prefix}double_blocks.0.img_attn.qkv.bias" in sd,
-        "guidance_embed": f"{prefix}guidance_in.in_layer.weight" in sd,
-    }
-    told = _metadata_config(metadata)
-    for name in ("axes_dim", "theta"):
-        if name in told:
-            config[name] = told[name]
-    if "axes_dims_rope" in told:
-        config["axes_dim"] = list(told["axes_dims_rope"])
-    return config
-
-
-# Tried in order; the first that recognises its keys decides.
-_DETECTORS: list[Callable[[StateDict, str, dict[str, str] | None], dict[str, Any] | None]] = [_detect_flux]
-
-
 def detect_unet_config(
     state_dict: StateDict, key_prefix: str, metadata: dict[str, str] | None = None
 ) -> dict[str, Any] | None:
     """Configuration of the diffusion network below `key_prefix`, or None when no family is recognised."""
-    for detect in _DETECTORS:
-        config = detect(state_dict, key_prefix, metadata)
+    for family in comfy.families.records():
+        config = family.detect(state_dict, key_prefix, metadata)
         if config is not None:
             return config
     return None
@@ -158,9 +98,8 @@ def unet_prefix_from_state_dict(state_dict: StateDict) -> str:
 
 def convert_diffusers_mmdit(state_dict: StateDict, output_prefix: str = "") -> StateDict | None:
     """A transformer with diffusers' keys under ours, or None when it is not one we know."""
-    if "x_embedder.weight" in state_dict and "transformer_blocks.0.attn.add_q_proj.weight" in state_dict:
-        converted = from_diffusers(state_dict)
-        return {output_prefix + key: value for key, value in converted.items()}
-    if "x_embedder.weight" in state_dict and "single_transformer_blocks.0.attn.to_q.weight" in state_dict:
-        return {output_prefix + key: value for key, value in from_diffusers(state_dict).items()}
+    for family in comfy.families.records():
+        converted = None if family.from_diffusers is None else family.from_diffusers(state_dict)
+        if converted is not None:
+            return {output_prefix + key: value for key, value in converted.items()}
     return None

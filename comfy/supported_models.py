@@ -1,59 +1,11 @@
-"""The model families, in the order in which they are tried (facts/reference.md, section 4)."""
+"""The configurations of all model families, under ComfyUI's names; they are looked up in the families' records."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-import comfy.latent_formats
-import comfy.model_base
+import comfy.families
 from comfy import supported_models_base
-from comfy.missing import missing_names
-
-
-class Flux(supported_models_base.BASE):
-    """FLUX.1 dev and relatives with guidance distilled in."""
-
-    unet_config = {"image_model": "flux", "guidance_embed": True}
-    latent_format = comfy.latent_formats.Flux
-    memory_usage_factor = 3.1
-    supported_inference_dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    vae_key_prefix = ["vae."]
-    text_encoder_key_prefix = ["text_encoders."]
-
-    def model_type(self, state_dict: dict[str, Any], prefix: str = "") -> comfy.model_base.ModelType:
-        return comfy.model_base.ModelType.FLUX
-
-    def get_model(self, state_dict: dict[str, Any], prefix: str = "", device: Any = None) -> Any:
-        return comfy.model_base.Flux(self, model_type=self.model_type(state_dict, prefix), device=device)
-
-    def clip_target(self, state_dict: dict[str, Any] | None = None) -> supported_models_base.ClipTarget:
-        import comfy.text_encoders.flux as flux
-
-        detected = flux.t5_xxl_detect(state_dict or {}, "text_encoders.t5xxl.transformer.")
-        return supported_models_base.ClipTarget(flux.FluxTokenizer, flux.flux_clip(**detected))
-
-
-class FluxInpaint(Flux):
-    """FLUX.1 Fill."""
-
-    unet_config = {"image_model": "flux", "guidance_embed": True, "in_channels": 96}
-    supported_inference_dtypes = (torch.bfloat16, torch.float32)
-
-
-class FluxSchnell(Flux):
-    """FLUX.1 schnell: no guidance, plain flow."""
-
-    unet_config = {"image_model": "flux", "guidance_embed": False}
-    sampling_settings = {"multiplier": 1.0, "shift": 1.0}
-
-    def model_type(self, state_dict: dict[str, Any], prefix: str = "") -> comfy.model_base.ModelType:
-        return comfy.model_base.ModelType.FLOW
-
-
-models: list[type[supported_models_base.BASE]] = [FluxInpaint, Flux, FluxSchnell]
-
 
 _FAMILIES = (
     "ACEStep",
@@ -115,4 +67,17 @@ _FAMILIES = (
     "WAN22_S2V",
     "WAN22_T2V",
 )
-__getattr__ = missing_names(__name__, {name: f"the model family of {name}" for name in _FAMILIES})
+_look_up = comfy.families.lookup(
+    "configurations", __name__, {name: f"the model family of {name}" for name in _FAMILIES}
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "models":
+        return _look_up(name)
+    # One list for the life of the process, made when it is first asked for: packs add entries.
+    found: list[type[supported_models_base.BASE]] = [
+        configuration for family in comfy.families.records() for configuration in family.configurations.values()
+    ]
+    globals()["models"] = found
+    return found

@@ -45,6 +45,8 @@ def build(weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> torch.n
 class HypernetworkPatch:
     """Attention patch: adds to k and v what the network of their width makes of them."""
 
+    rows_independent = True
+
     def __init__(self, networks: dict[int, tuple[torch.nn.Module, torch.nn.Module]], strength: float) -> None:
         self.networks = networks
         self.strength = strength

@@ -20,6 +20,8 @@ def without_layers(model_options: dict[str, Any], layers: dict[str, list[int]]) 
     def skip(arguments: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         return arguments
 
+    skip.rows_independent = True  # type: ignore[attr-defined]
+
     for name, numbers in layers.items():
         for number in numbers:
             model_options = comfy.model_patcher.set_model_options_patch_replace(

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import comfy.model_detection
 import comfy.ops
 from comfy.clip_model import CLIPTextModel_
+from comfy.families.flux import rotary_axes
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.text_encoders.t5 import T5
@@ -102,7 +102,7 @@ class TextAndPicture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         make: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.disable_weight_init}
-        axes = comfy.model_detection.rotary_axes(_FLUX["hidden_size"] // _FLUX["num_heads"])
+        axes = rotary_axes(_FLUX["hidden_size"] // _FLUX["num_heads"])
         self.dit = _initialise(Flux(**_FLUX, axes_dim=axes, **make))
         self.t5 = _initialise(T5(_T5, **make))
         clip = nn.Module()

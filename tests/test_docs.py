@@ -126,3 +126,12 @@ def test_readmes_begin_with_the_two_commands():
         commands = re.findall(r"^    (\./\S+)", read(page), re.MULTILINE)[:2]
         assert commands == ["./start_comfyui_gpu345.sh", "./run_tests.sh"]
         assert all(os.access(os.path.join(ROOT, command), os.X_OK) for command in commands)
+
+
+def test_the_made_up_model_is_the_one_that_is_tested():
+    """Code shown in the page stands in the files that the tests run."""
+    files = read("tests/made_up/network.py") + read("tests/made_up/family.py")
+    shown = re.findall(r"^```python\n(.*?)^```$", read("docs/adding_a_model.md"), re.MULTILINE | re.DOTALL)
+    assert len(shown) >= 10
+    for code in shown:
+        assert code in files, code

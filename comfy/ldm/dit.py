@@ -17,6 +17,7 @@ code and takes whole streams; `forward_state` is ours and takes a state.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,7 +46,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Residual(NamedTuple):
+@dataclass(frozen=True)
+class Residual:
     """Which ControlNet residual is added after a block: `call.control[source][index]`, to the stream `stream`."""
 
     stream: str
@@ -85,14 +87,14 @@ class BlockArguments:
             known["transformer_options"] = arguments["transformer_options"]
         positional = () if self.first is None else (known.pop(self.first),)
         out = module(*positional, **known)
-        return dict(zip(self.tokens, out if isinstance(out, tuple) else (out,)))
+        return dict(zip(self.tokens, out if isinstance(out, (tuple, list)) else (out,)))
 
     def put(self, state: DiTState, results: Mapping[str, torch.Tensor]) -> DiTState:
         """The state with what foreign code returned.
 
         Where an argument joins several streams, all but the last keep their lengths.
         """
-        wholes = {}
+        wholes: dict[str, torch.Tensor] = {}
         for name, streams in self.tokens.items():
             tokens = results[name]
             kept = [state.lengths[stream] for stream in streams[:-1]]
@@ -206,14 +208,15 @@ def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequen
 
 
 def _run_own(block: Block, state: DiTState, call: DenoiserCall) -> DiTState:
-    run: Callable[[DiTState], DiTState] = lambda now: block.module.forward_state(now, call)  # noqa: E731
+    module: Any = block.module
+    run = functools.partial(module.forward_state, call=dataclasses.replace(call, layer=block.name))
     for surround in reversed(call.around):
-        run = _surrounded(surround, block, run)
+        run = functools.partial(_surrounded, surround, block, run)
     return run(state)
 
 
-def _surrounded(surround: Callable[..., Any], block: Block, run: Callable[[DiTState], DiTState]) -> Any:
-    return lambda state: surround(block, state, run)
+def _surrounded(surround: Callable[..., Any], block: Block, run: Callable[..., Any], state: DiTState) -> DiTState:
+    return surround(block, state, run)
 
 
 def _run_foreign(block: Block, state: DiTState, options: Mapping[str, Any], replacement: Any) -> DiTState:

@@ -73,7 +73,7 @@ class TokenPlan(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DenoiserCall:
     """What one call of a network needs besides its inputs.
 
@@ -82,6 +82,7 @@ class DenoiserCall:
     (`input`, `output`, ...), whole tokens [B, L, C] each. prepared: outputs of per-sample layers that were computed
     beforehand, by `id` of the module. around: functions `(block, state, run) -> state` that surround each of our own
     blocks on shards, outermost first: step caches, and prefetching of weights.
+    layer: name of the block that is running, None where foreign code called it.
     """
 
     plan: TokenPlan | None = None
@@ -90,6 +91,7 @@ class DenoiserCall:
     control: Mapping[str, Any] = field(default_factory=dict)
     prepared: Mapping[int, torch.Tensor] = field(default_factory=dict)
     around: tuple[Callable[..., Any], ...] = ()
+    layer: str | None = None
 
     def __copy__(self) -> DenoiserCall:
         return self
@@ -107,15 +109,15 @@ _fallback: contextvars.ContextVar[DenoiserCall | None] = contextvars.ContextVar(
 _SERIAL = DenoiserCall()
 
 
-def call_of(options: Mapping[str, Any] | None) -> DenoiserCall:
-    """The denoiser call that `transformer_options` belong to, with these as its `options`.
+def call_of(options: Mapping[str, Any] | None, control: Mapping[str, Any] | None = None) -> DenoiserCall:
+    """The denoiser call that `transformer_options` belong to, with these as its `options`, and ControlNet residuals.
 
     Foreign code that drops `transformer_options` between the engine and a network is the one case in which the call is
     taken from `fallback_call`.
     """
     options = {} if options is None else options
     call = options.get(CALL_KEY) or _fallback.get() or _SERIAL
-    return dataclasses.replace(call, options=options)
+    return dataclasses.replace(call, options=options, control=control or {})
 
 
 @contextlib.contextmanager

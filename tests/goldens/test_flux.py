@@ -9,6 +9,7 @@ import torch
 
 import comfy.model_detection
 import comfy.supported_models
+from comfy.families.flux import rotary_axes
 from comfy.ldm.flux.model import Flux
 
 from . import golden
@@ -135,9 +136,9 @@ def test_prefix(name: str) -> None:
 
 @pytest.mark.parametrize("head,axes", [(128, [16, 56, 56]), (24, [4, 10, 10]), (64, [8, 28, 28]), (16, [4, 6, 6])])
 def test_rotary_axes_follow_the_usual_proportion(head: int, axes: list[int]) -> None:
-    assert comfy.model_detection.rotary_axes(head) == axes
+    assert rotary_axes(head) == axes
 
 
 def test_rotary_axes_of_impossible_head_size() -> None:
     with pytest.raises(ValueError, match="head size of 5"):
-        comfy.model_detection.rotary_axes(5)
+        rotary_axes(5)

@@ -86,6 +86,21 @@ def diffusers_key_map(config: dict[str, Any], output_prefix: str = "") -> dict[s
     return out
 
 
+def lora_keys(network: Any) -> dict[str, Any]:
+    """Adapter key prefixes beyond the weights' own names: diffusers' in three spellings, and fused q/k/v."""
+    prefixes: dict[str, Any] = {}
+    for theirs, target in diffusers_key_map(vars(network.params), "diffusion_model.").items():
+        if theirs.endswith(".weight"):
+            stem = theirs.removesuffix(".weight")
+            prefixes[f"transformer.{stem}"] = target
+            for spelling in ("lycoris_", "lora_transformer_"):
+                prefixes[spelling + stem.replace(".", "_")] = target
+    for i in range(len(network.single_blocks)):
+        name = f"diffusion_model.single_blocks.{i}.linear1"
+        prefixes[f"{name}_qkv"] = (f"{name}.weight", (0, 0, 3 * network.hidden_size))
+    return prefixes
+
+
 def from_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A Flux transformer's diffusers state dict -> Black Forest Labs' keys; fused weights are put together.
 

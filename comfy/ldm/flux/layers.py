@@ -243,7 +243,7 @@ def _replacement(state: dit.DiTState, call: dit.DenoiserCall) -> dit.Compute | N
 
 def _meeting(state: dit.DiTState, call: dit.DenoiserCall, heads: int) -> dit.Meeting:
     """Attention among all streams of the state."""
-    spec = AttentionSpec(heads, state.tokens(), mask=state.sample.get("attn_mask"))
+    spec = AttentionSpec(heads, state.tokens(), mask=state.sample.get("attn_mask"), layer=call.layer)
     return meet(spec, call, _replacement(state, call))
 
 

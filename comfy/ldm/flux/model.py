@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass, fields
@@ -16,7 +15,6 @@ import comfy.ops
 import comfy.patcher_extension
 from comfy.ldm import dit
 
-from .keys import diffusers_key_map
 from .layers import (
     DoubleStreamBlock,
     EmbedND,
@@ -131,7 +129,7 @@ class Flux(nn.Module):
         )
 
     def block_list(self) -> tuple[dit.Block, ...]:
-        """The blocks in order. A single block's weights are 0.59 of a double block's, so is its time."""
+        """The blocks in order; each multiplies every token by 12 C^2 weights and attends once, so they cost the same."""
         double = [
             dit.Block(
                 f"double_blocks.{i}", block, _DOUBLE, i, replace_key=("double_block", i),
@@ -141,7 +139,7 @@ class Flux(nn.Module):
         ]  # fmt: skip
         single = [
             dit.Block(
-                f"single_blocks.{i}", block, _SINGLE, i, cost=0.59, replace_key=("single_block", i),
+                f"single_blocks.{i}", block, _SINGLE, i, replace_key=("single_block", i),
                 residual=dit.Residual("img", "output", i),
             )
             for i, block in enumerate(self.single_blocks)
@@ -149,7 +147,9 @@ class Flux(nn.Module):
         return (*double, *single)
 
     def prepared_layers(self, state: dit.DiTState) -> list[dit.PreparedLayer]:
-        """All blocks' modulations: they need nothing but the conditioning vector."""
+        """All blocks' modulations: they need nothing but the conditioning vector [B, C]."""
+        if state.sample["vec"].ndim != 2:
+            return []
         ours = [m for m in self.modules() if type(m) is Modulation and "forward" not in vars(m)]
         # Wide and narrow ones in turn, so that equal shares of the list are equal shares of the weights.
         wide, narrow = [m for m in ours if m.is_double], [m for m in ours if not m.is_double]
@@ -176,23 +176,9 @@ class Flux(nn.Module):
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed, blocks and head on whole patch tokens: [B, L_img, in] -> [B, L_img, patch^2 * out_channels]."""
-        call = dataclasses.replace(dit.call_of(transformer_options), control=control or {})
+        call = dit.call_of(transformer_options, control)
         state = self.embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, call, attn_mask)
         return self.head(dit.run_blocks(self, state, call))
-
-    def lora_key_prefixes(self) -> dict[str, Any]:
-        """Adapter key prefixes beyond the weights' own names: diffusers' in three spellings, and fused q/k/v."""
-        prefixes: dict[str, Any] = {}
-        for theirs, target in diffusers_key_map(vars(self.params), "diffusion_model.").items():
-            if theirs.endswith(".weight"):
-                stem = theirs.removesuffix(".weight")
-                prefixes[f"transformer.{stem}"] = target
-                for spelling in ("lycoris_", "lora_transformer_"):
-                    prefixes[spelling + stem.replace(".", "_")] = target
-        for i in range(len(self.single_blocks)):
-            name = f"diffusion_model.single_blocks.{i}.linear1"
-            prefixes[f"{name}_qkv"] = (f"{name}.weight", (0, 0, 3 * self.hidden_size))
-        return prefixes
 
     # --- latents to patches and back ---------------------------------------------------------------------------
 

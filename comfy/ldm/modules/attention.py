@@ -70,7 +70,8 @@ def _split_heads(
     """[B, L, H*D] -> [B, H, L, D], unless already so."""
     if skip_reshape:
         return q, k, v
-    return tuple(t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # type: ignore[return-value]
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return q, k, v
 
 
 def _join_heads(out: torch.Tensor, skip_output_reshape: bool) -> torch.Tensor:

@@ -106,16 +106,15 @@ class TACODiTExecutionEngine:
         return self._token_plans[key]
 
     def _new_plan(self, members: tuple[int, ...]) -> UlyssesPlan:
-        group = self.manager.data.group(members)  # type: ignore[union-attr]
-        exchange = CollectiveExchange(group, self.clock)
+        exchange = CollectiveExchange(self.manager.data.group(members), self.clock)  # type: ignore[union-attr]
         if self.config.optimization.engine != "xfuser":
-            return UlyssesPlan(exchange, group)
+            return UlyssesPlan(exchange)
         if len(members) != self.manager.world_size:
             self._warn_once("xfuser's attention runs over all ranks or none; this plan uses the native exchange")
-            return UlyssesPlan(exchange, group)
+            return UlyssesPlan(exchange)
         from comfy.taco_dit.parallel.xfuser_engine import XfuserPlan, start
 
-        return XfuserPlan(exchange, group, start(self.manager.rank, self.manager.world_size))
+        return XfuserPlan(exchange, start(self.manager.rank, self.manager.world_size))
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import comfy.families
 from comfy.denoiser_batch import DenoiserBatch
 from comfy.ldm import dit
 from comfy.ldm.modules import attention
@@ -48,35 +49,41 @@ def _functions(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"a {kind} wrapper", wrapper) for wrapper in wrappers)
 
 
-def replaced_parts(network: Any) -> list[str]:
-    """What is not ours of a network itself."""
-    found = []
+def _replaced(network: Any) -> Iterator[tuple[str, Any]]:
+    """(what it is, function if there is one to ask) of all that is replaced in a network itself."""
+    family = comfy.families.record_of(network)
+    home = "comfy." if family is None else family.network.partition(":")[0]
     for name in ("forward", "_forward", "forward_orig"):
         method = getattr(network, name, None)
-        ours = name not in vars(network) and getattr(method, "__module__", "comfy.").startswith("comfy.")
-        if method is not None and not ours and not is_independent(method):
-            found.append(f"a replaced {name}")
-    blocks = [] if found else dit.foreign_blocks(network)
+        ours = name not in vars(network) and getattr(method, "__module__", home).startswith(home)
+        if method is not None and not ours:
+            yield f"a replaced {name}", method
+    blocks = dit.foreign_blocks(network)
     if blocks:
-        found.append(f"{len(blocks)} replaced blocks")
-    functions: list[Any] = [attention.optimized_attention, attention.optimized_attention_masked]
-    functions.append(getattr(network, "replaced_attention", lambda: None)())
-    if any(f not in (None, attention.attention_pytorch) and not is_independent(f) for f in functions):
-        found.append("a replaced attention function")
-    return found
+        yield f"{len(blocks)} replaced blocks", None
+    function = getattr(network, "replaced_attention", lambda: None)()
+    if function is not None:
+        yield "a replaced attention function", function
+
+
+def replaced_parts(network: Any) -> list[str]:
+    """What is not ours of a network itself: it cannot be known to do the same in each call."""
+    return [what for what, _ in _replaced(network)]
 
 
 def foreign_parts(network: Any, batches: list[DenoiserBatch], model_options: dict[str, Any]) -> list[str]:
     """What is in or around a network that may look at all rows of a call together, each kind once."""
-    found = []
     wrapper = model_options.get("model_function_wrapper")
-    if wrapper is not None and not is_independent(wrapper):
-        found.append("a model function wrapper")
+    found = [] if wrapper is None else [("a model function wrapper", wrapper)]
     everywhere = [model_options.get("transformer_options", {})]
     everywhere += [batch.conditioning.get("transformer_options", {}) for batch in batches]
     for options in everywhere:
-        found += [what for what, function in _functions(options) if not is_independent(function)]
-    return list(dict.fromkeys(found + replaced_parts(network)))
+        found += _functions(options)
+    found += _replaced(network)
+    for function in (attention.optimized_attention, attention.optimized_attention_masked):
+        if function is not attention.attention_pytorch:
+            found.append(("a replaced attention function", function))
+    return list(dict.fromkeys(what for what, function in found if function is None or not is_independent(function)))
 
 
 def can_cut(batches: list[DenoiserBatch]) -> bool:

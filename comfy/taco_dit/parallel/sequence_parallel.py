@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -19,46 +18,30 @@ from comfy.taco_dit.core.plan import share
 from .exchange import Exchange, Range, head_ranges
 
 
-@functools.lru_cache(maxsize=256)
-def _orders(lengths: tuple[int, ...], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _orders(size: int, lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Places of stream-ordered tokens in rank order, and the inverse; [L] each.
 
     In rank order each rank has its parts of all streams, in order of streams, then comes the next rank.
     """
-    places = torch.empty(sum(lengths), dtype=torch.long)
-    position = 0
-    for rank in range(size):
-        offset = 0
-        for length in lengths:
-            start, stop = share(length, size, rank)
-            places[offset + start : offset + stop] = torch.arange(position, position + stop - start)
-            position += stop - start
-            offset += length
-    inverse = torch.empty_like(places)
-    inverse[places] = torch.arange(len(places))
-    return places.to(device), inverse.to(device)
+    with torch.inference_mode(False):  # ordinary tensors, which may also take part in training
+        places = torch.empty(sum(lengths), dtype=torch.long)
+        position = 0
+        for rank in range(size):
+            offset = 0
+            for length in lengths:
+                start, stop = share(length, size, rank)
+                places[offset + start : offset + stop] = torch.arange(position, position + stop - start)
+                position += stop - start
+                offset += length
+        inverse = torch.empty_like(places)
+        inverse[places] = torch.arange(len(places))
+        return places.to(device), inverse.to(device)
 
 
-def stream_order(lengths: tuple[int, ...], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_orders` as ordinary tensors, which may also take part in training."""
-    with torch.inference_mode(False):
-        return _orders(lengths, size, device)
-
-
-def _matching_heads(
-    queries: Range, keys: Range, group: int, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """k, v [B, kv, L, D] of the key heads `keys` so that the kernel's even grouping fits the query heads `queries`."""
-    if group == 1 or (queries[0] % group == 0 and queries[1] % group == 0):
-        return k, v
-    with torch.inference_mode(False):
-        index = _head_index(queries, keys[0], group, k.device)
-    return k.index_select(1, index), v.index_select(1, index)
-
-
-@functools.lru_cache(maxsize=64)
 def _head_index(queries: Range, first: int, group: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor([head // group - first for head in range(*queries)], dtype=torch.long, device=device)
+    """For each query head its key head, counted from `first`; `group` query heads share one."""
+    with torch.inference_mode(False):
+        return torch.tensor([head // group - first for head in range(*queries)], dtype=torch.long, device=device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -69,13 +52,15 @@ def _counts(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 
 class UlyssesPlan:
-    """A `comfy.ldm.dit.TokenPlan` over one token group; `group` is for the ranks' small values."""
+    """A `comfy.ldm.dit.TokenPlan` over one token group."""
 
-    def __init__(self, exchange: Exchange, group: Any = None) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self.group = group
         self.size = exchange.size
         self.index = exchange.index
+        # Index tensors are kept as long as the plan: captured graphs read them, and making one waits for the device.
+        self.orders = functools.cache(functools.partial(_orders, self.size))
+        self.head_index = functools.cache(_head_index)
 
     def bounds(self, length: int, rank: int | None = None) -> tuple[int, int]:
         """[start, stop) of a rank's tokens in a stream, by default this rank's."""
@@ -94,7 +79,7 @@ class UlyssesPlan:
         ranked = self.exchange.gather(local, dim, self.counts(lengths))
         if len(lengths) == 1:
             return ranked  # rank order is the stream's order
-        return ranked.index_select(dim, stream_order(tuple(lengths), self.size, local.device)[0])
+        return ranked.index_select(dim, self.orders(tuple(lengths), local.device)[0])
 
     def meet(self, spec: AttentionSpec, compute: Compute, in_order: bool) -> Meeting:
         """See `comfy.ldm.dit.TokenPlan.meet`."""
@@ -125,7 +110,10 @@ class HeadMeeting:
         plan, spec = self._plan, self._spec
         q, k, v = self._inputs
         mine, keys = (ranges[plan.index] for ranges in self._ranges)
-        k, v = _matching_heads(mine, keys, spec.heads // spec.shared_heads, k, v)
+        group = spec.heads // spec.shared_heads
+        if group > 1 and (mine[0] % group or mine[1] % group):  # the kernel's even grouping does not fit these heads
+            index = plan.head_index(mine, keys[0], group, k.device)
+            k, v = k.index_select(1, index), v.index_select(1, index)
         if q.shape[1] == 0:  # more ranks than heads: this one only keeps tokens
             self._out = q
             return
@@ -139,7 +127,7 @@ class HeadMeeting:
         """[B, h, L, D] from rank order to the order of whole streams, or back."""
         if len(lengths) == 1:
             return t
-        return t.index_select(2, stream_order(lengths, self._plan.size, t.device)[back])
+        return t.index_select(2, self._plan.orders(lengths, t.device)[back])
 
     def send_back(self) -> None:
         self._returned = self._plan.exchange.to_tokens(self._out, self._ranges[0], self._queries)
@@ -168,7 +156,7 @@ class RowMeeting:
             return
         rows = None
         if spec.queries.sharded and spec.ordered:
-            inverse = stream_order(spec.queries.lengths, plan.size, q.device)[1]
+            inverse = plan.orders(spec.queries.lengths, q.device)[1]
             start = sum(plan.counts(spec.queries.lengths)[: plan.index])
             rows = inverse[start : start + q.shape[2]]
         self._out = self._compute(q, k, v, spec.block(q.device, rows))

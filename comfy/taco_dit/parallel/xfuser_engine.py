@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -58,8 +57,8 @@ def start(rank: int, world_size: int) -> Callable[..., torch.Tensor]:
 class XfuserPlan(UlyssesPlan):
     """A token plan whose attention is xfuser's where its limits allow."""
 
-    def __init__(self, exchange: Exchange, group: Any, usp: Callable[..., torch.Tensor]) -> None:
-        super().__init__(exchange, group)
+    def __init__(self, exchange: Exchange, usp: Callable[..., torch.Tensor]) -> None:
+        super().__init__(exchange)
         self._usp = usp
 
     def meet(self, spec: AttentionSpec, compute: Compute, in_order: bool) -> Meeting:

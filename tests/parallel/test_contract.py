@@ -1,0 +1,101 @@
+"""The contract on 2 and 3 ranks with uneven shards: each case once serially and once on shards, in one set of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from comfy.ldm import dit
+from comfy.ldm.modules.attention import AttentionSpec
+from comfy.taco_dit.parallel.exchange import CollectiveExchange, head_ranges
+from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
+
+from .contract_cases import CASES
+from .engine_cases import engine_results
+from .ranks import run_ranks
+
+
+def _everything(manager):
+    group = manager.data.group(range(manager.world_size))
+    call = dit.DenoiserCall(UlyssesPlan(CollectiveExchange(group)))
+    deviations = {}
+    for case in CASES:
+        with torch.inference_mode():
+            serial, parallel = case(dit.DenoiserCall()), case(call)
+        assert serial.shape == parallel.shape, f"{case.__name__}: {serial.shape} and {parallel.shape}"
+        deviations[case.__name__] = ((parallel - serial).abs().max() / serial.abs().max()).item()
+    return deviations, engine_results(manager)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(request):
+    """(number of ranks, what every rank found)."""
+    return request.param, run_ranks(request.param, _everything)
+
+
+def test_shards_equal_whole(results):
+    _, found = results
+    for deviations, _ in found:
+        assert len(deviations) == len(CASES)
+        wrong = {name: deviation for name, deviation in deviations.items() if not deviation < 1e-5}
+        assert not wrong
+
+
+def test_foreign_code_keeps_rows_together(results):
+    world, found = results
+    for _, engine in found:
+        plans = {name: plan for name, (plan, _) in (engine["coupled"] | engine["replaced"]).items()}
+        assert all(deviation < 1e-5 for _, deviation in (engine["coupled"] | engine["replaced"]).values()), engine
+        split = {name for name, plan in plans.items() if plan == f"data {world}"}
+        assert split == {"plain", "declared"}, plans
+        assert {plan for name, plan in plans.items() if name not in split} == {f"ulysses {world}"}
+        assert not engine["options leak"]
+    said = [engine["lines"] for _, engine in found]
+    assert len(said[0]) == len(set(said[0])) == 6 and not any(said[1:])
+
+
+def test_row_groups_that_make_other_calls_do_not_wait(results):
+    world, found = results
+    kinds = []
+    for _, engine in found:
+        plan, deviation, captured = engine["areas"]
+        assert plan == f"cfg {world}" and deviation < 1e-4
+        kinds.append(captured)
+    assert len(set(kinds)) > 1, "the row groups were to make different numbers of calls"
+
+
+def test_spread_deals_items(results):
+    world, found = results
+    worked = [engine["spread"] for _, engine in found]
+    assert [sum(counts) for counts in zip(*worked)][2:] == [2, 7]
+    assert max(counts[3] for counts in worked) <= -(-7 // world)
+
+
+@pytest.mark.parametrize("heads,shared,size", [(24, 24, 5), (4, 2, 3), (12, 4, 3), (8, 1, 2), (2, 1, 5), (6, 6, 4)])
+def test_heads_are_dealt_once_and_with_their_keys(heads, shared, size):
+    queries, keys = head_ranges(heads, shared, size)
+    assert [h for a, b in queries for h in range(a, b)] == list(range(heads))
+    for (a, b), (first, last) in zip(queries, keys):
+        assert {h * shared // heads for h in range(a, b)} == set(range(first, last))
+
+
+def test_bad_specs_name_the_fault():
+    with pytest.raises(ValueError, match="4 query heads cannot share 3 key heads"):
+        AttentionSpec(4, dit.Tokens((5,)), kv_heads=3)
+    with pytest.raises(ValueError, match=r"mask of \(4, 5\) for 5 queries and 5 keys"):
+        AttentionSpec(4, dit.Tokens((5,)), mask=torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="pe has 4 entries on axis 1 where the streams x have 5 tokens"):
+        dit.DiTState({"x": torch.zeros(1, 5, 8)}, {"pe": dit.TokenAxis(torch.zeros(1, 4, 8), ("x",), 1)})
+    with pytest.raises(ValueError, match=r"stream 'x' must be \[B, L, C\]"):
+        dit.DiTState({"x": torch.zeros(5, 8)})
+
+
+def test_values_are_immutable():
+    call, state = dit.DenoiserCall(), dit.DiTState({"x": torch.zeros(1, 5, 8)})
+    for value, name in ((call, "plan"), (state, "streams")):
+        with pytest.raises(AttributeError):
+            setattr(value, name, None)
+    import copy
+
+    options = call.within({"a": torch.zeros(1)})
+    assert copy.deepcopy(options)[dit.CALL_KEY] is call and dit.call_of(options).options is options
