@@ -46,8 +46,11 @@ from .members import Members
 T = TypeVar("T")
 _LARGE = 1 << 20  # bytes from which a shared value travels by the data plane
 _PATIENCE_S = 2.0  # how long a cancelled prompt may take to reach a point where all ranks stop together
-_GIVE_UP_S = 10.0  # how long rank 0 may stay inside a collective after a cancel before the collective is abandoned
+_GIVE_UP_S = 5.0  # how long rank 0 may stay inside a collective after a cancel before the collective is abandoned
+BEAT_S = 2.0  # how often a follower gives a sign of life while a prompt runs
+SILENT_S = 60.0  # without one for so long it is ended
 END_S = 10.0  # how long a follower may take to leave a prompt that failed, once rank 0 has left it
+STUCK_S = 60.0  # how long a follower that gives signs of life may take, from the failure
 FIRST_END_S = 300.0  # the same for rank 0, which costs the queue when it is ended
 ABORT_S = 5.0  # how long to wait for the abort of the process groups; it goes on in its thread
 CAUSE_S = 2.0  # how long to wait for the cause of a broken connection
@@ -92,6 +95,8 @@ class RankLockstep(Lockstep):
         self._envelope: dict[str, Any] = {}  # of the prompt that was announced last
         self._commands: dict[int, int] = {}
         self._renew = False
+        self._beaten_at = 0.0
+        self._ending: set[int] = set()  # followers that this prompt's failure made rank 0 end
         self._changed = threading.Condition(threading.RLock())
         self._connections = Connections(manager.another_store)
         self._waits = Waits(self._connections)
@@ -99,7 +104,9 @@ class RankLockstep(Lockstep):
         self._seen = self._deleted = self._first_event()
         EventReader(manager.another_store(), self._seen, self._on_event).begin()
         if self.rank == 0:
-            threading.Thread(target=self._look_after_cancel, name="taco-cancel", daemon=True).start()
+            threading.Thread(target=self._look_after_ranks, name="taco-ranks", daemon=True).start()
+        else:
+            self._waits.on_tick = self._beat
 
     def _first_event(self) -> int:
         """Number of the last event that does not concern this process.
@@ -221,6 +228,7 @@ class RankLockstep(Lockstep):
             self._old_keys += [key for turns in self._tasks.values() for key in turns.keys]
             self._tasks = {}
             self._failed = False
+            self._ending = set()
             self._cancelled_at = None
             self._renew = False
             if envelope.get("renew"):
@@ -228,6 +236,7 @@ class RankLockstep(Lockstep):
             if self._data.aborted:
                 self._data.renew(self.epoch)
             self._open = self._waits.busy = True
+        self._waits.poke()
 
     def end(self) -> None:
         if not self._open:
@@ -406,8 +415,9 @@ class RankLockstep(Lockstep):
                 self._changed.wait_for(lambda: self._seen >= number, CAUSE_S)
         self._abandon(self.epoch)
         report = self._abort or info
+        mine = report["rank"] == self.rank and report["cause"] == info["cause"]
         same = all(report[key] == info[key] for key in ("cause", "detail", "node_id"))
-        return error if report["rank"] == self.rank or same else self._error_of(report)
+        return error if mine or same else self._error_of(report)
 
     def check(self) -> None:
         if self._abort is not None and not self._failed:
@@ -518,16 +528,69 @@ class RankLockstep(Lockstep):
     def _cancelled_too_long(self) -> bool:
         return self._cancelled_for() > _PATIENCE_S
 
-    def _look_after_cancel(self) -> None:
-        """On rank 0: a cancel is obeyed also when the main thread is inside a collective that a peer never entered."""
+    def _beat(self) -> None:
+        """On a follower: a sign of life, which a process that is stopped or blocked as a whole does not give."""
+        now = time.monotonic()
+        if now - self._beaten_at >= BEAT_S:
+            self._beaten_at = now
+            with self._connections.borrow() as store:
+                store.set(f"beat/{self.rank}", str(now))
+
+    def _look_after_ranks(self) -> None:
+        """On rank 0, in a thread, while a prompt runs: obey a cancel and end ranks that hang.
+
+        The main thread may be inside a collective that a peer never entered, and cannot look itself.
+        """
+        beats: dict[int, tuple[bytes, float]] = {}
+        troubled_at: float | None = None
         while True:
             time.sleep(1.0)
             with self._changed:
-                if not self._open or self._troubled() or self._cancelled_for() < _GIVE_UP_S:
-                    continue
-                epoch, device = self.epoch, str(self._manager.device)
-            report = {"rank": 0, "device": device, "cause": "InterruptProcessingException", "detail": "cancelled"}
-            append_event(self._store, {"kind": "failed", "epoch": epoch, "report": report | {"node_id": None}})
+                epoch, running = self.epoch, self._open
+                troubled, cancelled = self._troubled(), self._cancelled_for()
+            if not running:
+                beats.clear()
+                troubled_at = None
+                continue
+            if not troubled and cancelled > _GIVE_UP_S:
+                self._report(epoch, 0, "InterruptProcessingException", "cancelled")
+            now = time.monotonic()
+            troubled_at = (troubled_at or now) if troubled else None
+            for rank in self.members.followers():
+                beat = self._last_beat(rank)
+                if rank not in beats or beats[rank][0] != beat:
+                    beats[rank] = (beat, now)
+                self._judge(epoch, rank, now - beats[rank][1], now - (troubled_at or now))
+
+    def _last_beat(self, rank: int) -> bytes:
+        with self._connections.borrow() as store:
+            key = f"beat/{rank}"
+            return bytes(store.get(key)) if store.check([key]) else b""
+
+    def _judge(self, epoch: int, rank: int, silent: float, troubled: float) -> None:
+        """End a follower that hangs. `silent`: seconds since its last sign of life; `troubled`: since the failure."""
+        with self._connections.borrow() as store:
+            if silent > BEAT_S and store.check([f"epoch/{epoch}/end/{rank}"]):
+                return  # it has left the prompt and waits
+        if silent > (END_S if troubled else SILENT_S):
+            why = f"no sign of life for {silent:.0f} s"
+        elif troubled > STUCK_S:
+            why = f"still busy {troubled:.0f} s after the prompt failed"
+        else:
+            return
+        with self._changed:
+            if epoch != self.epoch or not self._open or rank in self._ending:
+                return
+            self._ending.add(rank)
+        self._report(epoch, rank, "NoAnswer", why)
+        self._end_from_outside(rank, f"rank {rank}: {why}")
+
+    def _report(self, epoch: int, rank: int, cause: str, detail: str) -> None:
+        """Append a failure that did not come from code of this rank's prompt."""
+        device = str(self.members.infos.get(rank, {}).get("device", "?"))
+        report = _UNKNOWN | {"rank": rank, "device": device, "cause": cause, "detail": detail}
+        with self._connections.borrow() as store:
+            append_event(store, {"kind": "failed", "epoch": epoch, "report": report})
 
     def gate(self) -> None:
         """Once per denoiser call: all ranks go on, or all raise InterruptProcessingException here."""
