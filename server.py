@@ -190,7 +190,9 @@ class PromptServer:
         elif isinstance(data, bytes | bytearray):
             self._to_pages(frames.frame(event, bytes(data)), sid)
         else:
-            self._to_pages(dumps({"type": event, "data": data}), sid, "status" if event == "status" and sid is None else None)
+            self._to_pages(
+                dumps({"type": event, "data": data}), sid, "status" if event == "status" and sid is None else None
+            )
 
     def _to_pages(self, content: str | bytes, sid: str | None, replaces: str | None = None) -> None:
         if sid is None:
