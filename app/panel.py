@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from comfy.taco_dit.utils.performance_monitor import RunStatistics
 EVENT = "taco_dit"
 WEB_NAME = "taco_dit"
 WEB_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "web")
+_KEPT_PROMPTS = 20
 _MEMORY_GRAIN = 32 * 2**20
 _RESULTS = {"execution_success": "done", "execution_interrupted": "cancelled"}
 
@@ -31,6 +33,7 @@ class Panel:
         self.metrics = Metrics(self.ranks, self._queue_length)
         self.rank_infos: list[dict[str, Any]] = []
         self._current = current
+        self.prompts: collections.deque[dict[str, Any]] = collections.deque(maxlen=_KEPT_PROMPTS)
         self._watching: set[str] = set()
         self._shown: Any = None
         current.engine.clock.observer = self.metrics.step
@@ -69,8 +72,8 @@ class Panel:
                 "calls": int(times[0]["calls"]) if times else 0,
                 "ranks": times,
                 "mean_call_ms": run.mean_call_ms,
-                "speedup_estimate": run.speedup,
             },
+            "last_prompts": list(self.prompts),
             "events": self.events.as_list(),
         }
 
@@ -120,6 +123,9 @@ class Panel:
         """Called by the prompt worker after each prompt."""
         ending, data = executor.status_messages[-1]
         result = _RESULTS.get(ending, "failed")
+        record = {**executor.record.as_dict(), "result": result}
+        self.prompts.append(record)
+        self.metrics.times(record)
         rank = executor.failed_rank if result == "failed" else None
         self.metrics.prompt(result, rank)
         if result == "failed":
@@ -138,5 +144,5 @@ def _digest(status: dict[str, Any]) -> str:
          (rank.get("temperature") or 0) // 3, rank.get("age", 0) > 5)
         for rank in status["ranks"]
     ]  # fmt: skip
-    rest = [status[key] for key in ("active_plan", "reason", "total_calls", "events")]
+    rest = [status[key] for key in ("active_plan", "reason", "total_calls", "last_prompts", "events")]
     return json.dumps([ranks, *rest, status["current_run"]["sampling"]])

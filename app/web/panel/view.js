@@ -38,7 +38,8 @@ export class Panel {
   /** Draw a status; where the reader had scrolled to stays. */
   show(status) {
     const top = this.root.scrollTop;
-    const parts = [this.rankSection(status), this.planSection(status), this.stepSection(status)];
+    const parts = [this.rankSection(status), this.planSection(status), this.stepSection(status),
+      this.promptSection(status)].filter(Boolean);
     const failed = status.events.some((event) => event.level === "error");
     if (failed) parts.unshift(this.eventSection(status)); // what needs a hand comes first
     else parts.push(this.eventSection(status));
@@ -119,13 +120,23 @@ export class Panel {
         el("span", "taco-number", `${milliseconds(mean.compute)} + ${milliseconds(mean.exchange)}`)),
       bar(["compute", mean.compute / longest], ["exchange", mean.exchange / longest])));
     const legend = el("div", "taco-legend", el("i", "taco-compute"), t.compute, el("i", "taco-exchange"), t.exchange);
-    const speed = status.world_size > 1
-      ? el("div", "taco-row taco-speed", el("span", "taco-quiet", t.speedup),
-        el("strong", "taco-number", t.times(run.speedup_estimate.toFixed(2))))
-      : null;
     const graphs = status.world_size > 1 && status.cuda_graph ? el("p", "taco-quiet", t.graphs) : null;
     const count = el("span", "taco-quiet taco-steps", t.stepCount(run.calls));
-    return this.section(t.steps, count, legend, ...rows, speed, graphs);
+    return this.section(t.steps, count, legend, ...rows, graphs);
+  }
+
+  promptSection(status) {
+    const t = this.texts;
+    const prompt = status.last_prompts?.at(-1);
+    if (!prompt) return null;
+    const parts = [...Object.entries(prompt.phases), ["other", prompt.other]].filter(([, seconds]) => seconds >= 0.005);
+    const longest = Math.max(...parts.map(([, seconds]) => seconds)) || 1;
+    const rows = parts.map(([name, seconds]) => el("div", "taco-choice",
+      el("span", "taco-cut", t.phase[name] ?? name), bar(["used", seconds / longest]),
+      el("span", "taco-number", t.seconds(seconds.toFixed(2)))));
+    const moved = prompt.counts.weight_bytes ? el("p", "taco-quiet", t.moved(size(prompt.counts.weight_bytes))) : null;
+    const total = el("span", "taco-quiet taco-prompt-total", t.seconds(prompt.total.toFixed(2)));
+    return this.section(t.prompt, total, el("div", "taco-choices", ...rows), moved);
   }
 
   eventSection(status) {

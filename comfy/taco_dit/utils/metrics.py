@@ -8,8 +8,11 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from comfy import accounting
+
 RESULTS = ("done", "failed", "cancelled")
 _STEP_BUCKETS = (0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_PROMPT_BUCKETS = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 # (name, what, key of a rank's report)
 _GAUGES = (
     ("taco_dit_rank_memory_used_bytes", "Memory in use: of the GPU, or of the process on the CPU", "memory_used"),
@@ -66,11 +69,32 @@ class Metrics:
         self._steps = Histogram(
             "taco_dit_step_seconds", "Time of a denoiser call on rank 0", buckets=_STEP_BUCKETS, registry=self.registry
         )
+        self._prompt_seconds = Histogram(
+            "taco_dit_prompt_seconds", "Time of a whole prompt", buckets=_PROMPT_BUCKETS, registry=self.registry
+        )
+        self._phases = Counter(
+            "taco_dit_phase_seconds", "Time of prompts by phase, on rank 0", ["phase"], registry=self.registry
+        )
+        self._counts = Counter(
+            "taco_dit_work", "What prompts moved and captured, on rank 0", ["kind"], registry=self.registry
+        )
+        for name in accounting.PHASES:
+            self._phases.labels(name)
+        for name in accounting.COUNTS:
+            self._counts.labels(name)
         self.registry.register(_Ranks(reports, queue_length))
 
     def step(self, milliseconds: float) -> None:
         """A denoiser call is over."""
         self._steps.observe(milliseconds / 1e3)
+
+    def times(self, record: dict[str, Any]) -> None:
+        """Where the time of a prompt that is over went: `accounting.Record.as_dict()`."""
+        self._prompt_seconds.observe(record["total"])
+        for name, seconds in record["phases"].items():
+            self._phases.labels(name).inc(max(0.0, seconds))
+        for name, number in record["counts"].items():
+            self._counts.labels(name).inc(number)
 
     def prompt(self, result: str, failed_rank: int | None = None) -> None:
         """A prompt is over: one of `RESULTS`, and where it failed."""

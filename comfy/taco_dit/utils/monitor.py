@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from comfy import accounting
+
 from .events import EventLog
 from .rank_sampler import RankSampler
 
@@ -56,7 +58,11 @@ class Monitor:
         return self._engine.runner.busy
 
     def report(self) -> dict[str, Any]:
-        """This rank's state, for JSON. `run` and `ever` are times of denoiser calls in ms, of the run and in all."""
+        """This rank's state, for JSON.
+
+        `run` and `ever` are times of denoiser calls in ms, of the run and in all; `prompt` is `accounting`'s record of
+        the prompt that runs, or ran last.
+        """
         self._number += 1
         clock = self._engine.clock
         return {
@@ -65,6 +71,7 @@ class Monitor:
             "sampling": self.sampling,
             "run": clock.run.as_dict(),
             "ever": clock.ever.as_dict(),
+            "prompt": accounting.current().as_dict(),
             **self._sampler.read(),
         }
 

@@ -113,22 +113,15 @@ class RunStatistics:
         """Mean time of a denoiser call on the slowest rank."""
         return max((r["total"] / max(1, r["calls"]) for r in self.ranks), default=0.0)
 
-    @property
-    def speedup(self) -> float:
-        """Estimated speed against one rank: the computing of all ranks over the time of the slowest."""
-        slowest = max((r["total"] for r in self.ranks), default=0.0)
-        return sum(r["compute"] for r in self.ranks) / slowest if slowest else 1.0
-
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "mean_call_ms": self.mean_call_ms, "speedup_estimate": self.speedup}
+        return {**asdict(self), "mean_call_ms": self.mean_call_ms}
 
     def text(self) -> str:
         """A few lines for people."""
         lines = [
             f"plan: {self.plan}" + (f" ({self.reason})" if self.reason else ""),
             f"parallel executions: {self.calls} in {self.seconds:.2f} s, mean {self.mean_call_ms:.1f} ms",
-            f"estimated speed against one rank: {self.speedup:.2f} times",
         ]
         for rank, times in enumerate(self.ranks):
             per = max(1, times["calls"])
