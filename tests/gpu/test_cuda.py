@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import time
-import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.prompt_server import BenchmarkServer
+from tests.e2e.workflows import flux, node
+from tests.gpu.conftest import FP32
+
 ROOT = Path(__file__).resolve().parents[2]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_compiled_and_captured_equals_plain(compiled: bool) -> None:
     """The captured call, with stages compiled or not, is the plain call up to bf16 rounding, for other values and sizes."""
@@ -53,7 +54,6 @@ def test_compiled_and_captured_equals_plain(compiled: bool) -> None:
 
 
 @pytest.mark.multigpu
-@needs_two
 def test_ranks_agree_in_bf16(tmp_path: Path) -> None:
     """N ranks' bf16 result is no further from one rank's than bf16 is from itself (a few units in the last place)."""
     ranks = [r for r in (1, 2, 3, 4) if r <= torch.cuda.device_count()]
@@ -68,80 +68,62 @@ def test_ranks_agree_in_bf16(tmp_path: Path) -> None:
     assert all(row["deviation"] < 2e-2 for row in rows[1:])
 
 
-def _ask(port: int, path: str, body: object = None) -> object:
-    data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data=data, timeout=30) as answer:
-        return json.loads(answer.read() or b"{}")
-
-
-WORKFLOW = {
-    "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "tiny_flux_dev.safetensors"}},
-    "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a red circle above a green square"}},
-    "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "blurry"}},
-    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 104, "height": 72, "batch_size": 1}},
-    "6": {"class_type": "KSampler", "inputs": {
-        "model": ["1", 0], "seed": 5, "steps": 6, "cfg": 4.5, "sampler_name": "euler", "scheduler": "simple",
-        "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["5", 0], "denoise": 1.0}},
-    "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["1", 2]}},
-    "8": {"class_type": "SaveImage", "inputs": {"images": ["7", 0], "filename_prefix": "gpu"}},
-}  # fmt: skip
-
-
-def _render(base: Path, ranks: int, port: int, flags: list[str]) -> tuple[bytes, dict[str, object]]:
-    """Pixels of the workflow and the server's status, from a server of its own."""
-    import numpy as np
-    from PIL import Image
-
-    gpus = ",".join(str(i) for i in range(ranks))
-    server = subprocess.Popen(
-        [sys.executable, "main.py", "--gpus", gpus, "--port", str(port), "--base-directory", str(base), *flags],
-        cwd=ROOT, stdout=(base / f"log{ranks}.txt").open("w"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                _ask(port, "/prompt")
-                break
-            except OSError:
-                assert time.monotonic() < deadline and server.poll() is None, (base / f"log{ranks}.txt").read_text()
-                time.sleep(0.3)
-        prompt = _ask(port, "/prompt", {"prompt": WORKFLOW})["prompt_id"]
-        while prompt not in (history := _ask(port, f"/history/{prompt}")):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        entry = history[prompt]
-        assert entry["status"]["status_str"] == "success", entry["status"]
-        name = entry["outputs"]["8"]["images"][0]["filename"]
-        return np.asarray(Image.open(base / "output" / name)).astype(int), _ask(port, "/taco_dit/status")
-    finally:
-        server.terminate()
-        server.wait(timeout=20)
+def _render(server: BenchmarkServer, **changes: object) -> np.ndarray:
+    """The picture of a workflow, levels 0 to 255."""
+    _, entry = server.run(flux(steps=6, cfg=4.5, width=104, height=72, **changes))
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    return server.picture(entry).astype(int)
 
 
 @pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("flags,limit", [(["--force-fp32", "--fp32-vae", "--fp32-text-enc"], 1), ([], 40)])
-def test_whole_server(tmp_path: Path, flags: list[str], limit: int) -> None:
+@pytest.mark.parametrize("flags,limit", [(FP32, 1), ((), 40)])
+def test_whole_server(serve: Callable[..., BenchmarkServer], flags: tuple[str, ...], limit: int) -> None:
     """The whole server on one GPU and on all: the same picture, in fp32 at most 1/255 apart.
 
     In bf16 a random network amplifies rounding; that is seen as a mean difference of few levels, never another picture.
     """
-    from tests.tiny_models import write_flux
-
-    write_flux(str(tmp_path / "models"))
-    one, _ = _render(tmp_path, 1, 18801, flags)
+    one = _render(serve(1, *flags))
     for ranks in (2, 3, 4):
         if ranks <= torch.cuda.device_count():
-            many, status = _render(tmp_path, ranks, 18800 + ranks, flags)
-            assert status["world_size"] == ranks
+            server = serve(ranks, *flags)
+            many = _render(server)
+            assert server.json("/taco_dit/status")["world_size"] == ranks
             assert abs(many - one).max() <= limit, f"{ranks} ranks"
             assert abs(many - one).mean() <= max(0.5, limit / 10), f"{ranks} ranks"
-    assert os.path.isdir(tmp_path / "output")
 
 
 @pytest.mark.gpu
-@needs_gpu
+def test_a_lora_comes_and_goes_under_captured_calls(serve: Callable[..., BenchmarkServer]) -> None:
+    """Pictures with a LoRA on, weaker and off equal those of a fresh process within 1/255, and graphs stay in use."""
+
+    def prompt(strength: float, seed: int) -> dict[str, Any]:
+        made = flux(steps=6, seed=seed)
+        if strength:
+            made["lora"] = node(
+                "LoraLoaderModelOnly",
+                model=["load", 0],
+                lora_name="tiny_flux_kohya.safetensors",
+                strength_model=strength,
+            )
+            made["sample"]["inputs"]["model"] = ["lora", 0]
+        return made
+
+    server = serve(1, *FP32)
+    server.run(prompt(0.0, 90))
+    pictures = {}
+    for strength in (0.8, 0.5, 0.0):
+        pictures[strength] = server.picture(server.run(prompt(strength, 91))[1]).astype(int)
+        counts = server.json("/taco_dit/status")["last_prompts"][-1]["counts"]
+        assert counts.get("calls_captured", 0) == 0, strength
+        assert counts["calls_replayed"] == 6
+    assert abs(pictures[0.8] - pictures[0.0]).max() > 8
+    with BenchmarkServer(server.base, 1, "cuda", FP32) as fresh:
+        for strength in (0.5, 0.0):
+            again = fresh.picture(fresh.run(prompt(strength, 91))[1]).astype(int)
+            assert abs(again - pictures[strength]).max() <= 1, strength
+
+
+@pytest.mark.gpu
 def test_a_gpu_tells_of_itself_and_its_clock_needs_no_waiting() -> None:
     """NVML answers for torch's device; times of calls come in while later ones run."""
     from comfy.taco_dit.utils.performance_monitor import Clock
