@@ -75,15 +75,19 @@ def everything():
 
 
 def told(outcome):
-    """Messages of a prompt in order, without times, names of temporary files and what is throttled."""
-    messages = []
+    """Messages of a prompt, without times, names of temporary files and what is throttled: in order, and the outputs.
+
+    A node's output is told when its files are complete, while other nodes go on: where it comes is a matter of time.
+    """
+    messages, outputs = [], []
     for message in outcome.messages:
         if message["type"] not in ("status", "progress_state", "binary"):
             data = {key: value for key, value in message["data"].items() if key not in ("prompt_id", "timestamp")}
             if data.get("node") == "picture" and "output" in data:
                 data["output"] = len(data["output"]["images"])
-            messages.append((message["type"], json.dumps(data, sort_keys=True)))
-    return messages
+            ordered = outputs if message["type"] == "executed" else messages
+            ordered.append((message["type"], json.dumps(data, sort_keys=True)))
+    return messages, sorted(outputs)
 
 
 def without(prompt, *names):

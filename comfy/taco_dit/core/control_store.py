@@ -20,6 +20,7 @@ STOPPED = b"\x00stopped"
 TICK_S = 0.2  # how often waits are looked after while a prompt runs
 POLL_S = 0.02  # how often a key that holds STOPPED is read again
 EVENT_COUNT = "events"
+BEGAN_ANEW = "rank 0 began anew in its process"  # why it has all followers replaced
 STOPPING = "stopping"  # set by rank 0 before it tells the others to stop: whoever ends then is not replaced
 
 

@@ -22,6 +22,7 @@ import comfy.model_management
 from comfy_execution.lockstep import Lockstep, RankError
 
 from .control_store import (
+    BEGAN_ANEW,
     EVENT_COUNT,
     STOPPING,
     Connections,
@@ -91,7 +92,7 @@ class RankGroup(Lockstep):
             if starts > 1:
                 self.epoch = (starts - 1) * 1_000_000
                 for rank in range(1, self.world_size):
-                    self._store.set(end_request_key(rank), "rank 0 began anew")
+                    self._store.set(end_request_key(rank), BEGAN_ANEW)
                 return int(self._store.add(EVENT_COUNT, 0))
             return 0
         return int(self._store.add(EVENT_COUNT, 0)) if self._manager.info.incarnation else 0

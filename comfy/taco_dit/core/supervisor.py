@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .control_store import STOPPING, append_event, end_request_key, fill_gaps
+from .control_store import BEGAN_ANEW, STOPPING, append_event, end_request_key, fill_gaps
 from .data_plane import NEVER
 from .distributed_manager import INCARNATION, SUPERVISED
 
@@ -55,6 +55,7 @@ class Supervisor:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._incarnations: dict[int, int] = {}
         self._ended_at: list[float] = []
+        self._renewed: set[int] = set()  # ranks that rank 0 asked for anew: not a fault, so not counted
         self._restart = -1
         self._signal: int | None = None
         listener = socket.socket()
@@ -161,7 +162,10 @@ class Supervisor:
         fill_gaps(self._store)
         event = {"kind": "died", "rank": rank, "incarnation": self._incarnations[rank], "how": how_it_ended(status)}
         append_event(self._store, event)
-        self._count_end(rank, status)
+        if rank in self._renewed:
+            self._renewed.remove(rank)
+        else:
+            self._count_end(rank, status)
         _say(f"rank {rank}: {how_it_ended(status)}; it is started again")
         self._incarnations[rank] += 1
         self._start(rank)
@@ -182,8 +186,11 @@ class Supervisor:
         for rank, process in self._processes.items():
             key = end_request_key(rank)
             if self._store.check([key]):
-                _say(f"rank {rank} is ended: {self._store.get(key).decode()}")
+                why = self._store.get(key).decode()
+                _say(f"rank {rank} is ended: {why}")
                 self._store.delete_key(key)
+                if why == BEGAN_ANEW:
+                    self._renewed.add(rank)
                 process.kill()
 
     def _end_all(self, number: int) -> None:
