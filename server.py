@@ -38,6 +38,7 @@ from app.middlewares import (
     create_cors_middleware,
     create_origin_only_middleware,
 )
+from app.pages import PageQueue
 from app.responses import dumps
 from app.user_manager import UserManager
 from comfy.cli_args import args
@@ -46,8 +47,6 @@ from comfy_execution.utils import get_executing_context
 
 __all__ = ["BinaryEventTypes", "PromptServer", "uuid", "web"]
 
-# a page that takes nothing for so long is disconnected, so that it cannot hold up the others
-SEND_TIMEOUT_S = 30.0
 # messages waiting to be sent from which on the queue's length is not told every time
 BACKLOG = 50
 
@@ -85,6 +84,7 @@ class PromptServer:
         self.last_prompt_id: str | None = None
         self.sockets: dict[str, web.WebSocketResponse] = {}
         self.sockets_metadata: dict[str, dict[str, Any]] = {}
+        self._pages: dict[str, PageQueue] = {}
         self.on_prompt_handlers: list[Callable[[Any], Any]] = []
         self.taco_status: Callable[[], dict[str, Any]] = single_rank_status
         self.panel: Any = None
@@ -136,17 +136,20 @@ class PromptServer:
         ws = web.WebSocketResponse()
         await ws.prepare(request)
         sid = request.query.get("clientId", "") or uuid.uuid4().hex
+        if sid in self._pages:
+            self._pages[sid].close()
         self.sockets[sid] = ws
         self.sockets_metadata[sid] = {"feature_flags": {}}
+        page = self._pages[sid] = PageQueue(ws, sid)
         try:
             await self.send("status", {"status": self.get_queue_info(), "sid": sid}, sid)
             if self.client_id == sid and self.last_node_id is not None:
                 await self.send("executing", {"node": self.last_node_id}, sid)
             await self._listen(ws, sid)
         finally:
+            page.close()
             if self.sockets.get(sid) is ws:
-                del self.sockets[sid]
-                del self.sockets_metadata[sid]
+                del self.sockets[sid], self.sockets_metadata[sid], self._pages[sid]
         return ws
 
     async def _listen(self, ws: web.WebSocketResponse, sid: str) -> None:
@@ -175,28 +178,28 @@ class PromptServer:
         return {"exec_info": {"queue_remaining": remaining}}
 
     async def send(self, event: Any, data: Any, sid: str | None = None) -> None:
-        """Send an event to one page, or to all. `event` is a name or one of BinaryEventTypes."""
-        if event == BinaryEventTypes.UNENCODED_PREVIEW_IMAGE:
-            await self._to_pages(await asyncio.to_thread(frames.image_frame, data), sid)
-        elif event == BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA:
-            await self._to_pages(await asyncio.to_thread(frames.image_with_metadata_frame, *data), sid)
-        elif isinstance(data, bytes | bytearray):
-            await self._to_pages(frames.frame(event, bytes(data)), sid)
-        else:
-            await self._to_pages(dumps({"type": event, "data": data}), sid)
+        """Queue an event for one page, or for all. `event` is a name or one of BinaryEventTypes.
 
-    async def _to_pages(self, content: str | bytes, sid: str | None) -> None:
-        targets = list(self.sockets.values()) if sid is None else [ws for ws in [self.sockets.get(sid)] if ws]
-        for ws in targets:
-            try:
-                sending = ws.send_str(content) if isinstance(content, str) else ws.send_bytes(content)
-                await asyncio.wait_for(sending, SEND_TIMEOUT_S)
-            except TimeoutError:
-                logging.warning("a page took nothing for %.0f s and is disconnected", SEND_TIMEOUT_S)
-                if ws._writer is not None and ws._writer.transport is not None:
-                    ws._writer.transport.abort()
-            except (ConnectionError, RuntimeError) as error:
-                logging.warning("send error: %s", error)
+        Returns before the pages have it. Of previews (JPEG) and of the queue's length a page that lags behind gets only
+        the latest.
+        """
+        if event == BinaryEventTypes.UNENCODED_PREVIEW_IMAGE:
+            self._to_pages(await asyncio.to_thread(frames.image_frame, data), sid, _preview(data))
+        elif event == BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA:
+            self._to_pages(await asyncio.to_thread(frames.image_with_metadata_frame, *data), sid, _preview(data[0]))
+        elif isinstance(data, bytes | bytearray):
+            self._to_pages(frames.frame(event, bytes(data)), sid)
+        else:
+            self._to_pages(
+                dumps({"type": event, "data": data}), sid, "status" if event == "status" and sid is None else None
+            )
+
+    def _to_pages(self, content: str | bytes, sid: str | None, replaces: str | None = None) -> None:
+        if sid is None:
+            for page in list(self._pages.values()):
+                page.put(content, replaces)
+        elif sid in self._pages:
+            self._pages[sid].put(content, replaces)
 
     def send_sync(self, event: Any, data: Any, sid: str | None = None) -> None:
         """Like `send`, from any thread, without waiting. Does nothing on ranks that follow."""
@@ -292,6 +295,11 @@ class PromptServer:
                 logging.info("To see the GUI go to: %s://%s:%d", scheme, shown, last[1])
         if call_on_start is not None:
             call_on_start(scheme, self.address, self.port)
+
+
+def _preview(image: tuple[str, Any, int | None]) -> str | None:
+    """Previews replace each other where they wait; pictures sent as PNG are results and all arrive."""
+    return "preview" if image[0] == "JPEG" else None
 
 
 def _bound_port(site: web.TCPSite, port: int) -> int:

@@ -10,6 +10,7 @@ import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
+from comfy import accounting
 from comfy.text_encoders.configs import model_options_for
 
 StateDict = dict[str, torch.Tensor]
@@ -107,6 +108,7 @@ class CLIP:
         model.set_clip_options({**layer, "execution_device": self.patcher.load_device})
         return model.encode_token_weights(tokens)
 
+    @accounting.phase("text")
     def encode_from_tokens(self, tokens: Any, return_pooled: Any = False, return_dict: bool = False) -> Any:
         """Features [1, L, C] of tokens.
 
@@ -119,10 +121,12 @@ class CLIP:
             return self.add_hooks_to_dict(out)
         return (cond, pooled) if return_pooled else cond
 
+    @accounting.phase("text")
     def encode(self, text: str) -> torch.Tensor:
         """Features of a text."""
         return self.encode_from_tokens(self.tokenize(text))
 
+    @accounting.phase("text")
     def encode_from_tokens_scheduled(
         self,
         tokens: Any,

@@ -11,6 +11,7 @@ import torch
 import comfy.model_management as model_management
 import comfy.model_patcher
 import comfy.utils
+from comfy import accounting
 from comfy.ldm.models.autoencoder import AutoencoderKL, config_from_state_dict, convert_diffusers_vae
 
 # Bytes of activations per output pixel and byte of dtype, measured on the 84M-parameter image VAE.
@@ -91,6 +92,7 @@ class VAE:
 
     # --- decoding --------------------------------------------------------------------------------------------------
 
+    @accounting.phase("vae")
     def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None) -> torch.Tensor:
         """Latents [B, C, h, w] -> pictures [B, H, W, 3] in 0..1; in tiles when memory does not suffice.
 
@@ -139,6 +141,7 @@ class VAE:
         steps = sum(comfy.utils.get_tiled_scale_steps(width, height, x, y, overlap) for x, y in tilings)
         return comfy.utils.ProgressBar(samples.shape[0] * steps)
 
+    @accounting.phase("vae")
     def decode_tiled(
         self,
         samples: torch.Tensor,
@@ -163,6 +166,7 @@ class VAE:
             pixels = pixels.narrow(axis, (pixels.shape[axis] % ratio) // 2, size)
         return pixels[..., :3]
 
+    @accounting.phase("vae")
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """Pictures [B, H, W, 3] in 0..1 -> latents [B, C, h, w]; in tiles when memory does not suffice."""
         pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
@@ -192,6 +196,7 @@ class VAE:
         ]  # fmt: skip
         return sum(parts[1:], parts[0]) / 3.0
 
+    @accounting.phase("vae")
     def encode_tiled(
         self,
         pixel_samples: torch.Tensor,

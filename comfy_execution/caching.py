@@ -140,7 +140,8 @@ class Signer:
 class CacheEntry:
     """Result of a node: `outputs[slot]` is a list of values; `ui` what the page shows, `{"meta", "output"}` or None.
 
-    `first_only` says that the node ran on rank 0 alone and the others do not have the values (yet).
+    `first_only` says that the node ran on rank 0 alone and the others do not have the values (yet); `files` are those
+    that the node is still writing.
     """
 
     ui: dict[str, Any] | None
@@ -149,6 +150,7 @@ class CacheEntry:
     owner: tuple[str, str] | None = field(default=None, compare=False)
     used: int = field(default=0, compare=False)
     made: tuple[int, int] = field(default=(0, 0), compare=False)
+    files: list[Any] = field(default_factory=list, compare=False)
 
 
 class CacheType(Enum):

@@ -16,7 +16,7 @@ from comfy_execution.graph import DependencyCycleError, DynamicPrompt, Execution
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.inputs import get_input_data, has_function, is_v3
 from comfy_execution.lockstep import Lockstep, RankError
-from comfy_execution.node_call import failure
+from comfy_execution.node_call import NodeCall, failure
 from comfy_execution.node_execution import ExecutionResult, ends_program, use_lockstep
 from comfy_execution.progress import (
     WebUIProgressHandler,
@@ -88,6 +88,7 @@ class PromptRun(ExecutionList):
         self.ranks = Ranks(lockstep, dynprompt)
         self.ui: dict[str, dict[str, Any]] = {}
         self.pending_ui: dict[str, dict[str, Any]] = {}
+        self.writing: list[NodeCall] = []  # nodes that returned while their files were being written
         self.background: list[asyncio.Task[None]] = []
         self._is_changed = IsChangedCache(prompt_id, dynprompt, caches.outputs)
         self._changed: dict[str, bytes] = {}
@@ -257,6 +258,7 @@ class PromptExecutor:
         try:
             with torch.inference_mode(), nullcontext() if self.lockstep.is_first else self.lockstep.computing:
                 problem = await self._run_nodes(run, prompt_id, extra_data, list(execute_outputs), executed)
+                problem = self._finish_files(run, problem)
                 problem = self._close(problem)
         finally:
             run.cancel()
@@ -333,6 +335,21 @@ class PromptExecutor:
                 raise
             return self._executor_failure(run, current, error)
         return None
+
+    def _finish_files(self, run: PromptRun, problem: Any) -> Any:
+        """Wait for the files that nodes are writing. One that cannot be written is the prompt's failure."""
+        for call in run.writing:
+            error = call.wait_for_files()
+            if error is None:
+                continue
+            run.ui.pop(call.unique_id, None)
+            self.caches.outputs.discard(call.unique_id)
+            if problem is None:
+                error = self.lockstep.fail(error, call.real_node_id)
+                problem = failure(call.real_node_id, error, call.shown_inputs()), error
+        for call in run.writing:
+            call.files.clear()
+        return problem
 
     def _executor_failure(
         self, run: PromptRun, node_id: str, error: BaseException

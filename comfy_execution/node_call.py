@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
+from comfy_execution import writers
 from comfy_execution.caching import CacheEntry, CacheSet
 from comfy_execution.graph import node_class
 from comfy_execution.graph_utils import ExecutionBlocker, is_link
@@ -71,6 +75,8 @@ class NodeCall:
         self.skipped = self.first_only and not self.ranks.lockstep.is_first
         self.input_data_all: InputData | None = None
         self.v3_data: dict[str, Any] = {}
+        self.files: list[Future[None]] = []  # that the node is still writing
+        self.announced = threading.Event()
 
     def instance(self) -> Any:
         obj = self.caches.objects.get(self.unique_id)
@@ -108,6 +114,12 @@ class NodeCall:
         if self.ranks.lockstep.is_first:
             get_progress_state().finish_progress(self.unique_id)
 
+    def wait_for_files(self) -> BaseException | None:
+        """Wait until the node's files are written and the page was told; the first error."""
+        self.announced.wait()
+        errors = [future.exception() for future in self.files]
+        return next((error for error in errors if error is not None), None)
+
     def announce_output(self, output: Any) -> None:
         if self.server.client_id is not None:
             message = {
@@ -117,6 +129,14 @@ class NodeCall:
                 "prompt_id": self.prompt_id,
             }
             self.server.send_sync("executed", message, self.server.client_id)
+
+    def announce_when_written(self, output: Any) -> None:
+        """Tell the page a node's output, as soon as its files are complete."""
+        if self.files:
+            self.execution_list.writing.append(self)
+            self.announced = writers.when_done(self.files, partial(self.announce_output, output))
+        else:
+            self.announce_output(output)
 
     def blocked(self, executed: Any) -> Callable[[ExecutionBlocker], ExecutionBlocker]:
         """What becomes of a blocker that reaches this node: one with a message is reported, then blocks silently."""
@@ -150,11 +170,11 @@ class NodeCall:
                 "real_node_id": self.real_node_id,
             }
             entry_ui = {"meta": meta, "output": ui}
-            self.announce_output(ui)
+            self.announce_when_written(ui)
         owner = None
         if self.real_node_id != self.unique_id:
             owner = (self.real_node_id, self.dynprompt.get_node(self.real_node_id)["class_type"])
-        entry = CacheEntry(entry_ui, output, first_only=self.first_only, owner=owner)
+        entry = CacheEntry(entry_ui, output, first_only=self.first_only, owner=owner, files=self.files)
         self.caches.outputs.set(self.unique_id, entry)
 
 

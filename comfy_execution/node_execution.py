@@ -17,7 +17,7 @@ from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
 
-from comfy_execution import async_calls, seams
+from comfy_execution import async_calls, seams, writers
 from comfy_execution.caching import CacheSet
 from comfy_execution.graph import DynamicPrompt, ExecutionBlocker, is_async_node
 from comfy_execution.graph_utils import GraphBuilder
@@ -100,7 +100,7 @@ async def _async_map_node_over_list(
                 task = await async_calls.begin(lockstep, prompt_id, name, partial(function, **arguments))
             results.append(task.result() if task.done() else task)
         else:
-            with CurrentNodeContext(prompt_id, unique_id, list_index):
+            with CurrentNodeContext(prompt_id, unique_id, list_index), writers.called_by_executor(obj):
                 results.append(function(**arguments))
     return results
 
@@ -172,6 +172,16 @@ async def _wanted_lazy_inputs(call: NodeCall, missing: dict[str, bool]) -> list[
     return await call.ranks.decide_async("lazy inputs", ask)
 
 
+def _is_watched() -> bool:
+    """Whether a pack replaced a function through which nodes are called: it may read a node's files when it returns."""
+    used = seams.replaceable()
+    return (used.execute, used.get_output_data, used._async_map_node_over_list) != (
+        execute,
+        get_output_data,
+        _async_map_node_over_list,
+    )
+
+
 class _Finished(NamedTuple):
     """Result of an asynchronous node that this rank has before rank 0 has its own."""
 
@@ -204,7 +214,10 @@ async def _run(call: NodeCall, executed: Any, pending_async_nodes: dict[str, Any
         def before(call_index: int) -> None:
             GraphBuilder.set_default_prefix(unique_id, call_index, 0)
 
-        with call.ranks.lockstep.alone() if call.first_only else nullcontext():
+        with (
+            call.ranks.lockstep.alone() if call.first_only else nullcontext(),
+            nullcontext([]) if _is_watched() else writers.collecting() as call.files,
+        ):
             output, ui, has_subgraph, pending = await seams.replaceable().get_output_data(
                 call.prompt_id,
                 unique_id,
@@ -298,7 +311,8 @@ async def execute(
         call = NodeCall(server, dynprompt, caches, unique_id, extra_data, prompt_id, execution_list)
         cached = caches.outputs.get(unique_id)
         if cached is not None:
-            call.announce_output((cached.ui or {}).get("output"))
+            call.files = cached.files
+            call.announce_when_written((cached.ui or {}).get("output"))
             call.announce_end()
             execution_list.keep_ui(unique_id, cached)
             return ExecutionResult.SUCCESS, None, None

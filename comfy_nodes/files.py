@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 import comfy.utils
 import folder_paths
 import node_helpers
+from comfy import accounting
+from comfy_execution import writers
 
 # formats whose further frames are not a sequence of pictures
 SINGLE_FRAME_FORMATS = ("MPO",)
@@ -193,25 +196,35 @@ class SaveImage:
     def save_images(
         self, images: torch.Tensor, filename_prefix: str = "ComfyUI", prompt: Any = None, extra_pnginfo: Any = None
     ):
-        """PNG files that carry prompt and workflow; `%batch_num%` in the name is the position in the batch."""
-        from PIL import Image
+        """PNG files that carry prompt and workflow; `%batch_num%` in the name is the position in the batch.
+
+        They are complete on return, except when the executor calls the node itself: see `writers`.
+        """
         from PIL.PngImagePlugin import PngInfo
 
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix + self.prefix_append, self.output_dir, images[0].shape[1], images[0].shape[0]
-        )
-        info = PngInfo()
-        for key, text in metadata_texts(prompt, extra_pnginfo).items():
-            info.add_text(key, text)
-        results = []
-        for position, image in enumerate(images):
-            pixels = (255.0 * image.cpu().float().numpy()).clip(0, 255).astype(np.uint8)
-            file = f"{name.replace('%batch_num%', str(position))}_{counter + position:05}_.png"
-            Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
-                os.path.join(folder, file), pnginfo=info, compress_level=self.compress_level
+        with accounting.phase("save"):
+            folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+                filename_prefix + self.prefix_append, self.output_dir, images[0].shape[1], images[0].shape[0]
             )
-            results.append({"filename": file, "subfolder": subfolder, "type": self.type})
+            info = PngInfo()
+            for key, text in metadata_texts(prompt, extra_pnginfo).items():
+                info.add_text(key, text)
+            files, results = {}, []
+            for position, image in enumerate(images):
+                pixels = (255.0 * image.cpu().float().numpy()).clip(0, 255).astype(np.uint8)
+                file = f"{name.replace('%batch_num%', str(position))}_{counter + position:05}_.png"
+                files[os.path.join(folder, file)] = partial(_encode_png, pixels, info, self.compress_level)
+                results.append({"filename": file, "subfolder": subfolder, "type": self.type})
+            writers.write(self if _is_core_saver(type(self)) else None, files)
         return {"ui": {"images": results}}
+
+
+def _encode_png(pixels: np.ndarray, info: Any, compress_level: int, file: Any) -> None:
+    """Write uint8 pixels [H, W, C] as PNG."""
+    from PIL import Image
+
+    picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    picture.save(file, format="PNG", pnginfo=info, compress_level=compress_level)
 
 
 class PreviewImage(SaveImage):
@@ -231,6 +244,14 @@ class PreviewImage(SaveImage):
         # not from `random`, whose global state belongs to the nodes' seeds
         self.prefix_append = "_temp_" + "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(5))
         self.compress_level = 1
+
+
+_save_images = SaveImage.save_images
+
+
+def _is_core_saver(cls: type) -> bool:
+    """Whether a class saves with our code only: a pack's subclass, or its replacement of the function, may read files."""
+    return cls in (SaveImage, PreviewImage) and cls.save_images is _save_images
 
 
 class SaveLatent:

@@ -417,7 +417,7 @@ class WeightStore:
         elif self._stream is not None and self._stream.modules == modules:
             self._stream.attach()
         else:
-            self._stream = WeightStream(device, modules)
+            self._stream = WeightStream(device, modules, self._stream)
 
     # --- leaving ---------------------------------------------------------------------------------------------------
 

@@ -1,21 +1,24 @@
 """Weights that do not fit on a GPU, brought over before their layers ask for them.
 
 The first pass through the network shows in which order its layers are used; from then on copies for the layers to come
-run while others compute, around the end of a denoising step too. Copies use the pinned ring of `staging`.
+run while others compute, around the end of a denoising step too. Where host memory suffices the weights are kept pinned,
+so that the copy engine needs nobody's help; else they go through the pinned ring of `staging`.
 """
 
 from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from comfy import accounting
 
-from .staging import Arrival, can_stage, stager_for
+from .pinned import pinned_copies
+from .staging import can_stage, stager_for
 
 AHEAD_BYTES = 768 << 20
 IN_USE_BYTES = 768 << 20
@@ -26,12 +29,14 @@ Tensors = dict[str, torch.Tensor]
 class WeightStream:
     """The layers of one network whose weights wait in host memory. `take` is called by `comfy.ops.cast_bias_weight`."""
 
-    def __init__(self, device: torch.device, modules: Sequence[Any]) -> None:
+    def __init__(self, device: torch.device, modules: Sequence[Any], before: WeightStream | None = None) -> None:
         self._device = device
         self.modules = tuple(modules)
+        self._pinned: dict[torch.Tensor, torch.Tensor] = {}
+        self._pin({} if before is None else before._pinned)
         self._next: dict[int, Any] = {}
         self._last: Any = None
-        self._pending: collections.OrderedDict[int, tuple[Tensors, Arrival | None, int]] = collections.OrderedDict()
+        self._pending: collections.OrderedDict[int, tuple[Tensors, Callable[[], None], int]] = collections.OrderedDict()
         self._pending_bytes = 0
         self._in_use: collections.deque[tuple[Any, int]] = collections.deque()
         self._in_use_bytes = 0
@@ -48,6 +53,20 @@ class WeightStream:
         for module in self.modules:
             module.streamed_weights = self
 
+    def _pin(self, known: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Keep pinned copies of the layers' weights, those of an earlier stream among them."""
+        sources = [
+            weight
+            for module in self.modules
+            for name, weight in module.named_parameters(recurse=False)
+            if name in ("weight", "bias") and type(weight) is torch.nn.Parameter and weight.device.type == "cpu"
+        ]
+        self._pinned = {source: known[source] for source in sources if source in known}
+        missing = [source for source in sources if source not in known]
+        copies = pinned_copies(missing)
+        if copies is not None:
+            self._pinned.update(zip(missing, copies))
+
     def take(self, module: Any) -> Tensors:
         """The weights of a layer on the device, `weight` and, if it has one, `bias`, as they are stored.
 
@@ -56,10 +75,9 @@ class WeightStream:
         if id(module) not in self._pending:
             self._forget_pending()
             self._request(module)
-        tensors, arrival, size = self._pending.pop(id(module))
+        tensors, wait, size = self._pending.pop(id(module))
         self._pending_bytes -= size
-        if arrival is not None:
-            arrival.wait()
+        wait()
         stream = torch.cuda.current_stream(self._device)
         for tensor in tensors.values():
             tensor.record_stream(stream)
@@ -95,18 +113,23 @@ class WeightStream:
         pairs = []
         with torch.cuda.stream(stager.stream), torch.inference_mode(False):
             for name, source in module.named_parameters(recurse=False):
-                if name not in ("weight", "bias"):
+                if name not in ("weight", "bias") or type(source) is not torch.nn.Parameter:
                     continue
-                if type(source) is torch.nn.Parameter:
-                    target = torch.empty(source.shape, dtype=source.dtype, device=self._device)
-                    if can_stage(source, target):
-                        pairs.append((source, target))
-                    else:
-                        target.copy_(source.detach(), non_blocking=True)
-                    tensors[name] = target
-        arrival = stager.start(pairs, targets_free=True) if tensors else None
+                target = torch.empty(source.shape, dtype=source.dtype, device=self._device)
+                tensors[name] = target
+                pinned = self._pinned.get(source)
+                if pinned is None and can_stage(source, target):
+                    pairs.append((source, target))
+                else:
+                    target.copy_(source.detach() if pinned is None else pinned, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(stager.stream)
+        if pairs:
+            wait = stager.start(pairs, targets_free=True).wait
+        else:
+            wait = functools.partial(torch.cuda.Stream.wait_event, torch.cuda.current_stream(self._device), arrived)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        self._pending[id(module)] = (tensors, arrival, size)
+        self._pending[id(module)] = (tensors, wait, size)
         self._pending_bytes += size
         accounting.count("weight_bytes", size)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from functools import partial
 from typing import Any
 
 import torch
 
 import folder_paths
 from comfy_api.latest._types import FolderType
+from comfy_execution import writers
 
 
 class SavedResult(dict[str, Any]):
@@ -134,11 +136,13 @@ class ImageSaveHelper:
         for key, text in cls_._texts(cls).items():
             info.add_text(key, text)
         folder, name, counter, subfolder = cls_._place(filename_prefix, folder_type, images)
-        results = []
+        files, results = {}, []
         for position, picture in enumerate(cls_._pictures(images)):
             file = f"{name.replace('%batch_num%', str(position))}_{counter + position:05}_.png"
-            picture.save(os.path.join(folder, file), pnginfo=info, compress_level=compress_level)
+            save = partial(picture.save, format="PNG", pnginfo=info, compress_level=compress_level)
+            files[os.path.join(folder, file)] = save
             results.append(SavedResult(file, subfolder, folder_type))
+        writers.write(None, files)
         return results
 
     @classmethod

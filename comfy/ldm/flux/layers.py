@@ -17,6 +17,7 @@ import comfy.ldm.common_dit
 import comfy.ops
 from comfy.ldm import dit
 from comfy.ldm.modules.attention import AttentionSpec, joined_heads, meet
+from comfy.ldm.modules.copy_runs import joined_tokens
 from comfy.ldm.modules.fused import linear_of_pair, mlp_gelu, split_linear, split_linear_rest
 from comfy.ldm.modules.modulate import add_gated, add_gated_norm_modulate, norm_modulate
 from comfy.ldm.modules.norm_rope import norm_and_rotate
@@ -208,7 +209,7 @@ def _normed(
 @dit.stage
 def _joined(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values of two streams as one sequence: [B, H, L1, D] and [B, H, L2, D] -> [B, H, L1+L2, D]."""
-    return tuple(torch.cat([t.transpose(1, 2) for t in pair], dim=1).transpose(1, 2) for pair in zip(first, second))
+    return tuple(joined_tokens(*pair) for pair in zip(first, second))
 
 
 def _clamped(x: torch.Tensor) -> torch.Tensor:

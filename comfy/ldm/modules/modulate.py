@@ -67,6 +67,8 @@ def _fits(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether the kernel covers these tensors."""
     if not x.is_cuda or x.dtype not in _HALF or x.ndim != 3 or x.shape[-1] > _LARGEST_ROW or not _available():
         return False
+    if torch.compiler.is_compiling():
+        return False  # the compiler fuses the torch operations by itself
     tensors = (x, *others)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False  # the kernel has no derivative
@@ -90,7 +92,6 @@ def _strides(tensor: torch.Tensor) -> tuple[int, int]:
     )
 
 
-@torch.library.custom_op("taco::modulate", mutates_args=())
 def _modulate(
     x: torch.Tensor,
     y: torch.Tensor | None,
@@ -115,14 +116,6 @@ def _modulate(
         GATED=gated, NORMED=normed, BLOCK=block, num_warps=4 if block <= 2048 else 8,
     )  # fmt: skip
     return summed, target
-
-
-@_modulate.register_fake
-def _(x: Any, y: Any, gate: Any, scale: Any, shift: Any, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        x.new_empty(x.shape if y is not None else (0,)),
-        x.new_empty(x.shape if scale is not None else (0,)),
-    )
 
 
 def norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

@@ -47,7 +47,6 @@ def _kernel() -> Any:
     return norm_rotate
 
 
-@torch.library.custom_op("taco::norm_rotate", mutates_args=())
 def _norm_rotate(x: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, eps: float) -> torch.Tensor:
     """x [B, L, H, D] (rows of a token contiguous), scale [D], table [B or 1, 1, L, D/2, 2, 2] -> [B, L, H, D]."""
     batch, tokens, heads, size = x.shape
@@ -59,11 +58,6 @@ def _norm_rotate(x: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, eps:
         table.stride(0) if table.shape[0] > 1 else 0, eps, SIZE=size, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
-
-
-@_norm_rotate.register_fake
-def _(x: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, eps: float) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @functools.cache
@@ -88,6 +82,8 @@ def norm_and_rotate(
     size = q.shape[-1]
     fits = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and size >= 16 and size & (size - 1) == 0
     trains = torch.is_grad_enabled() and q.requires_grad  # the kernel has no derivative
+    if torch.compiler.is_compiling():  # the compiler fuses the torch operations by itself
+        return None
     if not fits or trains or table.dtype != torch.float32 or not _available():
         return None
     q, k = q.transpose(1, 2), k.transpose(1, 2)

@@ -84,6 +84,7 @@ class Waits:
         self._connections = connections
         self._readers: dict[int, _Reader] = {}
         self._poked = threading.Event()
+        self.on_tick: Callable[[], None] = lambda: None  # called every TICK_S while a prompt runs
         self.busy = False  # while a prompt runs, waits are looked after every TICK_S; else when one begins
         threading.Thread(target=self._look_after, name="taco-waits", daemon=True).start()
 
@@ -116,16 +117,20 @@ class Waits:
         while True:
             self._poked.wait(TICK_S if self.busy or self._readers else None)
             self._poked.clear()
-            for reader in list(self._readers.values()):
-                if reader.stopped or not reader.stop():
-                    continue
+            try:
+                if self.busy:
+                    self.on_tick()
+                self._stop_readers()
+            except RuntimeError as error:  # the store is gone: the job is ending
+                logging.debug("waits are not looked after any more: %s", error)
+                return
+
+    def _stop_readers(self) -> None:
+        for reader in list(self._readers.values()):
+            if not reader.stopped and reader.stop():
                 reader.stopped = True
-                try:
-                    with self._connections.borrow() as store:
-                        store.compare_set(reader.key, "", STOPPED.decode())
-                except RuntimeError as error:  # the store is gone: the job is ending
-                    logging.debug("waits are not looked after any more: %s", error)
-                    return
+                with self._connections.borrow() as store:
+                    store.compare_set(reader.key, "", STOPPED.decode())
 
 
 class EventReader:

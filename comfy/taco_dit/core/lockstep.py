@@ -4,55 +4,32 @@ Every prompt is an epoch. Within it, rank r's part of the n-th turn of a task li
 rank 0 never waits for followers except where it gathers. Each value begins with what it is about, so that ranks that took
 different ways find out at the first key they read of each other, instead of waiting for each other for ever.
 
-Failures travel by the event log, which a thread on every rank reads: a rank that leaves a prompt appends a report, the
-supervisor appends that a process ended. The thread then abandons the data plane, which frees a thread that is inside a
-collective, and ends the waits of this rank. So a rank is waited for as long as its process lives and nobody failed; after
-a failure every rank must come to `end` within END_S or is ended from outside.
+A rank is waited for as long as its process lives and nobody failed (`rank_group` says how that is known); after a failure
+every rank must come to `end` within a time limit or is ended from outside.
 """
 
 from __future__ import annotations
 
 import io
-import logging
-import os
 import pickle
-import signal
-import socket
-import threading
 import time
-import traceback as traceback_module
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 import comfy.model_management
-from comfy_execution.lockstep import MAIN_TASK, Lockstep, RankError, current_task, is_alone
+from comfy_execution.lockstep import MAIN_TASK, current_task, is_alone
 
-from .control_store import (
-    EVENT_COUNT,
-    STOPPING,
-    Connections,
-    EventReader,
-    Waits,
-    append_event,
-    end_request_key,
-    event_key,
-)
+from .control_store import event_key
 from .distributed_manager import TACODiTDistributedManager
-from .members import Members
+from .rank_group import ABORT_S, CAUSE_S, UNKNOWN, RankGroup
+from .rank_watch import END_S
 
 T = TypeVar("T")
 _LARGE = 1 << 20  # bytes from which a shared value travels by the data plane
-_PATIENCE_S = 2.0  # how long a cancelled prompt may take to reach a point where all ranks stop together
-_GIVE_UP_S = 10.0  # how long rank 0 may stay inside a collective after a cancel before the collective is abandoned
-END_S = 10.0  # how long a follower may take to leave a prompt that failed, once rank 0 has left it
-FIRST_END_S = 300.0  # the same for rank 0, which costs the queue when it is ended
-ABORT_S = 5.0  # how long to wait for the abort of the process groups; it goes on in its thread
-CAUSE_S = 2.0  # how long to wait for the cause of a broken connection
-JOIN_S = 600.0  # how long a rank may take to start
-_LOST_PEER = ("connection closed", "connection reset", "broken pipe", "connection refused", "gloo", "nccl", "socket")
+FIRST_END_S = 300.0  # how long rank 0 may take to leave a prompt that failed; to end it costs the queue
 
 
 class OutOfStepError(RuntimeError):
@@ -67,146 +44,20 @@ class _Turns:
         self.keys: list[str] = []
 
 
-class RankLockstep(Lockstep):
+class RankLockstep(RankGroup):
     """`Lockstep` for several ranks."""
 
     def __init__(self, manager: TACODiTDistributedManager) -> None:
-        if manager.store is None or manager.data is None:
-            raise ValueError("RankLockstep needs several ranks; use Lockstep for one")
-        self._manager = manager
-        self._store = manager.store
-        self._data = manager.data
-        self.rank = manager.rank
-        self.world_size = manager.world_size
-        self.on_members: Callable[[list[dict[str, Any]]], None] = lambda infos: None
-        self.epoch = 0
-        self._prompt_id = ""
-        self._open = False
-        self._failed = False
-        self._abort: dict[str, Any] | None = None
-        self._coming: dict[int, dict[str, Any]] = {}  # reports of epochs this rank has not begun
         self._tasks: dict[str, _Turns] = {}
-        self._old_keys: list[str] = []
-        self._cancelled_at: float | None = None
-        self._abandoning: threading.Thread | None = None
-        self._envelope: dict[str, Any] = {}  # of the prompt that was announced last
-        self._commands: dict[int, int] = {}
-        self._renew = False
-        self._changed = threading.Condition(threading.RLock())
-        self._connections = Connections(manager.another_store)
-        self._waits = Waits(self._connections)
-        self.members = Members(self.rank, self.world_size)
-        self._seen = self._deleted = self._first_event()
-        EventReader(manager.another_store(), self._seen, self._on_event).begin()
-        if self.rank == 0:
-            threading.Thread(target=self._look_after_cancel, name="taco-cancel", daemon=True).start()
-
-    def _first_event(self) -> int:
-        """Number of the last event that does not concern this process.
-
-        A process that takes a rank's place begins with what happens from now on. So does a rank 0 that began anew in the
-        same process (a pack called `execv`); it has the followers replaced, and numbers epochs above those used.
-        """
-        if self.rank == 0:
-            starts = int(self._store.add("starts of rank 0", 1))
-            if starts > 1:
-                self.epoch = (starts - 1) * 1_000_000
-                for rank in range(1, self.world_size):
-                    self._store.set(end_request_key(rank), "rank 0 began anew")
-                return int(self._store.add(EVENT_COUNT, 0))
-            return 0
-        return int(self._store.add(EVENT_COUNT, 0)) if self._manager.info.incarnation else 0
-
-    # --- who is there ----------------------------------------------------------------------------------------------
-
-    def join(self, info: dict[str, Any]) -> list[dict[str, Any]]:
-        """This rank is ready; `info` describes it (plain data). On rank 0: wait for all, and all descriptions.
-
-        Raises TimeoutError naming the ranks that did not start within JOIN_S.
-        """
-        event = {"kind": "joined", "rank": self.rank, "incarnation": self._manager.info.incarnation, "info": info}
-        if self.rank:
-            append_event(self._store, event)
-            return [info]
-        with self._changed:
-            self.members.joined(event)
-            if not self._changed.wait_for(lambda: not self.members.missing(), JOIN_S):
-                raise TimeoutError(f"rank {_listed(self.members.missing())} did not start within {JOIN_S:.0f} s")
-            self._renew = False
-            return self._infos()
-
-    def _infos(self) -> list[dict[str, Any]]:
-        return [self.members.infos[rank] for rank in sorted(self.members.infos)]
-
-    def prepare(self) -> bool:
-        with self._changed:
-            missing = self.members.missing() if self.members.infos else []
-            if missing:
-                logging.warning("waiting for rank %s, which is being started again", _listed(missing))
-            end = time.monotonic() + JOIN_S
-            while self.members.infos and self.members.missing():
-                comfy.model_management.raise_if_interrupted()
-                if time.monotonic() > end:
-                    rank = self.members.missing()[0]
-                    self._end_from_outside(rank, f"rank {rank} was not ready within {JOIN_S:.0f} s")
-                    raise RankError(**self.members.report(rank))
-                self._changed.wait(0.2)
-            if missing:
-                logging.warning("rank %s is back", _listed(missing))
-            return self._renew
-
-    def _end_from_outside(self, rank: int, why: str) -> None:
-        """Ask the supervisor to end a rank; without one (torchrun) end it from here, and torchrun starts all again."""
-        logging.error("%s; it is ended and started again", why)
-        if self._manager.supervised:
-            self._store.set(end_request_key(rank), why)
-            return
-        info = self.members.infos.get(rank, {})
-        if info.get("host") == socket.gethostname() and info.get("pid") not in (None, os.getpid()):
-            os.kill(int(info["pid"]), signal.SIGKILL)
-
-    # --- commands: rank 0 tells followers what to run --------------------------------------------------------------
-
-    def announce(self, command: dict[str, Any]) -> None:
-        """Send a command to all followers; only rank 0. A follower deletes a command when it has read it."""
-        kind = command.get("kind")
-        envelope = {"command": pickle.dumps(command), "kind": kind, "epoch": self.epoch + 1}
-        with self._changed:
-            envelope |= {"seen": self._seen, "renew": self._renew}
-            followers = [(rank, self.members.incarnations[rank]) for rank in self.members.followers()]
-        payload = pickle.dumps(envelope)
-        if kind == "stop":
-            self._store.set(STOPPING, b"1")
-        if kind == "prompt":
-            self._envelope = envelope
-        for rank, incarnation in followers:
-            self._commands[rank] = self._commands.get(rank, 0) + 1
-            self._store.set(f"command/{rank}.{incarnation}/{self._commands[rank]}", payload)
-
-    def commands(self) -> Iterator[dict[str, Any]]:
-        """Commands for a follower, as they come; waiting costs no CPU time."""
-        number = 0
-        while True:
-            number += 1
-            key = f"command/{self.rank}.{self._manager.info.incarnation}/{number}"
-            envelope = pickle.loads(self._store.get(key))
-            self._store.delete_key(key)
-            if envelope["kind"] == "prompt":
-                self._envelope = envelope
-            try:
-                command = pickle.loads(envelope["command"])
-            except Exception as error:  # noqa: BLE001 - a value of a class that this rank does not have
-                logging.exception("a command of rank 0 cannot be read on this rank")
-                self.refuse("", error)
-                continue
-            if command.get("kind") == "stop":
-                return
-            yield command
+        self._old_keys: list[str] = []  # of tasks that are over, to be deleted when every rank has read them
+        super().__init__(manager)
 
     # --- prompts ---------------------------------------------------------------------------------------------------
 
     def begin(self, prompt_id: str) -> None:
         envelope, self._envelope = self._envelope, {}
+        if envelope.get("renew"):
+            self._abandon(self.epoch)
         if self._abandoning is not None:
             self._abandoning.join(ABORT_S)
             self._abandoning = None
@@ -222,12 +73,11 @@ class RankLockstep(Lockstep):
             self._tasks = {}
             self._failed = False
             self._cancelled_at = None
-            self._renew = False
-            if envelope.get("renew"):
-                self._data.abort()
+            self._renew = bool(self.members.dead)  # who died since the prompt was announced will be replaced
             if self._data.aborted:
                 self._data.renew(self.epoch)
             self._open = self._waits.busy = True
+        self._waits.poke()
 
     def end(self) -> None:
         if not self._open:
@@ -270,10 +120,10 @@ class RankLockstep(Lockstep):
                     break
                 if rank in self.members.dead:
                     break
-                if not self._troubled() and self._cancelled_too_long():
+                if not self.troubled() and self.cancelled_too_long():
                     problem = self.fail(comfy.model_management.InterruptProcessingException())
                     comfy.model_management.interrupt_current_processing(False)
-                elif self._troubled():
+                elif self.troubled():
                     self._wait_for_death(rank)
             self._store.delete_key(key)
         with self._changed:
@@ -296,7 +146,7 @@ class RankLockstep(Lockstep):
 
     def _wait_for_death(self, rank: int) -> None:
         """A follower did not leave a failed prompt in time: have it ended, and go on without it."""
-        self._end_from_outside(rank, f"rank {rank} did not leave the prompt within {END_S:.0f} s of its failure")
+        self.end_from_outside(rank, f"rank {rank} did not leave the prompt within {END_S:.0f} s of its failure")
         with self._changed:
             if not self._changed.wait_for(lambda: rank in self.members.dead, END_S):
                 self.members.dead[rank] = "it did not answer"
@@ -308,13 +158,13 @@ class RankLockstep(Lockstep):
         deadline = self._Deadline(self, FIRST_END_S)
         value = self._waits.get(key, deadline.over)
         if value is None:
-            self._end_from_outside(0, f"rank 0 did not leave the prompt within {FIRST_END_S:.0f} s of its failure")
+            self.end_from_outside(0, f"rank 0 did not leave the prompt within {FIRST_END_S:.0f} s of its failure")
             raise RuntimeError("rank 0 does not answer")
         self._store.delete_key(key)
         verdict = pickle.loads(value)
         with self._changed:
             if verdict["failed"] and self._abort is None:
-                self._abort = verdict["report"] or _UNKNOWN
+                self._abort = verdict["report"] or UNKNOWN
 
     class _Deadline:
         """Runs from when the prompt is known to have failed, or was cancelled; without either there is none."""
@@ -326,107 +176,11 @@ class RankLockstep(Lockstep):
 
         def over(self) -> bool:
             """Whether whoever waits should look after it."""
-            if not self._lockstep._troubled():
-                return self._lockstep._cancelled_too_long()
+            if not self._lockstep.troubled():
+                return self._lockstep.cancelled_too_long()
             if self._since is None:
                 self._since = time.monotonic()
             return time.monotonic() - self._since > self._seconds
-
-    def refuse(self, prompt_id: str, error: BaseException) -> None:
-        if not self._open:
-            if not self._envelope:
-                return
-            self.begin(prompt_id)
-        self.fail(error)
-        try:
-            self.end()
-        except Exception as other:  # noqa: BLE001 - the prompt is refused already
-            logging.debug("while a prompt was refused: %s", other)
-
-    # --- failures --------------------------------------------------------------------------------------------------
-
-    def _on_event(self, number: int, event: dict[str, Any]) -> None:
-        kind = event["kind"]
-        with self._changed:
-            self._seen = number
-            if kind == "failed":
-                self._note_failure(event["epoch"], event["report"])
-            elif kind == "died" and self.members.died(event):
-                self._renew = True
-                self._commands.pop(int(event["rank"]), None)
-                if self._open:
-                    self._note_failure(self.epoch, self.members.report(int(event["rank"])))
-            elif kind == "joined":
-                self.members.joined(event)
-            self._changed.notify_all()
-        if kind == "joined" and self.rank == 0:
-            self.on_members(self._infos())
-        self._waits.poke()
-
-    def _note_failure(self, epoch: int, report: dict[str, Any]) -> None:
-        if epoch > self.epoch:
-            self._coming.setdefault(epoch, report)
-        elif epoch == self.epoch and self._open and self._abort is None:
-            self._abort = report
-            self._abandon(epoch, wait=False)
-
-    def _abandon(self, epoch: int, wait: bool = True) -> None:
-        """Leave the collectives of an epoch, in a thread: the abort of a communicator may take its time."""
-        with self._changed:
-            if epoch != self.epoch:
-                return
-            if self._abandoning is None:
-                self._abandoning = threading.Thread(target=self._data.abort, name="taco-abort", daemon=True)
-                self._abandoning.start()
-            thread = self._abandoning
-        if wait:
-            thread.join(ABORT_S)
-            if thread.is_alive():
-                logging.error("the process groups of the failed prompt could not be left within %.0f s", ABORT_S)
-
-    def fail(self, error: BaseException, node_id: str | None = None) -> BaseException:
-        if not self._open or getattr(error, "agreed", False) or isinstance(error, RankError):
-            return error
-        info = {
-            "rank": self.rank,
-            "device": str(self._manager.device),
-            "cause": type(error).__name__,
-            "detail": str(error),
-            "node_id": node_id,
-            "traceback": traceback_module.format_tb(error.__traceback__),
-        }
-        with self._changed:
-            if _lost_peer(error):  # whoever left or died is reported by itself or by the supervisor
-                self._changed.wait_for(lambda: self._abort is not None, CAUSE_S)
-            self._failed = True
-            known = self._abort is not None
-        if not known:
-            number = append_event(self._store, {"kind": "failed", "epoch": self.epoch, "report": info})
-            with self._changed:
-                self._changed.wait_for(lambda: self._seen >= number, CAUSE_S)
-        self._abandon(self.epoch)
-        report = self._abort or info
-        same = all(report[key] == info[key] for key in ("cause", "detail", "node_id"))
-        return error if report["rank"] == self.rank or same else self._error_of(report)
-
-    def check(self) -> None:
-        if self._abort is not None and not self._failed:
-            raise self._rank_error()
-
-    def _troubled(self) -> bool:
-        return self._failed or self._abort is not None
-
-    def _rank_error(self) -> BaseException:
-        return self._error_of(self._abort or _UNKNOWN)
-
-    @staticmethod
-    def _error_of(report: dict[str, Any]) -> BaseException:
-        """What a rank raises because of another's report."""
-        if report["cause"] == "InterruptProcessingException":
-            error = comfy.model_management.InterruptProcessingException()
-            error.agreed = True  # type: ignore[attr-defined]
-            return error
-        return RankError(**report)
 
     # --- decisions -------------------------------------------------------------------------------------------------
 
@@ -495,7 +249,7 @@ class RankLockstep(Lockstep):
     def interrupt_check(self) -> None:
         """What `throw_exception_if_processing_interrupted` does.
 
-        Ranks that move together stop at `gate` or before the next node. When neither comes within `_PATIENCE_S` (a long
+        Ranks that move together stop at `gate` or before the next node. When neither comes within `PATIENCE_S` (a long
         loop inside a node), rank 0 leaves by itself, as if it had failed, and the others follow at their next check.
         """
         if is_alone() or not self._open:
@@ -503,31 +257,8 @@ class RankLockstep(Lockstep):
             return
         if self.rank:
             self.check()  # rank 0 does not: it is about to make the same mistake, and should tell it as its own
-        elif self._cancelled_too_long():
+        elif self.cancelled_too_long():
             comfy.model_management.raise_if_interrupted()
-
-    def _cancelled_for(self) -> float:
-        """Seconds since rank 0 first saw that the prompt was cancelled; 0 when it was not."""
-        if self.rank or not comfy.model_management.processing_interrupted():
-            return 0.0
-        now = time.monotonic()
-        if self._cancelled_at is None:
-            self._cancelled_at = now
-        return now - self._cancelled_at
-
-    def _cancelled_too_long(self) -> bool:
-        return self._cancelled_for() > _PATIENCE_S
-
-    def _look_after_cancel(self) -> None:
-        """On rank 0: a cancel is obeyed also when the main thread is inside a collective that a peer never entered."""
-        while True:
-            time.sleep(1.0)
-            with self._changed:
-                if not self._open or self._troubled() or self._cancelled_for() < _GIVE_UP_S:
-                    continue
-                epoch, device = self.epoch, str(self._manager.device)
-            report = {"rank": 0, "device": device, "cause": "InterruptProcessingException", "detail": "cancelled"}
-            append_event(self._store, {"kind": "failed", "epoch": epoch, "report": report | {"node_id": None}})
 
     def gate(self) -> None:
         """Once per denoiser call: all ranks go on, or all raise InterruptProcessingException here."""
@@ -585,7 +316,7 @@ class RankLockstep(Lockstep):
             value = self._waits.get(key, self._no_more_waiting)
         if value is None:
             self._old_keys.append(key)  # it holds the mark that ended the wait
-            if not self._troubled():
+            if not self.troubled():
                 comfy.model_management.raise_if_interrupted()
         self.check()
         if value is None:
@@ -593,28 +324,11 @@ class RankLockstep(Lockstep):
         return value
 
     def _no_more_waiting(self) -> bool:
-        return self._troubled() or self._cancelled_too_long()
+        return self.troubled() or self.cancelled_too_long()
 
     def _delete(self, keys: list[str]) -> None:
         for key in keys:
             self._store.delete_key(key)
-
-
-_UNKNOWN = {
-    "rank": -1, "device": "?", "cause": "unknown", "detail": "another rank failed", "node_id": None, "traceback": [],
-}  # fmt: skip
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks))
-
-
-def _lost_peer(error: BaseException) -> bool:
-    """Whether an error may follow from another rank that left or died."""
-    text = str(error).lower()
-    return isinstance(error, ConnectionError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_PEER)
-    )
 
 
 def _packed(value: Any) -> bytes:

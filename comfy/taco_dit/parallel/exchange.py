@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from comfy.ldm import dit
+from comfy.ldm.modules.copy_runs import copy_runs
 from comfy.taco_dit.core.plan import share
 
 Range = tuple[int, int]
@@ -60,7 +61,7 @@ def pack_heads(parts: Sequence[torch.Tensor], heads: Sequence[Range]) -> torch.T
     if all(bounds == (width * rank, width * (rank + 1)) for rank, bounds in enumerate(heads)):
         send = parts[0].new_empty((ranks, local, batch, len(parts), width, size))
         for i, part in enumerate(parts):  # each is read once and written once, where it belongs
-            send[:, :, :, i] = part.permute(2, 0, 1, 3).unflatten(2, (ranks, width)).movedim(2, 0)
+            copy_runs(part.permute(2, 0, 1, 3).unflatten(2, (ranks, width)).movedim(2, 0), send[:, :, :, i])
         return send.view(-1)
     stacked = torch.stack([p.permute(2, 0, 1, 3) for p in parts], dim=2)
     return torch.cat([stacked[:, :, :, a:b].reshape(-1) for a, b in heads])
@@ -69,6 +70,11 @@ def pack_heads(parts: Sequence[torch.Tensor], heads: Sequence[Range]) -> torch.T
 @dit.stage
 def unpack_heads(received: torch.Tensor, counts: list[int], local: int, batch: int, size: int) -> torch.Tensor:
     """Flat buffer of [L, B, heads, D] from each rank -> [B, H, L, D] (a view of token-major memory)."""
+    if len(set(counts)) == 1:
+        ranks, width = len(counts), counts[0]
+        out = received.new_empty((local, batch, ranks, width, size))
+        copy_runs(received.view(ranks, local, batch, width, size).permute(1, 2, 0, 3, 4), out)
+        return out.view(local, batch, ranks * width, size).permute(1, 2, 0, 3)
     unit = local * batch * size
     blocks = received.split([unit * count for count in counts])
     joined = torch.cat([block.view(local, batch, n, size) for block, n in zip(blocks, counts)], dim=2)

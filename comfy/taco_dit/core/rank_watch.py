@@ -1,0 +1,84 @@
+"""Rank 0's watch over a running prompt: cancels that the main thread cannot obey, and followers that hang.
+
+The main thread may be inside a collective that a peer never entered. Followers give signs of life while a prompt runs,
+from a thread of their own: a process that computes for an hour gives them, one that is stopped or blocked as a whole does
+not.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .rank_group import RankGroup
+
+LOOK_S = 1.0
+GIVE_UP_S = 5.0  # how long rank 0 may stay inside a collective after a cancel before the collective is abandoned
+SILENT_S = 60.0  # without a sign of life for so long a follower is ended
+END_S = 10.0  # the same once the prompt has failed; also how long it may take to come to the end after rank 0
+STUCK_S = 60.0  # how long a follower that gives signs of life may take, from the failure
+
+
+def beat_key(rank: int) -> str:
+    """Key of a follower's last sign of life."""
+    return f"beat/{rank}"
+
+
+class RankWatch:
+    """A thread that looks after the ranks of `group` every LOOK_S while a prompt runs."""
+
+    def __init__(self, group: RankGroup) -> None:
+        self._group = group
+        self._beats: dict[int, tuple[bytes, float]] = {}
+        self._troubled_at: float | None = None
+        self._ending: set[int] = set()  # followers that this prompt's failure made rank 0 end
+        self._epoch = 0
+
+    def begin(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._run, name="taco-rank-watch", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(LOOK_S)
+            epoch = self._group.running_epoch()
+            if epoch is None:
+                continue
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._beats.clear()
+                self._ending.clear()
+                self._troubled_at = None
+            try:
+                self._look(epoch)
+            except RuntimeError:  # the store is gone: the job is ending
+                return
+
+    def _look(self, epoch: int) -> None:
+        group, now = self._group, time.monotonic()
+        troubled = group.troubled()
+        if not troubled and group.cancelled_for() > GIVE_UP_S:
+            group.report(epoch, 0, "InterruptProcessingException", "cancelled")
+        self._troubled_at = (self._troubled_at or now) if troubled else None
+        for rank in group.members.followers():
+            beat = group.read(beat_key(rank))
+            if rank not in self._beats or self._beats[rank][0] != beat:
+                self._beats[rank] = (beat, now)
+            self._judge(epoch, rank, now - self._beats[rank][1], now - (self._troubled_at or now))
+
+    def _judge(self, epoch: int, rank: int, silent: float, troubled: float) -> None:
+        """End a follower that hangs. `silent`: seconds since its last sign of life; `troubled`: since the failure."""
+        group = self._group
+        if silent > (END_S if troubled else SILENT_S):
+            why = f"no sign of life for {silent:.0f} s"
+        elif troubled > STUCK_S:
+            why = f"still busy {troubled:.0f} s after the prompt failed"
+        else:
+            return
+        if rank in self._ending or group.read(f"epoch/{epoch}/end/{rank}") or group.running_epoch() != epoch:
+            return  # it is being ended, or has left the prompt and waits
+        self._ending.add(rank)
+        group.report(epoch, rank, "NoAnswer", why)
+        group.end_from_outside(rank, f"rank {rank}: {why}")
