@@ -185,12 +185,13 @@ def patched_inputs(options: Mapping[str, Any], values: dict[str, Any], kind: str
 def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequence[Block] | None = None) -> DiTState:
     """A network's blocks (or a slice of them: a pipeline stage) with all that surrounds them.
 
-    state: whole, from `network.embed`. Returns a state that is sharded where `call.plan` says so.
+    state: whole, from `network.embed`, or sharded by the call's plan, from earlier blocks. Returns a state that is
+    sharded where `call.plan` says so.
     """
     plan, options = call.plan, call.options
     if plan is not None and hasattr(network, "prepared_layers"):
         call = dataclasses.replace(call, prepared=_prepared(network.prepared_layers(state), plan))
-    state = state.shard(plan)
+    state = state if state.plan is plan else state.shard(plan)
     replacements = options.get("patches_replace", {}).get("dit", {})
     for block in network.block_list() if blocks is None else blocks:
         replacement = replacements.get(block.replace_key)

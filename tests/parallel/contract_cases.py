@@ -243,6 +243,25 @@ def layers_are_named(call):
     return out
 
 
+def blocks_in_slices(call):
+    """A pipeline stage is a slice of the blocks: two slices in turn are the whole."""
+    network, values = tiny_flux(), inputs(9, 13, 11)
+    blocks = network.block_list()
+
+    def forward_orig(img, img_ids, txt, txt_ids, timesteps, y, guidance=None, control=None, transformer_options=None,
+                     attn_mask=None):  # fmt: skip
+        call = dit.call_of(transformer_options)
+        state = network.embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, call)
+        for part in (blocks[:1], blocks[1:3], blocks[3:]):
+            state = dit.run_blocks(network, state, call, part)
+        return network.head(state)
+
+    network.forward_orig = forward_orig
+    out = network(**values, transformer_options=call.within({}))
+    torch.testing.assert_close(out, tiny_flux()(**values), rtol=1e-4, atol=1e-5)
+    return out
+
+
 def hooked_block(call):
     network = tiny_flux()
 
@@ -272,5 +291,5 @@ CASES = [
     cross_attention_to_a_whole_prompt, whole_queries_to_shards, fewer_key_heads, fewer_key_heads_unevenly_dealt,
     one_key_head, causal, causal_with_mask, modulation_by_token, skip_stack, work_between_moments, keys_in_parts,
     replaced_block_adds_a_text_token, replaced_attention_gets_options, changed_vector_in_a_replaced_block,
-    modulation_ranges, picture_before_text, layers_are_named, hooked_block, around_blocks,
+    modulation_ranges, picture_before_text, layers_are_named, blocks_in_slices, hooked_block, around_blocks,
 ]  # fmt: skip

@@ -171,7 +171,7 @@ def _plain_norm(norm: nn.Module) -> bool:
     return (
         isinstance(norm, nn.LayerNorm)
         and norm.weight is None
-        and type(norm).__module__ == comfy.ops.__name__
+        and type(norm).forward.__module__.startswith("comfy.")
         and "forward" not in vars(norm)
     )
 

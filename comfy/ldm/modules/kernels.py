@@ -105,8 +105,10 @@ def _written_out(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, need_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     k, v = repeat_heads(q, k, v)
+    if need_lse:  # half precision would lose what merging needs
+        q, k = q.float(), k.float()
     scores = masked(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), mask)
-    lse = scores.float().logsumexp(-1) if need_lse else None
+    lse = scores.logsumexp(-1) if need_lse else None
     return scores.softmax(-1).to(v.dtype) @ v, lse
 
 
