@@ -6,16 +6,19 @@ The slope is taken from the *unconditional* prediction, so these solvers always 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
-from comfy.k_diffusion.run import SamplingRun, get_ancestral_step, to_d
+from comfy.k_diffusion.run import Callback, NoiseSampler, SamplingRun, get_ancestral_step, to_d
 
 
 @torch.no_grad()
 def sample_euler_ancestral_cfg_pp(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Ancestral Euler: the guided prediction plus the unconditional noise at the lower sigma, plus fresh noise."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     seen = run.watch_unconditional()
@@ -41,15 +44,20 @@ def sample_euler_ancestral_cfg_pp(
 
 
 @torch.no_grad()
-def sample_euler_cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None):
+def sample_euler_cfg_pp(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Euler without fresh noise."""
     return sample_euler_ancestral_cfg_pp(model, x, sigmas, extra_args, callback, disable, eta=0.0, s_noise=0.0)
 
 
 @torch.no_grad()
 def sample_dpmpp_2s_ancestral_cfg_pp(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """DPM-Solver++(2S), ancestral: x is first moved by the guidance, then solved with the guided predictions."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     seen = run.watch_unconditional()
@@ -71,7 +79,10 @@ def sample_dpmpp_2s_ancestral_cfg_pp(
 
 
 @torch.no_grad()
-def sample_dpmpp_2m_cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None):
+def sample_dpmpp_2m_cfg_pp(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None,
+) -> torch.Tensor:  # fmt: skip
     """DPM-Solver++(2M) whose history is the unconditional prediction."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable)
     seen = run.watch_unconditional()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from comfy.k_diffusion.run import SamplingRun, get_ancestral_step
+from comfy.k_diffusion.run import Callback, NoiseSampler, SamplingRun, get_ancestral_step
 
 
 class _Step:
@@ -65,7 +65,11 @@ def _report(run: SamplingRun, i: int, x: torch.Tensor, t: float, t_up: float, **
         run.callback({"sigma": sigma, "sigma_hat": sigma_hat, "x": x, "i": i, "t": t, "t_up": t_up, **more})
 
 
-def _run(model, x, sigma_max, sigma_min, extra_args, callback, disable, noise_sampler):
+def _run(
+    model: Any, x: torch.Tensor, sigma_max: float | torch.Tensor, sigma_min: float | torch.Tensor,
+    extra_args: dict[str, Any] | None, callback: Callback | None, disable: bool | None,
+    noise_sampler: NoiseSampler | None,
+) -> SamplingRun:  # fmt: skip
     if sigma_min <= 0 or sigma_max <= 0:
         raise ValueError(f"DPM-Solver needs positive sigmas, not {float(sigma_max)} to {float(sigma_min)}")
     sigmas = torch.tensor([float(sigma_max), float(sigma_min)])
@@ -74,9 +78,10 @@ def _run(model, x, sigma_max, sigma_min, extra_args, callback, disable, noise_sa
 
 @torch.no_grad()
 def sample_dpm_fast(
-    model, x, sigma_min, sigma_max, n, extra_args=None, callback=None, disable=None,
-    eta=0.0, s_noise=1.0, noise_sampler=None,
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigma_min: float | torch.Tensor, sigma_max: float | torch.Tensor, n: int,
+    extra_args: dict[str, Any] | None = None, callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 0.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """DPM-Solver-Fast: exactly `n` model calls, as third-order steps and a lower order at the end."""
     run = _run(model, x, sigma_max, sigma_min, extra_args, callback, disable, noise_sampler)
     t_start, t_end = (-math.log(sigma) for sigma in run.levels)
@@ -119,10 +124,12 @@ class _StepSizeController:
 
 @torch.no_grad()
 def sample_dpm_adaptive(
-    model, x, sigma_min, sigma_max, extra_args=None, callback=None, disable=None, order=3, rtol=0.05, atol=0.0078,
-    h_init=0.05, pcoeff=0.0, icoeff=1.0, dcoeff=0.0, accept_safety=0.81, eta=0.0, s_noise=1.0,
-    noise_sampler=None, return_info=False,
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigma_min: float | torch.Tensor, sigma_max: float | torch.Tensor,
+    extra_args: dict[str, Any] | None = None, callback: Callback | None = None, disable: bool | None = None,
+    order: int = 3, rtol: float = 0.05, atol: float = 0.0078, h_init: float = 0.05, pcoeff: float = 0.0,
+    icoeff: float = 1.0, dcoeff: float = 0.0, accept_safety: float = 0.81, eta: float = 0.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None, return_info: bool = False,
+) -> Any:  # fmt: skip
     """DPM-Solver-12 or -23 with step widths from the difference of both orders (one host synchronisation a step)."""
     if order not in (2, 3):
         raise ValueError(f"the order of dpm_adaptive is 2 or 3, not {order}")

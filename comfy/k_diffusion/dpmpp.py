@@ -7,14 +7,18 @@ exp(-h (1 + eta)) towards the prediction and adds the noise that decay leaves ro
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
-from comfy.k_diffusion.run import SamplingRun, flow_ancestral_step, get_ancestral_step, to_d
+from comfy.k_diffusion.run import Callback, NoiseSampler, SamplingRun, flow_ancestral_step, get_ancestral_step, to_d
 
 
 @torch.no_grad()
-def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None):
+def sample_dpmpp_2m(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Second order, multistep, deterministic."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable)
     previous = None
@@ -33,8 +37,10 @@ def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=No
 
 @torch.no_grad()
 def sample_dpmpp_2s_ancestral(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Second order, single step, ancestral."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     if run.is_flow:
@@ -58,8 +64,10 @@ def sample_dpmpp_2s_ancestral(
 
 @torch.no_grad()
 def sample_dpmpp_2s_ancestral_RF(  # noqa: N802 (ComfyUI's name)
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`sample_dpmpp_2s_ancestral` for rectified flows; from pure noise the middle is 0.9999."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     for i, sigma, sigma_next in run.steps():
@@ -81,21 +89,28 @@ def sample_dpmpp_2s_ancestral_RF(  # noqa: N802 (ComfyUI's name)
 
 @torch.no_grad()
 def sample_dpmpp_sde(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None, r=1 / 2
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None, r: float = 1 / 2,
+) -> torch.Tensor:  # fmt: skip
     """Single-step SDE solver with one evaluation at the fraction `r` of the step (in log SNR)."""
     return _dpmpp_sde(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, r, cpu=True)
 
 
 @torch.no_grad()
 def sample_dpmpp_sde_gpu(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None, r=1 / 2
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None, r: float = 1 / 2,
+) -> torch.Tensor:  # fmt: skip
     """`sample_dpmpp_sde` with noise drawn on the latent's device."""
     return _dpmpp_sde(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, r, cpu=False)
 
 
-def _dpmpp_sde(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, r, cpu):
+def _dpmpp_sde(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None, callback: Callback | None,
+    disable: bool | None, eta: float, s_noise: float, noise_sampler: NoiseSampler | None, r: float, cpu: bool,
+) -> torch.Tensor:  # fmt: skip
     if len(sigmas) <= 1:
         return x
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler, offset_first=True)
@@ -116,7 +131,10 @@ def _dpmpp_sde(model, x, sigmas, extra_args, callback, disable, eta, s_noise, no
     return x
 
 
-def _sde_leg(run, x, denoised, sigma, start, target, target_lambda, eta, s_noise):
+def _sde_leg(
+    run: SamplingRun, x: torch.Tensor, denoised: torch.Tensor, sigma: float, start: float, target: float,
+    target_lambda: float, eta: float, s_noise: float,
+) -> torch.Tensor:  # fmt: skip
     """First-order ancestral step from (sigma, lambda=start) to (target, target_lambda)."""
     down, up = get_ancestral_step(math.exp(-start), math.exp(-target_lambda), eta)
     decay = down * math.exp(start)
@@ -127,14 +145,19 @@ def _sde_leg(run, x, denoised, sigma, start, target, target_lambda, eta, s_noise
     return x
 
 
-def _sde_noise(run, x, sigma, sigma_next, h, eta, s_noise):
+def _sde_noise(
+    run: SamplingRun, x: torch.Tensor, sigma: float, sigma_next: float, h: float, eta: float, s_noise: float
+) -> torch.Tensor:
     """Add the noise that belongs to an SDE step of width `h`."""
     if eta > 0 and s_noise > 0:
         x = x + run.noise(sigma, sigma_next) * (sigma_next * math.sqrt(-math.expm1(-2 * h * eta)) * s_noise)
     return x
 
 
-def _dpmpp_2m_sde(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, solver_type, cpu):
+def _dpmpp_2m_sde(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None, callback: Callback | None,
+    disable: bool | None, eta: float, s_noise: float, noise_sampler: NoiseSampler | None, solver_type: str, cpu: bool,
+) -> torch.Tensor:  # fmt: skip
     if len(sigmas) <= 1:
         return x
     if solver_type not in ("heun", "midpoint"):
@@ -163,9 +186,10 @@ def _dpmpp_2m_sde(model, x, sigmas, extra_args, callback, disable, eta, s_noise,
 
 @torch.no_grad()
 def sample_dpmpp_2m_sde(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None, solver_type="midpoint",
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None, solver_type: str = "midpoint",
+) -> torch.Tensor:  # fmt: skip
     """Second order, multistep, SDE."""
     args = (model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, solver_type)
     return _dpmpp_2m_sde(*args, cpu=True)
@@ -173,9 +197,10 @@ def sample_dpmpp_2m_sde(
 
 @torch.no_grad()
 def sample_dpmpp_2m_sde_gpu(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None, solver_type="midpoint",
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None, solver_type: str = "midpoint",
+) -> torch.Tensor:  # fmt: skip
     """`sample_dpmpp_2m_sde` with noise drawn on the latent's device."""
     args = (model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, solver_type)
     return _dpmpp_2m_sde(*args, cpu=False)
@@ -183,9 +208,10 @@ def sample_dpmpp_2m_sde_gpu(
 
 @torch.no_grad()
 def sample_dpmpp_2m_sde_heun(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None, solver_type="heun",
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None, solver_type: str = "heun",
+) -> torch.Tensor:  # fmt: skip
     """`sample_dpmpp_2m_sde` with Heun weights."""
     args = (model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, solver_type)
     return _dpmpp_2m_sde(*args, cpu=True)
@@ -193,15 +219,19 @@ def sample_dpmpp_2m_sde_heun(
 
 @torch.no_grad()
 def sample_dpmpp_2m_sde_heun_gpu(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None, solver_type="heun",
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None, solver_type: str = "heun",
+) -> torch.Tensor:  # fmt: skip
     """`sample_dpmpp_2m_sde_heun` with noise drawn on the latent's device."""
     args = (model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, solver_type)
     return _dpmpp_2m_sde(*args, cpu=False)
 
 
-def _dpmpp_3m_sde(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, cpu):
+def _dpmpp_3m_sde(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None, callback: Callback | None,
+    disable: bool | None, eta: float, s_noise: float, noise_sampler: NoiseSampler | None, cpu: bool,
+) -> torch.Tensor:  # fmt: skip
     if len(sigmas) <= 1:
         return x
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler, offset_first=True)
@@ -236,15 +266,19 @@ def _dpmpp_3m_sde(model, x, sigmas, extra_args, callback, disable, eta, s_noise,
 
 @torch.no_grad()
 def sample_dpmpp_3m_sde(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Third order, multistep, SDE."""
     return _dpmpp_3m_sde(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, cpu=True)
 
 
 @torch.no_grad()
 def sample_dpmpp_3m_sde_gpu(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`sample_dpmpp_3m_sde` with noise drawn on the latent's device."""
     return _dpmpp_3m_sde(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, cpu=False)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy
 import torch
 
 from comfy.k_diffusion.polynomials import lagrange_basis, lagrange_integrals
-from comfy.k_diffusion.run import SamplingRun, get_ancestral_step, to_d
+from comfy.k_diffusion.run import Callback, NoiseSampler, SamplingRun, get_ancestral_step, to_d
 
 
-def _weighted(weights, tensors):
+def _weighted(weights: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of weight * tensor."""
     total = tensors[0] * weights[0]
     for weight, tensor in zip(weights[1:], tensors[1:]):
@@ -20,7 +22,10 @@ def _weighted(weights, tensors):
 
 
 @torch.no_grad()
-def sample_lms(model, x, sigmas, extra_args=None, callback=None, disable=None, order=4):
+def sample_lms(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, order: int = 4,
+) -> torch.Tensor:  # fmt: skip
     """Adams-Bashforth in sigma: the polynomial through the latest slopes is integrated over the step."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable)
     slopes: list[torch.Tensor] = []
@@ -46,7 +51,10 @@ _ADAMS_BASHFORTH = {
 
 
 @torch.no_grad()
-def sample_ipndm(model, x, sigmas, extra_args=None, callback=None, disable=None, max_order=4):
+def sample_ipndm(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, max_order: int = 4,
+) -> torch.Tensor:  # fmt: skip
     """Improved PNDM: Adams-Bashforth with the weights of equal steps."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable)
     slopes: list[torch.Tensor] = []
@@ -94,7 +102,10 @@ def _ipndm_v_weights(widths: list[float]) -> list[float]:
 
 
 @torch.no_grad()
-def sample_ipndm_v(model, x, sigmas, extra_args=None, callback=None, disable=None, max_order=4):
+def sample_ipndm_v(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, max_order: int = 4,
+) -> torch.Tensor:  # fmt: skip
     """iPNDM with weights for the actual step widths."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable)
     slopes: list[torch.Tensor] = []
@@ -148,7 +159,10 @@ def _deis_weights(levels: list[float], i: int, order: int, points: int = 10000) 
 
 
 @torch.no_grad()
-def sample_deis(model, x, sigmas, extra_args=None, callback=None, disable=None, max_order=3, deis_mode="tab"):
+def sample_deis(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, max_order: int = 3, deis_mode: str = "tab",
+) -> torch.Tensor:  # fmt: skip
     """DEIS: as `sample_lms`, but slopes are interpolated in the SDE's time. Only the mode "tab" exists."""
     if deis_mode != "tab":
         raise ValueError(f"unknown deis_mode {deis_mode!r}; use 'tab'")
@@ -176,10 +190,11 @@ def _res_weights(run: SamplingRun, i: int, sigma: float, down: float, previous_d
     return phi1 - phi2 / c2, phi2 / c2
 
 
-def _res_multistep(run: SamplingRun, x, s_noise: float, eta: float, cfg_pp: bool):
+def _res_multistep(run: SamplingRun, x: torch.Tensor, s_noise: float, eta: float, cfg_pp: bool) -> torch.Tensor:
     """RES: a two-step exponential integrator in log sigma; `cfg_pp` as in `comfy.k_diffusion.cfg_pp`."""
     seen = run.watch_unconditional() if cfg_pp else {}
-    previous = previous_down = None
+    previous: torch.Tensor | None = None
+    previous_down = 0.0
     for i, sigma, sigma_next in run.steps():
         denoised = run.denoise(x, sigma)
         run.report(i, x, denoised)
@@ -201,8 +216,10 @@ def _res_multistep(run: SamplingRun, x, s_noise: float, eta: float, cfg_pp: bool
 
 @torch.no_grad()
 def sample_res_multistep(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Deterministic RES."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     return _res_multistep(run, x, s_noise, eta=0.0, cfg_pp=False)
@@ -210,8 +227,10 @@ def sample_res_multistep(
 
 @torch.no_grad()
 def sample_res_multistep_cfg_pp(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Deterministic RES with CFG++."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     return _res_multistep(run, x, s_noise, eta=0.0, cfg_pp=True)
@@ -219,8 +238,10 @@ def sample_res_multistep_cfg_pp(
 
 @torch.no_grad()
 def sample_res_multistep_ancestral(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """RES with fresh noise at each step."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     return _res_multistep(run, x, s_noise, eta=eta, cfg_pp=False)
@@ -228,8 +249,10 @@ def sample_res_multistep_ancestral(
 
 @torch.no_grad()
 def sample_res_multistep_ancestral_cfg_pp(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """RES with fresh noise and CFG++."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     return _res_multistep(run, x, s_noise, eta=eta, cfg_pp=True)
@@ -237,8 +260,9 @@ def sample_res_multistep_ancestral_cfg_pp(
 
 @torch.no_grad()
 def sample_gradient_estimation(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, ge_gamma=2.0, cfg_pp=False
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, ge_gamma: float = 2.0, cfg_pp: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Gradient estimation (Permenter & Yuan 2023, arXiv 2306.04848): the slope is pushed on along its last change."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable)
     seen = run.watch_unconditional() if cfg_pp else {}
@@ -259,6 +283,9 @@ def sample_gradient_estimation(
 
 
 @torch.no_grad()
-def sample_gradient_estimation_cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None, ge_gamma=2.0):
+def sample_gradient_estimation_cfg_pp(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, ge_gamma: float = 2.0,
+) -> torch.Tensor:  # fmt: skip
     """`sample_gradient_estimation` with CFG++."""
     return sample_gradient_estimation(model, x, sigmas, extra_args, callback, disable, ge_gamma=ge_gamma, cfg_pp=True)

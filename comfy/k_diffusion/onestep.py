@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from comfy.k_diffusion.run import SamplingRun, flow_ancestral_step, get_ancestral_step, to_d
+from comfy.k_diffusion.run import Callback, NoiseSampler, SamplingRun, flow_ancestral_step, get_ancestral_step, to_d
 
 Solver = Any
 
 
 @torch.no_grad()
 def sample_euler(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, s_churn: float = 0.0, s_tmin: float = 0.0,
+    s_tmax: float = float("inf"), s_noise: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
     """First order, with optional churn."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable)
     for i, sigma, sigma_next in run.steps():
@@ -32,8 +33,10 @@ def sample_euler(
 
 @torch.no_grad()
 def sample_euler_ancestral(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Euler to a lower sigma, then fresh noise up to the next one."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     if run.is_flow:
@@ -53,8 +56,10 @@ def sample_euler_ancestral(
 
 @torch.no_grad()
 def sample_euler_ancestral_RF(  # noqa: N802 (ComfyUI's name)
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`sample_euler_ancestral` for rectified flows, which rescale the signal when noise is added."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     for i, sigma, sigma_next in run.steps():
@@ -72,9 +77,10 @@ def sample_euler_ancestral_RF(  # noqa: N802 (ComfyUI's name)
 
 @torch.no_grad()
 def sample_heun(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, s_churn: float = 0.0, s_tmin: float = 0.0,
+    s_tmax: float = float("inf"), s_noise: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
     """Second order: the mean of the slopes at both ends of the step (Karras et al. 2022, algorithm 2)."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable)
     for i, sigma, sigma_next in run.steps():
@@ -92,9 +98,10 @@ def sample_heun(
 
 @torch.no_grad()
 def sample_heunpp2(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, s_churn: float = 0.0, s_tmin: float = 0.0,
+    s_tmax: float = float("inf"), s_noise: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
     """Heun++ (arXiv 2310.18506): slopes of up to three levels ahead, weighted by their sigma.
 
     Third order while two more levels follow, second order before the last, Euler at the end.
@@ -126,9 +133,10 @@ def _geometric_mean(a: float, b: float) -> float:
 
 @torch.no_grad()
 def sample_dpm_2(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, s_churn: float = 0.0, s_tmin: float = 0.0,
+    s_tmax: float = float("inf"), s_noise: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
     """Second order: the slope at the geometric middle of the step."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable)
     for i, sigma, sigma_next in run.steps():
@@ -146,8 +154,10 @@ def sample_dpm_2(
 
 @torch.no_grad()
 def sample_dpm_2_ancestral(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`sample_dpm_2` to a lower sigma, then fresh noise up to the next one."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     if run.is_flow:
@@ -166,8 +176,10 @@ def sample_dpm_2_ancestral(
 
 @torch.no_grad()
 def sample_dpm_2_ancestral_RF(  # noqa: N802 (ComfyUI's name)
-    model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None
-):
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`sample_dpm_2_ancestral` for rectified flows."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     for i, sigma, sigma_next in run.steps():
@@ -193,7 +205,10 @@ def _midpoint_step(
 
 
 @torch.no_grad()
-def sample_ddpm(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+def sample_ddpm(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Ancestral sampling of Ho et al. 2020 (arXiv 2006.11239, algorithm 2), between any two noise levels."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     for i, sigma, sigma_next in run.steps():
@@ -210,7 +225,10 @@ def sample_ddpm(model, x, sigmas, extra_args=None, callback=None, disable=None, 
 
 
 @torch.no_grad()
-def sample_lcm(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+def sample_lcm(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, noise_sampler: NoiseSampler | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Consistency sampling (Luo et al. 2023): jump to the prediction, noise it again to the next level."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler)
     for i, sigma, sigma_next in run.steps():

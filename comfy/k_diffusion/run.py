@@ -15,6 +15,9 @@ from tqdm.auto import trange
 
 from comfy.model_sampling import CONST
 
+Callback = Callable[[dict[str, Any]], None]  # gets x, i, sigma, sigma_hat and denoised after each evaluation
+NoiseSampler = Callable[..., torch.Tensor]  # (sigma, sigma_next) -> unit noise shaped like the latent
+
 
 def to_d(x: torch.Tensor, sigma: Any, denoised: torch.Tensor) -> torch.Tensor:
     """The slope dx/dsigma of the probability flow (Karras et al. 2022): (x - denoised) / sigma.
@@ -86,9 +89,9 @@ class SamplingRun:
         x: torch.Tensor,
         sigmas: torch.Tensor,
         extra_args: dict[str, Any] | None = None,
-        callback: Callable[[dict[str, Any]], None] | None = None,
+        callback: Callback | None = None,
         disable: bool | None = None,
-        noise_sampler: Callable[..., torch.Tensor] | None = None,
+        noise_sampler: NoiseSampler | None = None,
         offset_first: bool = False,
     ) -> None:
         self.model = model

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from comfy.k_diffusion.polynomials import lagrange_basis
-from comfy.k_diffusion.run import SamplingRun
+from comfy.k_diffusion.run import Callback, NoiseSampler, SamplingRun
 
 
 def get_tau_interval_func(start_sigma: float, end_sigma: float, eta: float = 1.0) -> Callable[[Any], float]:
@@ -45,14 +45,14 @@ def adams_weights(nodes: Sequence[float], start: float, end: float, tau: float) 
     return [sum(float(c) * m for c, m in zip(coefficients, moments)) for coefficients in basis]
 
 
-def _combine(run: SamplingRun, predictions, nodes, i_from: int, tau: float):
+def _combine(
+    run: SamplingRun, predictions: list[torch.Tensor], nodes: list[float], i_from: int, tau: float
+) -> torch.Tensor:
     """The predictions' share of x after the step from level `i_from` to the next."""
     start, end = (run.half_log_snr(run.levels[k]) for k in (i_from, i_from + 1))
     alpha = run.alpha_of(run.levels[i_from + 1])
-    total = 0.0
-    for weight, prediction in zip(adams_weights(nodes, start, end, tau), predictions):
-        total = total + prediction * (alpha * weight)
-    return total
+    terms = [p * (alpha * weight) for weight, p in zip(adams_weights(nodes, start, end, tau), predictions)]
+    return sum(terms[1:], start=terms[0])
 
 
 def _carried(run: SamplingRun, i_from: int, tau: float) -> float:
@@ -64,9 +64,11 @@ def _carried(run: SamplingRun, i_from: int, tau: float) -> float:
 
 @torch.no_grad()
 def sample_sa_solver(
-    model, x, sigmas, extra_args=None, callback=None, disable=False, tau_func=None, s_noise=1.0, noise_sampler=None,
-    predictor_order=3, corrector_order=4, use_pece=False,
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = False, tau_func: Callable[[Any], float] | None = None,
+    s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None, predictor_order: int = 3, corrector_order: int = 4,
+    use_pece: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Predict, evaluate, correct; with `use_pece` evaluate again after the correction.
 
     `tau_func(sigma)` is the noise strength; by default 1 between 20% and 80% of the progress, 0 elsewhere.
@@ -115,9 +117,10 @@ def sample_sa_solver(
 
 @torch.no_grad()
 def sample_sa_solver_pece(
-    model, x, sigmas, extra_args=None, callback=None, disable=False, tau_func=None, s_noise=1.0, noise_sampler=None,
-    predictor_order=3, corrector_order=4,
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = False, tau_func: Callable[[Any], float] | None = None,
+    s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None, predictor_order: int = 3, corrector_order: int = 4,
+) -> torch.Tensor:  # fmt: skip
     """`sample_sa_solver` with a second evaluation in every step."""
     return sample_sa_solver(
         model, x, sigmas, extra_args, callback, disable, tau_func, s_noise, noise_sampler,

@@ -131,8 +131,8 @@ class BrownianTreeNoiseSampler:
         first = torch.zeros_like(x, device="cpu") if cpu else torch.zeros_like(x)
         if seed is None:
             seed = int(torch.randint(0, 2**63 - 1, []).item())
+        seeds = [seed] if isinstance(seed, int) else list(seed)
         self.batched = not isinstance(seed, int)
-        seeds = list(seed) if self.batched else [seed]
         if self.batched and len(seeds) != x.shape[0]:
             raise ValueError(f"{len(seeds)} noise seeds for a batch of {x.shape[0]}; give one seed or one per sample")
         starts = list(first) if self.batched else [first]

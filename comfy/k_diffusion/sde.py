@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from comfy.k_diffusion.run import SamplingRun
+from comfy.k_diffusion.run import Callback, NoiseSampler, SamplingRun
 
 
 def default_er_sde_noise_scaler(x: torch.Tensor) -> torch.Tensor:
@@ -16,9 +18,11 @@ def default_er_sde_noise_scaler(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_er_sde(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    s_noise=1.0, noise_sampler=None, noise_scaler=None, max_stage=3,
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None, noise_scaler: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    max_stage: int = 3,
+) -> torch.Tensor:  # fmt: skip
     """ER-SDE-Solver-3 in l = sigma / alpha; orders 2 and 3 need one and two earlier predictions.
 
     The integrals over 1 / noise_scaler are sums over 200 equal points that start at the step's end.
@@ -27,7 +31,7 @@ def sample_er_sde(
     scaler = default_er_sde_noise_scaler if noise_scaler is None else noise_scaler
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler, offset_first=True)
     ratios = [math.exp(-run.half_log_snr(sigma)) for sigma in run.levels]
-    previous = previous_slope = None
+    previous = previous_slope = x  # placeholders: they are used from the second and third step on
     for i, sigma, sigma_next in run.steps():
         denoised = run.denoise(x, sigma)
         run.report(i, x, denoised)
@@ -66,7 +70,10 @@ class _SeedsStep:
     fraction of the step at which each was added.
     """
 
-    def __init__(self, run: SamplingRun, x, denoised, sigma: float, sigma_next: float, eta: float, s_noise: float):
+    def __init__(
+        self, run: SamplingRun, x: torch.Tensor, denoised: torch.Tensor, sigma: float, sigma_next: float, eta: float,
+        s_noise: float,
+    ) -> None:  # fmt: skip
         self.run, self.x, self.denoised = run, x, denoised
         self.sigma, self.eta, self.s_noise = sigma, eta, s_noise
         self.start = run.half_log_snr(sigma)
@@ -90,7 +97,10 @@ class _SeedsStep:
         """exp(-fraction h (1 + eta)) - 1."""
         return math.expm1(-fraction * self.h * (1 + self.eta))
 
-    def reach(self, fraction: float, sigma: float, target: torch.Tensor, correction=None, weight: float = 0.0):
+    def reach(
+        self, fraction: float, sigma: float, target: torch.Tensor, correction: torch.Tensor | None = None,
+        weight: float = 0.0,
+    ) -> torch.Tensor:  # fmt: skip
         """x at `fraction`: decayed x, prediction `target`, second-order `correction` and the noise drawn so far."""
         alpha = self.run.alpha_of(sigma)
         kept = sigma / self.sigma * math.exp(-fraction * self.h * self.eta)
@@ -108,9 +118,10 @@ class _SeedsStep:
 
 @torch.no_grad()
 def sample_seeds_2(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None, r=0.5,
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None, r: float = 0.5,
+) -> torch.Tensor:  # fmt: skip
     """SEEDS-2: one evaluation within each step."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler, offset_first=True)
     for i, sigma, sigma_next in run.steps():
@@ -130,9 +141,10 @@ def sample_seeds_2(
 
 @torch.no_grad()
 def sample_seeds_3(
-    model, x, sigmas, extra_args=None, callback=None, disable=None,
-    eta=1.0, s_noise=1.0, noise_sampler=None, r_1=1.0 / 3, r_2=2.0 / 3,
-):  # fmt: skip
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None, r_1: float = 1.0 / 3, r_2: float = 2.0 / 3,
+) -> torch.Tensor:  # fmt: skip
     """SEEDS-3: two evaluations within each step."""
     run = SamplingRun(model, x, sigmas, extra_args, callback, disable, noise_sampler, offset_first=True)
     for i, sigma, sigma_next in run.steps():
