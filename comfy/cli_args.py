@@ -26,7 +26,10 @@ class EnumAction(argparse.Action):
         super().__init__(**kwargs)
         self._kind = kind
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+        option_string: str | None = None,
+    ) -> None:  # fmt: skip
         value = [self._kind(v) for v in values] if isinstance(values, list) else self._kind(values)
         setattr(namespace, self.dest, value)
 

@@ -62,6 +62,11 @@ class LayerCollector:
 class CLIPAttention(torch.nn.Module):
     """Causal self-attention."""
 
+    q_proj: torch.nn.Module
+    k_proj: torch.nn.Module
+    v_proj: torch.nn.Module
+    out_proj: torch.nn.Module
+
     def __init__(self, width: int, heads: int, dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()
         self.heads = heads

@@ -157,9 +157,9 @@ def _fit_default_conds(
         if left.max() == 0:
             continue
         for default in defaults:
-            cond = get_area_and_mult(default, x_in, timestep)
-            if cond is not None:
-                fitted.append((cond._replace(mult=_narrow(left, cond.area)), i))
+            behind = get_area_and_mult(default, x_in, timestep)
+            if behind is not None:
+                fitted.append((behind._replace(mult=_narrow(left, behind.area)), i))
     return fitted
 
 
@@ -251,7 +251,7 @@ def _build_batch(
 
 def _memory_budget(model: Any, device: torch.device) -> float:
     patcher = getattr(model, "current_patcher", None)
-    if hasattr(patcher, "denoiser_memory_budget"):
+    if patcher is not None and hasattr(patcher, "denoiser_memory_budget"):
         return patcher.denoiser_memory_budget(device)
     return comfy.model_management.get_free_memory(device)
 

@@ -103,8 +103,11 @@ def create_cond_with_same_area_if_none(conds: list[Conditioning], c: Conditionin
             continue
         if not _area_inside(c["area"], candidate["area"]):
             continue
-        whole = smallest is None or "area" not in smallest
-        if whole or _volume(smallest["area"], size) > _volume(candidate["area"], size):
+        if (
+            smallest is None
+            or "area" not in smallest
+            or _volume(smallest["area"], size) > _volume(candidate["area"], size)
+        ):
             smallest = candidate
     if smallest is None or ("area" in smallest and smallest["area"] == c["area"]):
         return

@@ -76,7 +76,8 @@ def _wrap_place(window: Window) -> int | None:
 
 def _uniform(frames: int, handler: IndexListContextHandler) -> list[Window]:
     """As looped, but a window past the end is moved to the end, and another begins where it went round."""
-    waiting, windows = _strided(frames, handler, False), []
+    waiting = _strided(frames, handler, False)
+    windows: list[Window] = []
     while waiting:
         window = waiting.pop(0)
         place = _wrap_place(window)

@@ -95,6 +95,10 @@ class CFGGuider:
     processed conditionings, and the guider itself is the function that solvers call.
     """
 
+    inner_model: Any  # these three exist while sampling
+    conds: dict[str, Any]
+    loaded_models: list[Any]
+
     def __init__(self, model_patcher: Any) -> None:
         self.model_patcher = model_patcher
         self.model_options = model_patcher.model_options
@@ -144,8 +148,9 @@ class CFGGuider:
         )  # fmt: skip
 
     def inner_sample(
-        self, noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed
-    ) -> torch.Tensor:
+        self, noise: torch.Tensor, latent_image: torch.Tensor, device: torch.device, sampler: Any, sigmas: torch.Tensor,
+        denoise_mask: torch.Tensor | None, callback: Callable[..., None] | None, disable_pbar: bool, seed: int | None,
+    ) -> torch.Tensor:  # fmt: skip
         """Sample with the loaded model; tensors are on `device`, latents in the file's scale."""
         # A latent of zeros is "nothing there", not grey: it keeps its value.
         if latent_image is not None and torch.count_nonzero(latent_image) > 0:
@@ -161,8 +166,10 @@ class CFGGuider:
         return self.inner_model.process_latent_out(samples.to(torch.float32))
 
     def outer_sample(
-        self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None
-    ) -> torch.Tensor:
+        self, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
+        denoise_mask: torch.Tensor | None = None, callback: Callable[..., None] | None = None,
+        disable_pbar: bool = False, seed: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Load the models, sample, and let go of them."""
         helpers = comfy.sampler_helpers
         self.inner_model, self.conds, self.loaded_models = helpers.prepare_sampling(
@@ -185,8 +192,10 @@ class CFGGuider:
             del self.loaded_models
 
     def sample(
-        self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None
-    ) -> torch.Tensor:
+        self, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor,
+        denoise_mask: torch.Tensor | None = None, callback: Callable[..., None] | None = None,
+        disable_pbar: bool = False, seed: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Sample `latent_image` [B, C, ...] with unit `noise` of the same shape along `sigmas` [n + 1].
 
         An empty schedule returns the latent unchanged. The result is float32 on the model's device.
@@ -216,8 +225,10 @@ class CFGGuider:
 
 
 def sample(
-    model, noise, positive, negative, cfg, device, sampler, sigmas, model_options=None, latent_image=None,
-    denoise_mask=None, callback=None, disable_pbar=False, seed=None,
+    model: Any, noise: torch.Tensor, positive: Any, negative: Any, cfg: float, device: torch.device, sampler: Any,
+    sigmas: torch.Tensor, model_options: dict[str, Any] | None = None, latent_image: Any = None,
+    denoise_mask: torch.Tensor | None = None, callback: Callable[..., None] | None = None, disable_pbar: bool = False,
+    seed: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Sample with a plain `CFGGuider`; `device` and `model_options` are ComfyUI's, the patcher has its own."""
     guider = _samplers().CFGGuider(model)

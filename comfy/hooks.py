@@ -77,7 +77,9 @@ def create_target_dict(target: EnumWeightTarget, **kwargs: Any) -> dict[str, Any
     return {"target": target, **kwargs}
 
 
-def default_should_register(hook, model, model_options, target_dict, registered) -> bool:
+def default_should_register(
+    hook: Hook, model: Any, model_options: dict[str, Any], target_dict: dict[str, Any], registered: HookGroup
+) -> bool:
     """Every hook is registered, unless it says otherwise."""
     return True
 
@@ -119,11 +121,15 @@ class Hook:
         other.__dict__.update(self.__dict__)
         return other
 
-    def should_register(self, model, model_options, target_dict, registered) -> bool:
+    def should_register(
+        self, model: Any, model_options: dict[str, Any], target_dict: dict[str, Any], registered: HookGroup
+    ) -> bool:
         """Whether sampling takes this hook into account."""
         return self.custom_should_register(self, model, model_options, target_dict, registered)
 
-    def add_hook_patches(self, model, model_options, target_dict, registered) -> bool:
+    def add_hook_patches(
+        self, model: Any, model_options: dict[str, Any], target_dict: dict[str, Any], registered: HookGroup
+    ) -> bool:
         """Register with a patcher; returns whether anything was."""
         raise NotImplementedError(f"{type(self).__name__} cannot be registered on its own")
 
@@ -155,7 +161,9 @@ class WeightHook(Hook):
         """Strength on the text encoders."""
         return self._strength_clip * self.strength
 
-    def add_hook_patches(self, model, model_options, target_dict, registered) -> bool:
+    def add_hook_patches(
+        self, model: Any, model_options: dict[str, Any], target_dict: dict[str, Any], registered: HookGroup
+    ) -> bool:
         """Give the patcher this hook's weight patches."""
         import comfy.lora
 
@@ -165,10 +173,10 @@ class WeightHook(Hook):
         strength = self._strength_clip if for_clip else self._strength_model
         if self.need_weight_init:
             find_keys = comfy.lora.model_lora_keys_clip if for_clip else comfy.lora.model_lora_keys_unet
-            patches = comfy.lora.load_lora(self.weights, find_keys(model.model, {}), log_missing=False)
+            patches = comfy.lora.load_lora(self.weights or {}, find_keys(model.model, {}), log_missing=False)
         else:
-            patches = self.weights_clip if for_clip else self.weights
-        model.add_hook_patches(hook=self, patches=patches or {}, strength_patch=strength)
+            patches = (self.weights_clip if for_clip else self.weights) or {}
+        model.add_hook_patches(hook=self, patches=patches, strength_patch=strength)
         registered.add(self)
         return True
 
@@ -193,7 +201,9 @@ class AdditionalModelsHook(Hook):
         self.models = list(models or ())
         self.key = key
 
-    def add_hook_patches(self, model, model_options, target_dict, registered) -> bool:
+    def add_hook_patches(
+        self, model: Any, model_options: dict[str, Any], target_dict: dict[str, Any], registered: HookGroup
+    ) -> bool:
         """Register; the models are loaded by `comfy.sampler_helpers`."""
         if not self.should_register(model, model_options, target_dict, registered):
             return False
@@ -213,7 +223,9 @@ class TransformerOptionsHook(Hook):
         self.transformers_dict = transformers_dict
         self._skip_adding = False
 
-    def add_hook_patches(self, model, model_options, target_dict, registered) -> bool:
+    def add_hook_patches(
+        self, model: Any, model_options: dict[str, Any], target_dict: dict[str, Any], registered: HookGroup
+    ) -> bool:
         """Merge into `model_options`, or (HookedOnly) keep for the calls of the conditionings that carry the hook."""
         from comfy.patcher_extension import merge_nested_dicts
 
@@ -245,7 +257,9 @@ class InjectionsHook(Hook):
         self.key = key
         self.injections = injections
 
-    def add_hook_patches(self, model, model_options, target_dict, registered) -> bool:
+    def add_hook_patches(
+        self, model: Any, model_options: dict[str, Any], target_dict: dict[str, Any], registered: HookGroup
+    ) -> bool:
         """Injections per conditioning do not exist, here as in ComfyUI."""
         raise NotImplementedError("InjectionsHook cannot be used on conditionings; use ModelPatcher.set_injections")
 

@@ -137,7 +137,7 @@ def tiled_scale_multidim(
     """
     axes = len(tile)
     amounts = list(upscale_amount) if isinstance(upscale_amount, (list, tuple)) else [upscale_amount] * axes
-    overlaps = list(overlap) if isinstance(overlap, (list, tuple)) else [overlap] * axes
+    overlaps: list[Any] = list(overlap) if isinstance(overlap, (list, tuple)) else [overlap] * axes
     formulas = amounts if index_formulas is None else index_formulas
     formulas = list(formulas) if isinstance(formulas, (list, tuple)) else [formulas] * axes
 

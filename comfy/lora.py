@@ -7,6 +7,7 @@ A patch is `(strength, value, strength_model, offset, function)`; `value` is an 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -170,7 +171,11 @@ def calculate_weight(
     return weight
 
 
-def _apply(value, weight, key, strength, strength_model, offset, function, dtype, originals):
+def _apply(
+    value: Any, weight: torch.Tensor, key: str, strength: float, strength_model: float,
+    offset: tuple[int, int, int] | None, function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype,
+    originals: Any,
+) -> torch.Tensor:  # fmt: skip
     if isinstance(value, weight_adapter.WeightAdapterBase):
         return value.calculate_weight(weight, key, strength, strength_model, offset, function, dtype, originals)
     if strength == 0.0:

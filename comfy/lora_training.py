@@ -162,7 +162,8 @@ def _changes(
         if isinstance(target, str):
             stems.setdefault(target, []).append(prefix)
     place = {"dtype": settings.lora_dtype, "device": device}
-    out, used = [], set()
+    out: list[_At] = []
+    used: set[str] = set()
     for path, layer in model.named_modules():
         if not hasattr(layer, "weight_function") or getattr(layer, "weight", None) is None:
             continue

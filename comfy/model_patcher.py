@@ -243,7 +243,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
                 if hasattr(function, "to"):
                     kind[place] = function.to(device)
         wrapper = self.model_options.get("model_function_wrapper")
-        if hasattr(wrapper, "to"):
+        if wrapper is not None and hasattr(wrapper, "to"):
             self.model_options["model_function_wrapper"] = wrapper.to(device)
 
     def model_patches_models(self) -> list[Any]:

@@ -187,6 +187,9 @@ class ModelSamplingDiscrete(_SigmaTable):
     linear_end, timesteps, zsnr. `zsnr` rescales the table to zero signal at its end.
     """
 
+    sigmas: torch.Tensor
+    log_sigmas: torch.Tensor
+
     def __init__(self, model_config: Any = None, zsnr: bool | None = None) -> None:
         super().__init__()
         settings = _settings(model_config)

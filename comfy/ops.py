@@ -40,7 +40,7 @@ def cast_to_input(
 
 
 def cast_bias_weight(
-    s: torch.nn.Module,
+    s: Any,
     input: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
@@ -76,6 +76,17 @@ def _patched(
     return tensor
 
 
+def _conv_transpose(
+    layer: Any, convolve: Any, input: torch.Tensor, output_size: list[int] | None, axes: int
+) -> torch.Tensor:
+    """A transposed convolution over `axes` axes with the layer's cast weights."""
+    padding = layer._output_padding(
+        input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
+    )
+    weight, bias = cast_bias_weight(layer, input)
+    return convolve(input, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+
+
 class CastWeightBiasOp:
     """Mixin: whether weights are cast at each use, and the patches applied to them then."""
 
@@ -94,7 +105,10 @@ class CastWeightBiasOp:
         """Whether the next forward goes through `forward_comfy_cast_weights`."""
         return bool(self.comfy_cast_weights or self.weight_function or self.bias_function)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self: Any, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
         """Take tensors as they are stored (memory-mapped, in their dtype) instead of copying them in."""
         own = dict(self.named_parameters(recurse=False))
         for name, parameter in own.items():
@@ -119,88 +133,76 @@ class disable_weight_init:  # noqa: N801 (ComfyUI's name)
     """Torch's layers without initialisation; they compute in their weights' dtype."""
 
     class Linear(CastWeightBiasOp, torch.nn.Linear):
-        def forward_comfy_cast_weights(self, input):
+        def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             weight, bias = cast_bias_weight(self, input)
             return F.linear(input, weight, bias)
 
-        def forward(self, input, *args, **kwargs):
+        def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             return self.forward_comfy_cast_weights(input) if self.casts else super().forward(input)
 
     class Conv1d(CastWeightBiasOp, torch.nn.Conv1d):
-        def forward_comfy_cast_weights(self, input):
+        def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             return self._conv_forward(input, *cast_bias_weight(self, input))
 
-        def forward(self, *args, **kwargs):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class Conv2d(CastWeightBiasOp, torch.nn.Conv2d):
-        def forward_comfy_cast_weights(self, input):
+        def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             return self._conv_forward(input, *cast_bias_weight(self, input))
 
-        def forward(self, *args, **kwargs):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class Conv3d(CastWeightBiasOp, torch.nn.Conv3d):
-        def forward_comfy_cast_weights(self, input):
+        def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             return self._conv_forward(input, *cast_bias_weight(self, input))
 
-        def forward(self, *args, **kwargs):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class ConvTranspose1d(CastWeightBiasOp, torch.nn.ConvTranspose1d):
-        def forward_comfy_cast_weights(self, input, output_size=None):
-            padding = self._output_padding(
-                input, output_size, self.stride, self.padding, self.kernel_size, 1, self.dilation
-            )
-            weight, bias = cast_bias_weight(self, input)
-            return F.conv_transpose1d(
-                input, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
-            )
+        def forward_comfy_cast_weights(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+            return _conv_transpose(self, F.conv_transpose1d, input, output_size, 1)
 
-        def forward(self, *args, **kwargs):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class ConvTranspose2d(CastWeightBiasOp, torch.nn.ConvTranspose2d):
-        def forward_comfy_cast_weights(self, input, output_size=None):
-            padding = self._output_padding(
-                input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
-            )
-            weight, bias = cast_bias_weight(self, input)
-            return F.conv_transpose2d(
-                input, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
-            )
+        def forward_comfy_cast_weights(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+            return _conv_transpose(self, F.conv_transpose2d, input, output_size, 2)
 
-        def forward(self, *args, **kwargs):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class GroupNorm(CastWeightBiasOp, torch.nn.GroupNorm):
-        def forward_comfy_cast_weights(self, input):
+        def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             weight, bias = cast_bias_weight(self, input)
             return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
-        def forward(self, *args, **kwargs):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class LayerNorm(CastWeightBiasOp, torch.nn.LayerNorm):
-        def forward_comfy_cast_weights(self, input):
+        def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             weight = bias = None
             if self.weight is not None:
                 weight, bias = cast_bias_weight(self, input)
             return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
-        def forward(self, *args, **kwargs):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class RMSNorm(CastWeightBiasOp, torch.nn.RMSNorm):
-        def forward_comfy_cast_weights(self, input):
+        def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             weight = cast_bias_weight(self, input)[0] if self.weight is not None else None
             return F.rms_norm(input, self.normalized_shape, weight, self.eps)
 
-        def forward(self, *args, **kwargs):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class Embedding(CastWeightBiasOp, torch.nn.Embedding):
-        def forward_comfy_cast_weights(self, input, out_dtype=None):
+        def forward_comfy_cast_weights(self, input: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
             dtype = out_dtype
             if self.weight.dtype in (torch.float16, torch.bfloat16):
                 out_dtype = None
@@ -210,14 +212,14 @@ class disable_weight_init:  # noqa: N801 (ComfyUI's name)
             )
             return out if dtype is None else out.to(dtype)
 
-        def forward(self, *args, **kwargs):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             if self.casts:
                 return self.forward_comfy_cast_weights(*args, **kwargs)
             kwargs.pop("out_dtype", None)
             return super().forward(*args, **kwargs)
 
     @classmethod
-    def conv_nd(cls, dims, *args, **kwargs):
+    def conv_nd(cls, dims: int, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """A convolution over 2 or 3 axes."""
         if dims not in (2, 3):
             raise ValueError(f"convolutions exist over 2 or 3 axes here, not {dims}")
@@ -258,7 +260,7 @@ class manual_cast(disable_weight_init):  # noqa: N801 (ComfyUI's name)
         comfy_cast_weights = True
 
 
-def fp8_linear(layer: torch.nn.Module, input: torch.Tensor) -> torch.Tensor | None:
+def fp8_linear(layer: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor | None:
     """The layer's product computed in fp8 by tensor cores, or None where shapes or dtypes do not allow it.
 
     Activations are scaled by row to the range of e4m3, weights by `layer.scale_weight` where the file has one.
@@ -292,7 +294,7 @@ class fp8_ops(manual_cast):  # noqa: N801 (ComfyUI's name)
     """`manual_cast` whose linears multiply in fp8 where weights are fp8 and the GPU can."""
 
     class Linear(manual_cast.Linear):
-        def forward_comfy_cast_weights(self, input):
+        def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             out = fp8_linear(self, input) if not self.bias_function else None
             return super().forward_comfy_cast_weights(input) if out is None else out
 
@@ -316,7 +318,10 @@ def scaled_fp8_ops(
                     else None
                 )
 
-            def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+            def _load_from_state_dict(
+                self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+                missing: list[str], unexpected: list[str], errors: list[str],
+            ) -> None:  # fmt: skip
                 # Layers kept in high precision have no scale in the file.
                 for name in ("scale_weight", "scale_input"):
                     scale = state_dict.get(prefix + name)
@@ -326,7 +331,7 @@ def scaled_fp8_ops(
                         state_dict[prefix + name] = torch.ones((), dtype=torch.float32)
                 super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
-            def forward_comfy_cast_weights(self, input):
+            def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
                 if fp8_matrix_mult and not self.bias_function:
                     out = fp8_linear(self, input)
                     if out is not None:
@@ -341,7 +346,9 @@ def scaled_fp8_ops(
                 """Stored weight -> real weight, for patching."""
                 return weight.to(torch.float32) * self.scale_weight.to(weight.device, torch.float32)
 
-            def set_weight(self, weight: torch.Tensor, inplace_update: bool = False, seed: int | None = None, **_: Any):
+            def set_weight(
+                self, weight: torch.Tensor, inplace_update: bool = False, seed: int | None = None, **_: Any
+            ) -> None:
                 """Real weight -> stored weight."""
                 from comfy.float import stochastic_rounding
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,9 @@ def fix_empty_latent_channels(model: Any, latent_image: torch.Tensor) -> torch.T
     return latent_image
 
 
-def prepare_sampling(model, noise_shape, positive, negative, noise_mask):
+def prepare_sampling(
+    model: Any, noise_shape: Any, positive: Any, negative: Any, noise_mask: torch.Tensor | None
+) -> tuple[Any, Any, Any, Any, list[Any]]:
     """The older way to load a model for sampling; kept for custom nodes, does nothing."""
     return model, positive, negative, noise_mask, []
 
@@ -52,9 +55,11 @@ def cleanup_additional_models(models: Any) -> None:
 
 
 def sample(
-    model, noise, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=1.0,
-    disable_noise=False, start_step=None, last_step=None, force_full_denoise=False, noise_mask=None, sigmas=None,
-    callback=None, disable_pbar=False, seed=None,
+    model: Any, noise: torch.Tensor, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any,
+    negative: Any, latent_image: torch.Tensor, denoise: float = 1.0, disable_noise: bool = False,
+    start_step: int | None = None, last_step: int | None = None, force_full_denoise: bool = False,
+    noise_mask: torch.Tensor | None = None, sigmas: torch.Tensor | None = None,
+    callback: Callable[..., None] | None = None, disable_pbar: bool = False, seed: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Sample with a named sampler and scheduler; the result [B, C, ...] is on the intermediate device."""
     sampler = comfy.samplers.KSampler(
@@ -70,8 +75,9 @@ def sample(
 
 
 def sample_custom(
-    model, noise, cfg, sampler, sigmas, positive, negative, latent_image, noise_mask=None, callback=None,
-    disable_pbar=False, seed=None,
+    model: Any, noise: torch.Tensor, cfg: float, sampler: Any, sigmas: torch.Tensor, positive: Any, negative: Any,
+    latent_image: torch.Tensor, noise_mask: torch.Tensor | None = None, callback: Callable[..., None] | None = None,
+    disable_pbar: bool = False, seed: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Sample with a sampler object and given sigmas."""
     samples = comfy.samplers.sample(

@@ -22,8 +22,8 @@ class KSamplerX0Inpaint:
     def __init__(self, model: Any, sigmas: torch.Tensor) -> None:
         self.inner_model = model
         self.sigmas = sigmas
-        self.noise: torch.Tensor | None = None
-        self.latent_image: torch.Tensor | None = None
+        self.noise: Any = None
+        self.latent_image: Any = None
 
     def __call__(
         self,
@@ -119,7 +119,10 @@ def _positive_end(sigmas: torch.Tensor) -> torch.Tensor:
     return sigmas[-2] if float(sigmas[-1]) == 0 else sigmas[-1]
 
 
-def _dpm_fast(model, noise, sigmas, extra_args, callback, disable, **options):
+def _dpm_fast(
+    model: Any, noise: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any],
+    callback: Callable[..., None] | None, disable: bool | None, **options: Any,
+) -> torch.Tensor:  # fmt: skip
     import comfy.samplers
 
     if len(sigmas) <= 1:
@@ -130,7 +133,10 @@ def _dpm_fast(model, noise, sigmas, extra_args, callback, disable, **options):
     )  # fmt: skip
 
 
-def _dpm_adaptive(model, noise, sigmas, extra_args, callback, disable, **options):
+def _dpm_adaptive(
+    model: Any, noise: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any],
+    callback: Callable[..., None] | None, disable: bool | None, **options: Any,
+) -> Any:  # fmt: skip
     import comfy.samplers
 
     if len(sigmas) <= 1:

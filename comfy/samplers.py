@@ -7,6 +7,7 @@ other through this module, so a function that a custom node replaces here is the
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,7 +87,9 @@ def calculate_sigmas(model_sampling: Any, scheduler_name: str, steps: int) -> to
     return handler.handler(n=steps, sigma_min=sigma_min, sigma_max=sigma_max)
 
 
-def calc_cond_uncond_batch(model, cond, uncond, x_in, timestep, model_options) -> tuple[torch.Tensor, ...]:
+def calc_cond_uncond_batch(
+    model: Any, cond: Any, uncond: Any, x_in: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any]
+) -> tuple[torch.Tensor, ...]:
     """`calc_cond_batch` for two conditionings; the older name."""
     return tuple(calc_cond_batch(model, [cond, uncond], x_in, timestep, model_options))
 
@@ -136,8 +139,10 @@ class KSampler:
             self.sigmas = self.calculate_sigmas(int(steps / denoise)).to(self.device)[-(steps + 1) :]
 
     def sample(
-        self, noise, positive, negative, cfg, latent_image=None, start_step=None, last_step=None,
-        force_full_denoise=False, denoise_mask=None, sigmas=None, callback=None, disable_pbar=False, seed=None,
+        self, noise: torch.Tensor, positive: Any, negative: Any, cfg: float, latent_image: torch.Tensor | None = None,
+        start_step: int | None = None, last_step: int | None = None, force_full_denoise: bool = False,
+        denoise_mask: torch.Tensor | None = None, sigmas: torch.Tensor | None = None,
+        callback: Callable[..., None] | None = None, disable_pbar: bool = False, seed: int | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Sample from `start_step` to `last_step`; `force_full_denoise` goes to sigma 0 even when stopping early."""
         if sigmas is None:

@@ -273,6 +273,7 @@ def load_checkpoint(
             raise unknown_model("the state dict")
         model, clip, vae = out[:3]
     else:
+        assert ckpt_path is not None
         model, clip, vae = load_checkpoint_guess_config(
             ckpt_path, output_vae, output_clip, False, embedding_directory
         )[:3]  # fmt: skip

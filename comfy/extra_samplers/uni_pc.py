@@ -106,6 +106,7 @@ def sample_unipc(
         else:
             wanted = min(order, i, steps + 1 - i)
             x, prediction = _update(run, x, history, sigma, wanted, variant, correct=True)
+            assert prediction is not None  # a corrected step evaluates the model
             history.add(prediction, sigma)
             at = sigma
         if i == steps - 1:

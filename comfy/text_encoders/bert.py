@@ -23,6 +23,10 @@ class _Output(torch.nn.Module):
 
 
 class _SelfAttention(torch.nn.Module):
+    query: torch.nn.Module
+    key: torch.nn.Module
+    value: torch.nn.Module
+
     def __init__(self, width: int, heads: int, dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()
         self.heads = heads

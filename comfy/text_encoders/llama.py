@@ -78,6 +78,10 @@ class _Attention(torch.nn.Module):
 class _FeedForward(torch.nn.Module):
     """Gated feed-forward."""
 
+    gate_proj: torch.nn.Module
+    up_proj: torch.nn.Module
+    down_proj: torch.nn.Module
+
     def __init__(self, config: dict[str, Any], dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()
         width, inner = config["hidden_size"], config["intermediate_size"]
@@ -91,6 +95,11 @@ class _FeedForward(torch.nn.Module):
 
 class DecoderLayer(torch.nn.Module):
     """Attention and feed-forward, each behind a norm; Gemma has one after each as well."""
+
+    input_layernorm: torch.nn.Module
+    post_attention_layernorm: torch.nn.Module
+    pre_feedforward_layernorm: torch.nn.Module
+    post_feedforward_layernorm: torch.nn.Module
 
     def __init__(self, config: dict[str, Any], dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()

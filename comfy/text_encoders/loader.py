@@ -212,7 +212,9 @@ def load_text_encoder_state_dicts(
         kinds[kind] = sd
     tokenizer, model = _target(clip_type, kinds)
     target = supported_models_base.ClipTarget(tokenizer, model)
-    tokenizer_data = {key: sd[key] for sd in parts for key in ("spiece_model", "tekken_model") if key in sd}
+    tokenizer_data: dict[str, Any] = {
+        key: sd[key] for sd in parts for key in ("spiece_model", "tekken_model") if key in sd
+    }
     clip = CLIP(
         target,
         embedding_directory=embedding_directory,

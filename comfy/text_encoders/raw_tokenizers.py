@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 DATA = os.path.join(os.path.dirname(os.path.realpath(__file__)), "tokenizers")
 
 
 @functools.cache
-def _load(kind: type, path: str) -> Any:
-    return kind._read(path)
+def _load(read: Callable[[str], Any], path: str) -> Any:
+    return read(path)
 
 
 class _RawTokenizer:
@@ -29,7 +30,7 @@ class _RawTokenizer:
         """The tokenizer with the data in folder `path`; raises ValueError when there is none."""
         if not os.path.isdir(path):
             raise ValueError(f"no tokenizer data in {path}: the installation is incomplete, reinstall the program")
-        return cls(_load(cls, os.path.realpath(path)))
+        return cls(_load(cls._read, os.path.realpath(path)))
 
     @staticmethod
     def _read(path: str) -> Any:

@@ -124,6 +124,7 @@ class SD3ClipModel(torch.nn.Module):
 
     def load_sd(self, sd: dict[str, torch.Tensor]) -> Any:
         """Give weights to the encoder they belong to."""
+        encoder: Any
         if CLIP_G_KEY in sd:
             name, encoder = "clip_g", self.clip_g
         elif any(key.startswith("text_model.") for key in sd):

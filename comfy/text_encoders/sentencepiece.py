@@ -33,6 +33,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """(field number, value) of a message: ints, bytes, or floats for 32-bit fields."""
     at = 0
+    value: Any
     while at < len(data):
         tag, at = _varint(data, at)
         field, kind = tag >> 3, tag & 7

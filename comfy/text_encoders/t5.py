@@ -30,6 +30,11 @@ class T5Attention(torch.nn.Module):
     T5 has one table of biases, in its first block; umT5 one in every block.
     """
 
+    q: torch.nn.Module
+    k: torch.nn.Module
+    v: torch.nn.Module
+    o: torch.nn.Module
+
     def __init__(self, config: dict[str, Any], has_bias: bool, dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()
         self.heads = config["num_heads"]
@@ -66,6 +71,10 @@ class T5Attention(torch.nn.Module):
 
 class T5FeedForward(torch.nn.Module):
     """One hidden layer, gated (T5 1.1) or not (T5 1.0)."""
+
+    wi: torch.nn.Module  # without a gate
+    wi_0: torch.nn.Module  # the gate
+    wi_1: torch.nn.Module
 
     def __init__(self, config: dict[str, Any], dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()
@@ -108,10 +117,13 @@ class T5Block(torch.nn.Module):
     @property
     def attention(self) -> T5Attention:
         """The block's attention."""
-        return self.layer[0].SelfAttention
+        sublayer: Any = self.layer[0]
+        return sublayer.SelfAttention
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """[B, L, C] -> [B, L, C]."""
+        first: Any
+        second: Any
         first, second = self.layer
         x = x + first.SelfAttention(first.layer_norm(x), bias)
         return x + second.DenseReluDense(second.layer_norm(x))
@@ -139,6 +151,7 @@ class T5Stack(torch.nn.Module):
         padding = None if attention_mask is None else padding_bias(attention_mask, x.dtype)
         collector = LayerCollector(intermediate_output, len(self.block))
         bias: torch.Tensor | None = None
+        block: Any
         for i, block in enumerate(self.block):
             if block.attention.relative_attention_bias is not None:
                 bias = block.attention.bias(x.shape[1], x.device, x.dtype)

@@ -43,7 +43,10 @@ class LoRAAdapter(WeightAdapterBase):
     name = "lora"
 
     @classmethod
-    def load(cls, x, lora, alpha, dora_scale, loaded_keys=None):
+    def load(
+        cls, x: str, lora: dict[str, torch.Tensor], alpha: float | None, dora_scale: torch.Tensor | None,
+        loaded_keys: set[str] | None = None,
+    ) -> WeightAdapterBase | None:  # fmt: skip
         for up_name, down_name, mid_name in _LORA_NAMES:
             up_key = up_name.format(x)
             if up_key not in lora:
@@ -58,10 +61,12 @@ class LoRAAdapter(WeightAdapterBase):
             return cls(used, (lora[up_key], down, alpha, mid, dora_scale, shape))
         return None
 
-    def new_shape(self):
+    def new_shape(self) -> tuple[int, ...] | None:
         return self.weights[5]
 
-    def difference(self, shape, dtype, device, weight):
+    def difference(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         up, down, mid = _matrix((self.weights[0], self.weights[1], self.weights[3]), dtype, device)
         alpha = 1.0 if self.weights[2] is None else self.weights[2] / down.shape[0]
         if mid is not None:  # LoCon's core tensor of a convolution
@@ -76,14 +81,19 @@ class LoHaAdapter(WeightAdapterBase):
     name = "loha"
 
     @classmethod
-    def load(cls, x, lora, alpha, dora_scale, loaded_keys=None):
+    def load(
+        cls, x: str, lora: dict[str, torch.Tensor], alpha: float | None, dora_scale: torch.Tensor | None,
+        loaded_keys: set[str] | None = None,
+    ) -> WeightAdapterBase | None:  # fmt: skip
         if f"{x}.hada_w1_a" not in lora:
             return None
         used: set[str] = set()
         factors = [_take(lora, used, f"{x}.hada_{n}") for n in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")]
         return cls(used, (factors[0], factors[1], alpha, factors[2], factors[3], factors[4], factors[5], dora_scale))
 
-    def difference(self, shape, dtype, device, weight):
+    def difference(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         w1a, w1b, _, w2a, w2b, t1, t2, scale = self.weights
         w1a, w1b, w2a, w2b, t1, t2 = _matrix((w1a, w1b, w2a, w2b, t1, t2), dtype, device)
         alpha = 1.0 if self.weights[2] is None else self.weights[2] / w1b.shape[0]
@@ -98,7 +108,10 @@ class LoKrAdapter(WeightAdapterBase):
     name = "lokr"
 
     @classmethod
-    def load(cls, x, lora, alpha, dora_scale, loaded_keys=None):
+    def load(
+        cls, x: str, lora: dict[str, torch.Tensor], alpha: float | None, dora_scale: torch.Tensor | None,
+        loaded_keys: set[str] | None = None,
+    ) -> WeightAdapterBase | None:  # fmt: skip
         used: set[str] = set()
         names = ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")
         factors = [_take(lora, used, f"{x}.lokr_{n}") for n in names]
@@ -109,7 +122,9 @@ class LoKrAdapter(WeightAdapterBase):
             raise ValueError(f"the LoKr adapter of {x} lacks a factor; the file is incomplete")
         return cls(used, (w1, w2, alpha, w1a, w1b, w2a, w2b, t2, dora_scale))
 
-    def difference(self, shape, dtype, device, weight):
+    def difference(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         w1, w2, alpha, w1a, w1b, w2a, w2b, t2, scale = self.weights
         w1, w2, w1a, w1b, w2a, w2b, t2 = _matrix((w1, w2, w1a, w1b, w2a, w2b, t2), dtype, device)
         rank = None
@@ -130,14 +145,19 @@ class GLoRAAdapter(WeightAdapterBase):
     name = "glora"
 
     @classmethod
-    def load(cls, x, lora, alpha, dora_scale, loaded_keys=None):
+    def load(
+        cls, x: str, lora: dict[str, torch.Tensor], alpha: float | None, dora_scale: torch.Tensor | None,
+        loaded_keys: set[str] | None = None,
+    ) -> WeightAdapterBase | None:  # fmt: skip
         if f"{x}.a1.weight" not in lora:
             return None
         used: set[str] = set()
         a1, a2, b1, b2 = (_take(lora, used, f"{x}.{n}.weight") for n in ("a1", "a2", "b1", "b2"))
         return cls(used, (a1, a2, b1, b2, alpha, dora_scale))
 
-    def difference(self, shape, dtype, device, weight):
+    def difference(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         a1, a2, b1, b2, alpha, scale = self.weights
         a1, a2, b1, b2 = (m.flatten(1) for m in _matrix((a1, a2, b1, b2), dtype, device))
         flat = weight.to(dtype).flatten(1)
@@ -158,14 +178,19 @@ class OFTAdapter(WeightAdapterBase):
     name = "oft"
 
     @classmethod
-    def load(cls, x, lora, alpha, dora_scale, loaded_keys=None):
+    def load(
+        cls, x: str, lora: dict[str, torch.Tensor], alpha: float | None, dora_scale: torch.Tensor | None,
+        loaded_keys: set[str] | None = None,
+    ) -> WeightAdapterBase | None:  # fmt: skip
         blocks = lora.get(f"{x}.oft_blocks")
         if blocks is None or blocks.ndim != 3:
             return None
         used = {f"{x}.oft_blocks"}
         return cls(used, (blocks, _take(lora, used, f"{x}.rescale"), alpha, dora_scale))
 
-    def difference(self, shape, dtype, device, weight):
+    def difference(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         blocks, rescale = _matrix(self.weights[:2], torch.float32, device)
         alpha, scale = self.weights[2:]
         skew = blocks - blocks.transpose(1, 2)

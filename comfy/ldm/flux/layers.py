@@ -64,7 +64,13 @@ def timestep_embedding(
 class MLPEmbedder(nn.Module):
     """Two linears with SiLU between: [B, in_dim] -> [B, hidden_dim]."""
 
-    def __init__(self, in_dim: int, hidden_dim: int, dtype=None, device=None, operations=comfy.ops.manual_cast) -> None:
+    in_layer: nn.Module
+    out_layer: nn.Module
+
+    def __init__(
+        self, in_dim: int, hidden_dim: int, dtype: Any = None, device: Any = None,
+        operations: Any = comfy.ops.manual_cast,
+    ) -> None:  # fmt: skip
         super().__init__()
         place = {"dtype": dtype, "device": device}
         self.silu = nn.SiLU()
@@ -78,7 +84,7 @@ class MLPEmbedder(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm with the weight named `scale`."""
 
-    def __init__(self, dim: int, dtype=None, device=None, operations=None) -> None:
+    def __init__(self, dim: int, dtype: Any = None, device: Any = None, operations: Any = None) -> None:
         super().__init__()
         place = {"dtype": dtype, "device": device}
         self.scale = nn.Parameter(torch.empty((dim,), **place), requires_grad=False)
@@ -90,7 +96,7 @@ class RMSNorm(nn.Module):
 class QKNorm(nn.Module):
     """Norms of queries and keys over the head size."""
 
-    def __init__(self, dim: int, dtype=None, device=None, operations=None) -> None:
+    def __init__(self, dim: int, dtype: Any = None, device: Any = None, operations: Any = None) -> None:
         super().__init__()
         self.query_norm = RMSNorm(dim, dtype=dtype, device=device, operations=operations)
         self.key_norm = RMSNorm(dim, dtype=dtype, device=device, operations=operations)
@@ -103,8 +109,10 @@ class QKNorm(nn.Module):
 class SelfAttention(nn.Module):
     """The weights of one stream's attention: `qkv`, `norm`, `proj`."""
 
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, proj_bias: bool = True, dtype=None,
-                 device=None, operations=comfy.ops.manual_cast) -> None:  # fmt: skip
+    def __init__(
+        self, dim: int, num_heads: int = 8, qkv_bias: bool = False, proj_bias: bool = True, dtype: Any = None,
+        device: Any = None, operations: Any = comfy.ops.manual_cast,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_heads = num_heads
         self.qkv = operations.Linear(dim, dim * 3, bias=qkv_bias, dtype=dtype, device=device)
@@ -124,8 +132,10 @@ class ModulationOut:
 class Modulation(nn.Module):
     """adaLN parameters from the conditioning vector (Peebles & Xie 2022)."""
 
-    def __init__(self, dim: int, double: bool, bias: bool = True, dtype=None, device=None,
-                 operations=comfy.ops.manual_cast) -> None:  # fmt: skip
+    def __init__(
+        self, dim: int, double: bool, bias: bool = True, dtype: Any = None, device: Any = None,
+        operations: Any = comfy.ops.manual_cast,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.is_double = double
         self.multiplier = 6 if double else 3
@@ -160,7 +170,7 @@ def apply_mod(
     return out
 
 
-def _modulation(module: nn.Module, vec: torch.Tensor, call: dit.DenoiserCall) -> tuple[ModulationOut, Any]:
+def _modulation(module: Any, vec: torch.Tensor, call: dit.DenoiserCall) -> tuple[ModulationOut, Any]:
     """`module(vec)`, from what was computed beforehand if it was."""
     ready = call.prepared.get(id(module))
     return module(vec) if ready is None else module.parts(ready)
@@ -269,9 +279,10 @@ def _entrance(
 class DoubleStreamBlock(nn.Module):
     """Picture and text tokens with weights of their own, attending to each other."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False,
-                 flipped_img_txt: bool = False, dtype=None, device=None,
-                 operations=comfy.ops.manual_cast) -> None:  # fmt: skip
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False, flipped_img_txt: bool = False,
+        dtype: Any = None, device: Any = None, operations: Any = comfy.ops.manual_cast,
+    ) -> None:  # fmt: skip
         super().__init__()
         mlp_hidden_dim = int(hidden_size * mlp_ratio)
         self.num_heads = num_heads
@@ -366,8 +377,10 @@ class DoubleStreamBlock(nn.Module):
 class SingleStreamBlock(nn.Module):
     """All tokens with the same weights; attention and MLP side by side in one pair of linears."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, qk_scale: float | None = None,
-                 dtype=None, device=None, operations=comfy.ops.manual_cast) -> None:  # fmt: skip
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, qk_scale: float | None = None,
+        dtype: Any = None, device: Any = None, operations: Any = comfy.ops.manual_cast,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.hidden_dim = hidden_size
         self.hidden_size = hidden_size
@@ -433,8 +446,10 @@ class SingleStreamBlock(nn.Module):
 class LastLayer(nn.Module):
     """Tokens to patches: [B, L, C] -> [B, L, patch_size^2 * out_channels]."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, dtype=None, device=None,
-                 operations=comfy.ops.manual_cast) -> None:  # fmt: skip
+    def __init__(
+        self, hidden_size: int, patch_size: int, out_channels: int, dtype: Any = None, device: Any = None,
+        operations: Any = comfy.ops.manual_cast,
+    ) -> None:  # fmt: skip
         super().__init__()
         place = {"dtype": dtype, "device": device}
         self.norm_final = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **place)

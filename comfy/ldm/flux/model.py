@@ -61,7 +61,10 @@ class FluxParams:
 class Flux(nn.Module):
     """The diffusion transformer of FLUX.1 (dev, schnell, Fill, Kontext) and its relatives."""
 
-    def __init__(self, image_model=None, final_layer=True, dtype=None, device=None, operations=None, **kwargs):
+    def __init__(
+        self, image_model: str | None = None, final_layer: bool = True, dtype: Any = None, device: Any = None,
+        operations: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         known = {f.name for f in fields(FluxParams)}
         params = FluxParams(**{name: value for name, value in kwargs.items() if name in known})
@@ -193,7 +196,7 @@ class Flux(nn.Module):
         tokens = x.reshape(batch, channels, rows, patch, cols, patch).permute(0, 2, 4, 1, 3, 5)
         tokens = tokens.reshape(batch, rows * cols, channels * patch * patch)
         first_row, first_col = ((offset + patch // 2) // patch for offset in (h_offset, w_offset))
-        place = {"device": x.device, "dtype": torch.float32}
+        place: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
         ids = torch.zeros((rows, cols, 3), **place)
         ids[..., 0] = index
         ids[..., 1] = torch.arange(first_row, first_row + rows, **place).unsqueeze(1)

@@ -48,7 +48,7 @@ def config_from_state_dict(sd: StateDict) -> tuple[dict[str, Any], int | None]:
     if "decoder.conv_in.weight" not in sd or "encoder.conv_in.weight" not in sd:
         raise ValueError("this is not an image VAE: encoder.conv_in.weight or decoder.conv_in.weight is missing")
     base, in_channels = sd["encoder.conv_in.weight"].shape[:2]
-    mult = []
+    mult: list[int] = []
     while f"encoder.down.{len(mult)}.block.0.conv1.weight" in sd:
         mult.append(sd[f"encoder.down.{len(mult)}.block.0.conv1.weight"].shape[0] // base)
     blocks = 0

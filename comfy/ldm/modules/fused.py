@@ -6,6 +6,8 @@ it knows: layers with weights of another dtype, with patches applied at use, or 
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,7 +15,7 @@ from torch import nn
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def computes_directly(linear: nn.Module, x: torch.Tensor) -> bool:
+def computes_directly(linear: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Linear]:
     """Whether a layer is a linear on CUDA in half precision that multiplies by its weight as it is stored."""
     return (
         isinstance(linear, nn.Linear)

@@ -27,7 +27,7 @@ def _kernel() -> Any:
     import triton.language as tl
 
     @triton.jit(do_not_specialize=["tokens"])  # a new number of tokens needs no new code
-    def modulate(
+    def modulate(  # type: ignore[no-untyped-def]  # Triton gives annotations a meaning of its own
         x, y, gate, scale, shift, summed, normed, tokens, width, x_batch, x_token, y_batch, y_token, gate_batch,
         gate_token, scale_batch, scale_token, shift_batch, shift_token, out_batch, out_token, eps,
         GATED: tl.constexpr, NORMED: tl.constexpr, BLOCK: tl.constexpr,

@@ -22,7 +22,7 @@ def _kernel() -> Any:
     import triton.language as tl
 
     @triton.jit(do_not_specialize=["tokens", "heads"])  # a new number of tokens needs no new code
-    def norm_rotate(
+    def norm_rotate(  # type: ignore[no-untyped-def]  # Triton gives annotations a meaning of its own
         source, scale, table, target, tokens, heads, source_batch, source_token, target_batch, target_token,
         table_batch, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip

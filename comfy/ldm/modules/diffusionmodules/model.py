@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,11 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Attention of one head over all places of the map."""
 
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    proj_out: nn.Module
+
     def __init__(self, in_channels: int) -> None:
         super().__init__()
         self.norm = normalise(in_channels)
@@ -79,14 +85,14 @@ class Upsample(nn.Module):
 
 
 def _middle(channels: int) -> nn.Module:
-    mid = nn.Module()
+    mid: Any = nn.Module()
     mid.block_1 = ResnetBlock(in_channels=channels)
     mid.attn_1 = AttnBlock(channels)
     mid.block_2 = ResnetBlock(in_channels=channels)
     return mid
 
 
-def _through_middle(mid: nn.Module, h: torch.Tensor) -> torch.Tensor:
+def _through_middle(mid: Any, h: torch.Tensor) -> torch.Tensor:
     return mid.block_2(mid.attn_1(mid.block_1(h)))
 
 
@@ -109,7 +115,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         last = ch
         for level, mult in enumerate(ch_mult):
-            stage = nn.Module()
+            stage: Any = nn.Module()
             stage.block = nn.ModuleList()
             stage.attn = nn.ModuleList()
             for _ in range(num_res_blocks):
@@ -124,6 +130,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(x)
+        stage: Any
         for stage in self.down:
             for block in stage.block:
                 h = block(h)
@@ -144,7 +151,7 @@ class Decoder(nn.Module):
         self.mid = _middle(last)
         stages = []
         for level in reversed(range(len(ch_mult))):
-            stage = nn.Module()
+            stage: Any = nn.Module()
             stage.block = nn.ModuleList()
             stage.attn = nn.ModuleList()
             for _ in range(num_res_blocks + 1):
@@ -159,6 +166,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: torch.Tensor, **kwargs: object) -> torch.Tensor:
         h = _through_middle(self.mid, self.conv_in(z))
+        stage: Any
         for stage in reversed(self.up):
             for block in stage.block:
                 h = block(h)
