@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -129,7 +129,7 @@ async def begin(lockstep: Lockstep, prompt_id: str, name: str, call: Call) -> as
     return begun
 
 
-async def finish(lockstep: Lockstep, waiting: list[Awaitable[Any]]) -> None:
+async def finish(lockstep: Lockstep, waiting: Sequence[Awaitable[Any]]) -> None:
     """Wait until calls are done, well or not; others may compute meanwhile."""
     with lockstep.computing.released():
         await asyncio.gather(*waiting, return_exceptions=True)

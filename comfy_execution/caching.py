@@ -351,7 +351,8 @@ class RamCache(OutputCache):
 
     def drop(self, made: Collection[tuple[int, int]]) -> None:
         """Forget results; those this rank does not have are passed over."""
-        for held in (self._entries, self._current):
+        stores: list[dict[Any, CacheEntry]] = [self._entries, self._current]
+        for held in stores:
             for key in [key for key, entry in held.items() if entry.made in made]:
                 del held[key]
 

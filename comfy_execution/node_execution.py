@@ -11,7 +11,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from enum import Enum
 from functools import partial
@@ -214,10 +214,9 @@ async def _run(call: NodeCall, executed: Any, pending_async_nodes: dict[str, Any
         def before(call_index: int) -> None:
             GraphBuilder.set_default_prefix(unique_id, call_index, 0)
 
-        with (
-            call.ranks.lockstep.alone() if call.first_only else nullcontext(),
-            nullcontext([]) if _is_watched() else writers.collecting() as call.files,
-        ):
+        alone: AbstractContextManager[Any] = call.ranks.lockstep.alone() if call.first_only else nullcontext()
+        collecting_files: AbstractContextManager[Any] = nullcontext([]) if _is_watched() else writers.collecting()
+        with alone, collecting_files as call.files:
             output, ui, has_subgraph, pending = await seams.replaceable().get_output_data(
                 call.prompt_id,
                 unique_id,

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
+from functools import partial
 from typing import IO, Any
 
 from comfy import accounting
@@ -112,7 +113,7 @@ def write(node: Any, files: dict[str, Callable[[IO[bytes]], None]]) -> None:
         for path, encode in files.items():
             _write(path, encode)
         return
-    futures = [_threads.submit(lambda path=path, encode=encode: _write(path, encode)) for path, encode in files.items()]
+    futures = [_threads.submit(partial(_write, path, encode)) for path, encode in files.items()]
     if later:
         assert collected is not None
         collected.extend(futures)
