@@ -18,8 +18,8 @@ _interceptors: list[LogInterceptor] = []
 class LogInterceptor(io.TextIOWrapper):
     """A stream that passes everything on and remembers it; `\\r` lines (progress bars) replace each other."""
 
-    def __init__(self, stream: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(stream.buffer, *args, encoding=stream.encoding, line_buffering=stream.line_buffering, **kwargs)
+    def __init__(self, stream: Any, **kwargs: Any) -> None:
+        super().__init__(stream.buffer, encoding=stream.encoding, line_buffering=stream.line_buffering, **kwargs)
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[list[dict[str, str]]], None]] = []
         self._since_flush: list[dict[str, str]] = []

@@ -83,8 +83,9 @@ class _WaitingTexts:
         known: dict[int, tuple[QueueItem, str]] = {}
         for item in items:
             before = self._known.get(id(item))
-            fits = before is not None and before[0] is item
-            known[id(item)] = before if fits else (item, dumps(without_secrets(item)))
+            if before is None or before[0] is not item:
+                before = (item, dumps(without_secrets(item)))
+            known[id(item)] = before
         self._known = known
         return [text for _, text in known.values()]
 
