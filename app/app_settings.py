@@ -43,10 +43,10 @@ class AppSettings:
     def save_settings(self, request: web.Request, settings: dict[str, Any]) -> None:
         """Replace the user's settings; the file is never half written."""
         path = self._path(request)
-        beside = path + ".new"
-        with open(beside, "w", encoding="utf-8") as stream:
+        fresh = path + ".new"
+        with open(fresh, "w", encoding="utf-8") as stream:
             json.dump(settings, stream, indent=4)
-        os.replace(beside, path)
+        os.replace(fresh, path)
 
     def add_routes(self, routes: web.RouteTableDef) -> None:
         @routes.get("/settings")

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-MAX_BYTES = 64 * 2**20  # the longest backlog of a page
+MAX_BYTES = 64 * 2**20  # most bytes that wait for a page
 MAX_MESSAGES = 10_000
-CLOSE_S = 5.0  # how long a page that is disconnected may take to read why
+CLOSE_S = 5.0  # how long a disconnected page may take to read the reason
 TOO_FAR_BEHIND = 1013  # "try again later"
 
 
 @dataclass
 class _Message:
     content: str | bytes
-    replaces: str | None  # of waiting messages with the same word only the latest is kept
+    replaces: str | None  # of waiting messages with the same key only the latest is kept
     dropped: bool = False
 
     def __len__(self) -> int:
@@ -31,7 +31,7 @@ class _Message:
 
 
 class PageQueue:
-    """The way to one page. `put` never waits; `close` ends it."""
+    """The queue to one page. `put` never waits; `close` ends it."""
 
     def __init__(self, socket: web.WebSocketResponse, name: str) -> None:
         self._socket = socket

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from comfy.taco_dit.core.launcher import START_MESSAGES
-from comfy.taco_dit.utils.events import EventHandler, cure_for
+from comfy.taco_dit.utils.events import EventHandler, remedy_for
 from comfy.taco_dit.utils.metrics import Metrics
 from comfy.taco_dit.utils.monitor import Monitor
 from comfy.taco_dit.utils.performance_monitor import RunStatistics
@@ -24,7 +24,7 @@ _RESULTS = {"execution_success": "done", "execution_interrupted": "cancelled"}
 
 
 class Panel:
-    """Puts the ranks' reports together and tells the pages that watch."""
+    """Combines the ranks' reports and sends them to the pages that watch."""
 
     def __init__(self, server: Any, current: Any, monitor: Monitor) -> None:
         self.server = server
@@ -47,7 +47,7 @@ class Panel:
         return [{**info, **reports.get(info["rank"], {})} for info in self.rank_infos]
 
     def set_ranks(self, infos: list[dict[str, Any]]) -> None:
-        """Who the ranks are; again when one was replaced, whose numbers of reports and events begin anew."""
+        """The members of the job; called again when one was replaced, whose report and event numbers restart."""
         known = {info["rank"]: info["pid"] for info in self.rank_infos}
         self.rank_infos = infos
         for info in infos:
@@ -133,7 +133,7 @@ class Panel:
             if not text.startswith("rank "):
                 text = f"{data['exception_type']}: {text}"
             node = f"{data['node_id']} ({data['node_type']})" if data["node_id"] else None
-            self.events.add("error", text, rank or 0, cure_for(text, node), node)
+            self.events.add("error", text, rank or 0, remedy_for(text, node), node)
         self.monitor.wake()
 
 

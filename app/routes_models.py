@@ -65,7 +65,7 @@ def _described(kind: str) -> list[dict[str, Any]]:
 
 
 def _preview(path: str) -> bytes | None:
-    """webp of the picture beside a model file or inside its metadata; None when there is none."""
+    """webp of the picture next to a model file or inside its metadata; None when there is none."""
     from PIL import Image
 
     stem = os.path.splitext(path)[0]

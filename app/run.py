@@ -18,7 +18,7 @@ SWITCH_INTERVAL_S = 0.0005
 
 
 def run_rank(args: argparse.Namespace, root: str) -> int:
-    """Set this process up as one rank and run it until it is told to stop.
+    """Set this process up as one rank and run it until it is stopped.
 
     Raises ConfigError for a configuration that does not fit the ranks.
     """
@@ -185,7 +185,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
 
 
 def _join(current: Any, panel: Any = None) -> list[dict[str, Any]]:
-    """This rank is ready; on rank 0 wait for the others and keep the panel told of who they are."""
+    """This rank is ready; on rank 0 wait for the others and keep the panel's list of members current."""
     info = current.manager.describe()
     if current.manager.world_size == 1:
         return [info]
@@ -237,12 +237,12 @@ def _follow(args: argparse.Namespace, current: Any) -> int:
     from comfy_execution.worker import PromptWorker, cache_choice
     from server import PromptServer
 
-    comfy.utils.set_progress_bar_enabled(False)  # one bar on the console: rank 0's
+    comfy.utils.set_progress_bar_enabled(False)  # only rank 0 shows a progress bar on the console
     args.preview_method = LatentPreviewMethod.NoPreviews
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     server = PromptServer(loop, listening=False)
-    logging.getLogger().setLevel(logging.ERROR)  # rank 0 says which packs could not be imported
+    logging.getLogger().setLevel(logging.ERROR)  # rank 0 lists the packs that could not be imported
     _load_nodes(args, server, loop)
     logging.getLogger().setLevel(logging.WARNING)
     cache_type, cache_args = cache_choice(args)
@@ -251,7 +251,7 @@ def _follow(args: argparse.Namespace, current: Any) -> int:
     logging.getLogger().addHandler(EventHandler(monitor.events, monitor.rank))
     _join(current)
     monitor.start()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # blocked in the store, Python could not handle it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python cannot handle the signal while it blocks in the store
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     worker.follow(current.lockstep.commands())
     return 0

@@ -54,7 +54,7 @@ def convert_cond(cond: list[Any]) -> list[dict[str, Any]]:
 
 
 def get_additional_models(conds: dict[str, list[dict[str, Any]]], dtype: torch.dtype | None) -> tuple[list[Any], float]:
-    """(models that conditionings need beside the main one, bytes their inference takes)."""
+    """(models that conditionings need besides the main one, bytes their inference takes)."""
     controls: list[Any] = []
     models: list[Any] = []
     for cond in conds.values():

@@ -2,7 +2,7 @@
 
 On rank 0, and where there is only one rank, a call is a task of the executor's event loop. There a node that asks the
 other ranks for something (samples, say) holds the loop until they answered. If the other ranks did the same, two such
-nodes that resume in another order than on rank 0 would wait for each other for ever. So on the other ranks every call has
+nodes that resume in another order than on rank 0 would deadlock. So on the other ranks every call has
 a thread with an event loop of its own, in which it can wait for its turn while others go on. `Lockstep.computing` lets
 only one of these threads and the executor run at a time, as the steps of tasks in one event loop do.
 """
@@ -130,6 +130,6 @@ async def begin(lockstep: Lockstep, prompt_id: str, name: str, call: Call) -> as
 
 
 async def finish(lockstep: Lockstep, waiting: Sequence[Awaitable[Any]]) -> None:
-    """Wait until calls are done, well or not; others may compute meanwhile."""
+    """Wait until calls are done, well or not; other calls may compute meanwhile."""
     with lockstep.computing.released():
         await asyncio.gather(*waiting, return_exceptions=True)

@@ -154,8 +154,8 @@ class CacheEntry:
 
 
 class CacheType(Enum):
-    """What stays: CLASSIC the last prompt's results, LRU the latest `lru` ones, NONE only what the running prompt needs,
-    RAM_PRESSURE all, as long as `ram` GiB of host memory are available.
+    """What is kept: CLASSIC the last prompt's results, LRU the latest `lru` ones, NONE only what the running prompt
+    needs, RAM_PRESSURE all, as long as `ram` GiB of host memory are available.
     """
 
     CLASSIC = 0
@@ -167,8 +167,8 @@ class CacheType(Enum):
 class OutputCache:
     """Results by node id for the running prompt, by signature across prompts (here: until the next prompt).
 
-    `owner` of an entry is the (id, class) of the prompt's node out of which an ephemeral node grew; such results stay
-    as long as that node is in the prompts and, when it grows anew, keeps growing them.
+    `owner` of an entry is the (id, class) of the prompt's node that an ephemeral node was expanded from; such results
+    are kept as long as that node is in the prompts and its expansions contain them.
     """
 
     signed = True
@@ -334,7 +334,7 @@ class RamCache(OutputCache):
         return self.AGE ** (self._generation - entry.used) * (self.SMALLEST + _host_bytes(entry.outputs))
 
     def relieve(self, needed: Collection[str]) -> list[tuple[int, int]]:
-        """Drop what is too much, except results of the running prompt's nodes in `needed`; what was dropped."""
+        """Drop results until the headroom is available, never those of nodes in `needed`; returns what was dropped."""
         if self._available() >= self.headroom:
             return []
         if time.monotonic() - self._collected >= self.COLLECT_INTERVAL_S:
@@ -350,7 +350,7 @@ class RamCache(OutputCache):
         return dropped
 
     def drop(self, made: Collection[tuple[int, int]]) -> None:
-        """Forget results; those this rank does not have are passed over."""
+        """Forget results; those this rank does not have are ignored."""
         stores: list[dict[Any, CacheEntry]] = [self._entries, self._current]
         for held in stores:
             for key in [key for key, entry in held.items() if entry.made in made]:

@@ -149,7 +149,7 @@ class PromptRun(ExecutionList):
         return mine
 
     async def relieve(self) -> None:
-        """With --cache-ram: let go of results when memory is short, the same ones on every rank."""
+        """With --cache-ram: drop results when memory is short, the same ones on every rank."""
         cache = self.output_cache
         if isinstance(cache, RamCache):
             needed = {*self.pendingNodes, *(node_id for node_id, count in self._needed.items() if count)}
@@ -187,9 +187,9 @@ class PromptExecutor:
     """Runs prompts one after the other and keeps results between them.
 
     `cache_type` and `cache_args` choose what is kept (see `CacheType`); `lockstep` connects the ranks. After `execute`,
-    `success`, `status_messages`, `history_result` (`{"outputs", "meta"}`) and `failed_rank` say how it went, and `record`
-    where its time went (`comfy.accounting`). `cancels_kept` is set by who hands prompts out and forgets old cancels then;
-    without it a prompt begins by forgetting them.
+    `success`, `status_messages`, `history_result` (`{"outputs", "meta"}`) and `failed_rank` say how it went, and
+    `record` where its time went (`comfy.accounting`). `cancels_kept` is set by a queue that clears old cancels when it
+    gives out a prompt; without it each prompt begins by clearing them.
     """
 
     def __init__(
@@ -431,7 +431,7 @@ class PromptExecutor:
     def _log_failure(
         self, node_id: str | None, node_type: str | None, details: Mapping[str, Any], ex: BaseException
     ) -> None:
-        """Where it came from is told once, on rank 0; with several ranks the others say one line each."""
+        """The traceback is logged once, on rank 0; other ranks log one line each."""
         reason = details["exception_message"].rstrip()
         if not self.lockstep.is_first:
             logging.warning(
@@ -456,7 +456,7 @@ class PromptExecutor:
 
 
 def _agreed_end(action: str, chosen: Any) -> Exception:
-    """The exception that ends a prompt on every rank at once; marked, so that no rank has to tell the others."""
+    """The exception that ends a prompt on every rank at once; marked, so that no rank reports it to the others."""
     import comfy.model_management
 
     error: Any

@@ -73,13 +73,13 @@ class DynamicPrompt:
         return node_id in self.original_prompt or node_id in self.ephemeral_prompt
 
     def add_ephemeral_node(self, node_id: str, node_info: dict[str, Any], parent_id: str, display_id: str) -> None:
-        """Add a node grown from `parent_id`, whose progress is shown on `display_id`."""
+        """Add a node that `parent_id` expanded into, whose progress is shown on `display_id`."""
         self.ephemeral_prompt[node_id] = node_info
         self.ephemeral_parents[node_id] = parent_id
         self.ephemeral_display[node_id] = display_id
 
     def get_real_node_id(self, node_id: str) -> str:
-        """The node of the original prompt out of which this one grew."""
+        """The node of the original prompt that this one was expanded from."""
         while node_id in self.ephemeral_parents:
             node_id = self.ephemeral_parents[node_id]
         return node_id
@@ -176,7 +176,7 @@ class TopologicalSort:
                 continue
             inputs = self.dynprompt.get_node(unique_id)["inputs"]
             self._register(unique_id)
-            if self.is_cached(unique_id):  # what it was made of may be gone
+            if self.is_cached(unique_id):  # the results it was made from may be gone
                 continue
             sources = []
             for name, value in inputs.items():
@@ -372,7 +372,7 @@ class ExecutionList(TopologicalSort):
         for source, consumers in self.blocking.items():
             for node_id in consumers:
                 waiting[node_id].append(source)
-        # take away, again and again, the nodes that wait for nobody left
+        # repeatedly remove the nodes that wait for none of the rest
         free = [node_id for node_id, sources in waiting.items() if not sources]
         counts = {node_id: len(sources) for node_id, sources in waiting.items()}
         while free:

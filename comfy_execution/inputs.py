@@ -10,7 +10,7 @@ from comfy_execution.graph_utils import is_link
 
 # values per input; a node that does not take lists is called once for each
 InputData = dict[str, list[Any] | tuple[Any, ...]]
-# kinds of hidden inputs that are never told to anybody else
+# kinds of hidden inputs that are never shown or sent
 SECRET_INPUTS = ("AUTH_TOKEN_COMFY_ORG", "API_KEY_COMFY_ORG")
 
 

@@ -1,4 +1,4 @@
-"""The one thing the executor and the server know about ranks.
+"""The interface by which the executor and the server know about ranks.
 
 Under several ranks every process runs the same prompt through the same executor. Wherever two ranks could decide
 differently (what to run next, what is cached, what a clock or a random number says) the executor asks a `Lockstep`
@@ -69,7 +69,7 @@ def task(prompt_id: str, name: str) -> Iterator[None]:
 
 
 class ComputeLock:
-    """Lets one thread at a time run node code, as an event loop does for its tasks; a thread that waits lets go of it."""
+    """Lets one thread at a time run node code, as an event loop does for its tasks; a thread that waits releases it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -124,7 +124,7 @@ class Lockstep:
         return False
 
     def begin(self, prompt_id: str) -> None:
-        """Open a prompt: from here to `end` the ranks move together."""
+        """Open a prompt: from here to `end` the ranks run in lockstep."""
 
     def end(self) -> None:
         """Close a prompt; waits until every rank has closed it.
@@ -133,7 +133,7 @@ class Lockstep:
         """
 
     def refuse(self, prompt_id: str, error: BaseException) -> None:
-        """A prompt that was announced failed on this rank before `begin`, or the executor failed: the others are told."""
+        """An announced prompt failed on this rank before `begin`, or the executor failed: the others are notified."""
 
     def fail(self, error: BaseException, node_id: str | None = None) -> BaseException:
         """Tell the other ranks that this one leaves the prompt because of `error` (also an interrupt).
@@ -168,7 +168,7 @@ class Lockstep:
             _alone.reset(token)
 
     def leave(self) -> None:
-        """The current task is over: a rank that still waits for a turn of it is told that it took another way."""
+        """The current task is over: a rank that still waits for a turn of it gets an OutOfStepError."""
 
     def check(self) -> None:
         """Agreed check point: raises RankError if another rank failed. Cheap; call it once a node."""

@@ -1,4 +1,4 @@
-"""One turn of a node in the executor: its inputs, what the page is told, where its results go."""
+"""One turn of a node in the executor: its inputs, what the page is sent, where its results go."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class NodeCall:
         return missing
 
     def shown_inputs(self) -> InputData:
-        """The inputs as an error report may tell them: without keys and tokens."""
+        """The inputs as an error report may show them: without keys and tokens."""
         hidden = self.class_def.INPUT_TYPES().get("hidden")
         secret = {name for name, kind in hidden_names(hidden) if isinstance(kind, str) and kind in SECRET_INPUTS}
         return {name: values for name, values in (self.input_data_all or {}).items() if name not in secret}
@@ -131,7 +131,7 @@ class NodeCall:
             self.server.send_sync("executed", message, self.server.client_id)
 
     def announce_when_written(self, output: Any) -> None:
-        """Tell the page a node's output, as soon as its files are complete."""
+        """Send the page a node's output, as soon as its files are complete."""
         if self.files:
             self.execution_list.writing.append(self)
             self.announced = writers.when_done(self.files, partial(self.announce_output, output))
@@ -139,7 +139,7 @@ class NodeCall:
             self.announce_output(output)
 
     def blocked(self, executed: Any) -> Callable[[ExecutionBlocker], ExecutionBlocker]:
-        """What becomes of a blocker that reaches this node: one with a message is reported, then blocks silently."""
+        """Handle a blocker that reaches this node: one with a message is reported, then blocks silently."""
 
         def report(block: ExecutionBlocker) -> ExecutionBlocker:
             if block.message is None:

@@ -74,7 +74,7 @@ async def _async_map_node_over_list(
 ) -> list[Any]:
     """Call a node's function for every item of its inputs: a list of results, or of tasks where a call is not done.
 
-    A call that would receive an ExecutionBlocker is left out; what `execution_block_cb` makes of it is the result.
+    A call that would receive an ExecutionBlocker is left out; the result is what `execution_block_cb` returns for it.
     """
     takes_lists = bool(getattr(obj, "INPUT_IS_LIST", False))
     target = obj.PREPARE_CLASS_CLONE(v3_data) if is_v3(obj) else obj

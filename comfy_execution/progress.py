@@ -2,7 +2,7 @@
 
 A `progress_state` message carries every node that was started, so sending one per event would cost quadratic time.
 `WebUIProgressHandler` sends at once while that is cheap and else at most every `INTERVAL` seconds; a timer and `reset`
-deliver what was held back, so that the last state always arrives.
+send what was held back, so that the last state always arrives.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class ProgressRegistry:
         self.handlers.pop(handler_name, None)
 
     def enable_handler(self, handler_name: str, enabled: bool = True) -> None:
-        """Let a handler hear events again; nothing happens when there is none of that name."""
+        """Let a handler receive events again; nothing happens when there is none of that name."""
         handler = self.handlers.get(handler_name)
         if handler is not None:
             handler.enabled = enabled
@@ -259,7 +259,7 @@ global_progress_registry: ProgressRegistry | None = None
 
 
 def reset_progress_state(prompt_id: str, dynprompt: Any) -> None:
-    """Start the registry of a new prompt; handlers of the last one are told to finish."""
+    """Start the registry of a new prompt; handlers of the last one are finished."""
     global global_progress_registry
     if global_progress_registry is not None:
         global_progress_registry.reset_handlers()

@@ -10,7 +10,7 @@ import torch
 
 
 def get_state() -> dict[str, Any]:
-    """Where the generators stand; about 10 kB, picklable."""
+    """The state of the generators; about 10 kB, picklable."""
     state = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -22,7 +22,7 @@ def get_state() -> dict[str, Any]:
 
 
 def set_state(state: dict[str, Any]) -> None:
-    """Put the generators where those of another process stood."""
+    """Set the generators to the state of another process."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(torch.frombuffer(bytearray(state["torch"]), dtype=torch.uint8))

@@ -13,7 +13,7 @@ from comfy_execution.graph_utils import is_link
 from comfy_execution.lockstep import Lockstep
 
 DONE, EXPAND, PENDING = "done", "expand", "pending"
-# what can be sent from rank 0 to the others, and is no reason to compute on all ranks
+# values that rank 0 can send cheaply: a node that has only these need not run on all ranks
 _PLAIN_DATA = {"IMAGE", "MASK", "LATENT", "AUDIO", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
 
 
@@ -75,7 +75,8 @@ class Ranks:
     async def align_random(self, first_only: bool) -> None:
         """Before a node runs: what it draws without a seed is the same on all ranks.
 
-        The generators part where a node runs on rank 0 alone; the next node on all ranks begins from rank 0's.
+        Generators diverge where a node runs on rank 0 alone; before the next node on all ranks they take rank 0's
+        state.
         """
         if first_only:
             self._random_differs = True
@@ -100,7 +101,7 @@ class Ranks:
                 entry.first_only = False
 
     async def decide(self, topic: str, choose: Callable[[], Any]) -> Any:
-        """`Lockstep.decide`; a rank that follows gives way to its asynchronous nodes while it waits."""
+        """`Lockstep.decide`; a follower lets its asynchronous nodes run while it waits."""
         return self.lockstep.decide(topic, choose)
 
     async def decide_async(self, topic: str, choose: Callable[[], Awaitable[Any]]) -> Any:

@@ -1,4 +1,4 @@
-"""The loop that takes prompts from the queue (rank 0), and the one that does as rank 0 says (the others)."""
+"""The loop that takes prompts from the queue (rank 0), and the one that executes rank 0's commands (the others)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cache_choice(args: Any) -> tuple[CacheType, dict[str, Any]]:
 class PromptWorker:
     """Executes prompts: `run` on rank 0 in a thread of its own, `follow` on the other ranks.
 
-    `announce(command)` tells the other ranks what rank 0 is about to do: `{"kind": "prompt", "item": queue item}` (with
+    `announce(command)` sends the other ranks what rank 0 is about to do: `{"kind": "prompt", "item": queue item}` (with
     `"reset": True` when a rank was replaced, so that all forget what they keep),
     `{"kind": "free", "unload_models": bool, "free_memory": bool}` or `{"kind": "stop"}`. Commands are picklable and
     must reach every follower's `follow` in order.
@@ -51,8 +51,8 @@ class PromptWorker:
         summary: Callable[[], str] = str,
         on_done: Callable[[PromptExecutor], None] = lambda executor: None,
     ) -> None:
-        self.on_done = on_done  # told of each prompt of the queue when it is over
-        self.summary = summary  # what else to say of a prompt that is done, on its line of the console
+        self.on_done = on_done  # called with each prompt of the queue when it is over
+        self.summary = summary  # what to add to a finished prompt's line on the console
         self.queue = queue
         self.server = server
         self.lockstep = lockstep or Lockstep()
@@ -84,7 +84,7 @@ class PromptWorker:
             self.queue.set_flag("stop", True)
 
     def follow(self, commands: Iterable[Mapping[str, Any]]) -> None:
-        """Do what rank 0 announced, until it says stop or there are no more commands."""
+        """Execute rank 0's commands until it sends stop or there are no more."""
         comfy.utils.set_progress_bar_global_hook(_leave_with_the_others)
         for command in commands:
             kind = command["kind"]

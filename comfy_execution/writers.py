@@ -1,12 +1,12 @@
 """Files that are written while the prompt goes on.
 
-Encoding a picture takes a processor core for a while and nothing else, so a node that saves hands its files to a few
-threads (Pillow lets other threads run while it encodes). Files of one node are written at the same time. When the executor
-itself called the node, the node returns at once: the executor goes on with other nodes, tells the page that the node is
-done when its files are complete, and ends the prompt after all of them. For every other caller, such as a custom node that
-saves through `SaveImage` and then reads the file, `write` returns when the files are complete.
+Encoding a picture only occupies a processor core, so a node that saves passes its files to a few threads (Pillow lets
+other threads run while it encodes). Files of one node are written at the same time. When the executor itself called the
+node, the node returns at once: the executor goes on with other nodes, sends the page the node's output when its files
+are complete, and ends the prompt after all of them. For every other caller, such as a custom node that saves through
+`SaveImage` and then reads the file, `write` returns when the files are complete.
 
-A file gets its name at once, as `name.part`, which counts for the next number of a series; it loses the ending when it is
+A file gets its name at once, as `name.part`, which counts for the next number of a series; it is renamed when it is
 complete.
 """
 

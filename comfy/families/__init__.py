@@ -1,4 +1,4 @@
-"""The model families: one record each, found here by what a file holds or by ComfyUI's public names.
+"""The model families: one record each, found here by a file's content or by ComfyUI's public names.
 
 A record (`base.Family`) is all that is declared of a family; its network is a file of its own that is imported only
 when a model of the family is made. `comfy.supported_models`, `comfy.model_base` and `comfy.latent_formats` look the

@@ -19,7 +19,7 @@ class Split:
 
     column: each rank computes some outputs. row: each rank uses some inputs, and the outputs are summed over ranks (the
     bias is added once). whole: every rank keeps all of it. parts: the names of the sizes, in order, that are fused along
-    the axis that is cut; each part is dealt by itself.
+    the axis that is cut; each part is distributed separately.
     """
 
     kind: Literal["column", "row", "whole"]

@@ -5,9 +5,9 @@
     state = dit.run_blocks(network, state, call)    # network.block_list(): tuple[Block, ...]
     return network.head(state)
 
-A network is written for whole pictures and knows nothing of ranks. It states which tensors have a token axis and lets
-tokens meet only in `comfy.ldm.modules.attention`. What surrounds its blocks is here, once for all families: patches and
-replacements by custom nodes, ControlNet residuals, modulations computed beforehand, step caches.
+A network is written for whole pictures and knows nothing of ranks. It states which tensors have a token axis and
+combines tokens only in `comfy.ldm.modules.attention`. What surrounds its blocks is here, once for all families: patches
+and replacements by custom nodes, ControlNet residuals, modulations computed beforehand, step caches.
 
 The rule for foreign code: whatever is not ours (a replaced block, a patch, a replaced forward) sees whole streams and
 `transformer_options`. Between our own blocks the streams are shards. A block's `forward` is the entrance for foreign
@@ -107,9 +107,9 @@ class Block:
     """One block of a network as its strategies see it.
 
     name: its path in the network. module: what is called. arguments: how foreign code calls it.
-    cost: time relative to other blocks of the network, for dealing blocks over pipeline stages.
+    cost: time relative to other blocks of the network, for distributing blocks over pipeline stages.
     replace_key: key of a replacement in `patches_replace["dit"]`. patches_after: kinds of patches (`patches[kind]`) that
-    see the tokens after it. index: its place among the blocks of its kind, which patches are told.
+    see the tokens after it. index: its place among the blocks of its kind, which patches are given.
     residual: the ControlNet residual that is added after it. cacheable: whether a step cache may skip it.
     """
 

@@ -1,7 +1,7 @@
-"""Values that travel through a diffusion transformer: its state, the denoiser call it belongs to, and token plans.
+"""Values that pass through a diffusion transformer: its state, the denoiser call it belongs to, and token plans.
 
-All are immutable: a block returns another state, and what is sharded is read from the state, never from a flag that
-somebody flips. `comfy.ldm.dit` re-exports the names of this module.
+All are immutable: a block returns another state, and what is sharded is read from the state, never from a mutable flag.
+`comfy.ldm.dit` re-exports the names of this module.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CALL_KEY = "taco_denoiser_call"
 
 
 class Meeting(Protocol):
-    """One attention between the tokens of all ranks, in moments between which a block can compute.
+    """One attention between the tokens of all ranks, in four steps between which a block can compute.
 
     `send` starts bringing queries, keys and values together, `attend` runs the kernel on them, `send_back` starts
     returning the outputs to the ranks of their tokens, `result` is this rank's part. Nothing that a block computes
-    between two moments may depend on the attention's output.
+    between two steps may depend on the attention's output.
     """
 
     def send(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -184,7 +184,7 @@ class TokenAxis:
 
 @dataclass(frozen=True, eq=False)
 class DiTState:
-    """What travels through the blocks of a diffusion transformer.
+    """The tensors that blocks of a diffusion transformer take and return.
 
     streams: tokens [B, L, C] in the order of joint attention. tokenwise: tensors with a declared token axis (rotary
     tables, per-token modulation, masks of keys), sharded with their streams. sample: tensors without one (modulation

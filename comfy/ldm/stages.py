@@ -27,7 +27,8 @@ def compiled_stages(enabled: bool = True) -> Iterator[None]:
 
 
 def stage(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a part of a block in which no tokens meet: pure, without communication, worth compiling as one piece.
+    """Mark a part of a block in which no tokens are combined: pure, without communication, worth compiling as one
+    piece.
 
     Each stage is compiled once and serves all blocks of its kind, for one size and then, when another comes, for any.
     Where compiling fails (no C compiler, an unsupported GPU) the stage runs plainly from then on, with one warning.
@@ -38,7 +39,7 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         if not _compile_stages.get() or function in _uncompilable:
             return function(*args, **kwargs)
         if function not in _compiled:
-            # Streams, batch sizes, patch kinds and models of several sizes all meet in one function.
+            # Streams, batch sizes, patch kinds and models of several sizes share one function.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
             _compiled[function] = torch.compile(function)
         try:

@@ -36,8 +36,8 @@ def _lineage(patcher: Any) -> Iterator[Any]:
 class LoadedModel:
     """A network that is on its load device, wholly or partly, and the patcher whose weights it has.
 
-    Patchers are held weakly: a model that no node holds any more is freed. When a clone goes while the network lives on,
-    the patcher it was cloned from stands in for it.
+    Patchers are held weakly: a model that no node holds any more is freed. When a clone is freed while the network
+    stays, the patcher it was cloned from takes its place.
     """
 
     def __init__(self, model: Any) -> None:
@@ -140,7 +140,7 @@ def loaded_models(only_currently_used: bool = False) -> list[Any]:
 
 
 def _release_held(device: torch.device, memory_required: float) -> None:
-    """Let go of what is kept for speed only when `memory_required` bytes are not free otherwise."""
+    """Free what is kept for speed only when `memory_required` bytes are not free otherwise."""
     management = comfy.model_management
     if management.get_free_memory(device) >= memory_required:
         return
@@ -260,7 +260,7 @@ def _load_entry(
                 limit = management.get_total_memory(device) * MIN_WEIGHT_MEMORY_RATIO - there
             budget = max(1, there + int(min(limit, free - minimum)))
             if there and abs(budget - there) < _SLACK_BYTES:
-                budget = there  # what is there stays: free memory is never twice the same
+                budget = there  # what is loaded stays: free memory varies from call to call
             logging.info(
                 "%s: %.0f of %.0f MiB of weights fit on %s; the rest stays in host memory",
                 type(entry.model.model).__name__,

@@ -110,7 +110,7 @@ class WeightStore:
         return sorted(found, key=lambda group: (-group.size, group.path))
 
     def weight(self, key: str) -> Weight:
-        """The record of a weight. One that somebody put in place of ours becomes the new original."""
+        """The record of a weight. A tensor that other code assigned becomes the new original."""
         current = comfy.utils.get_attr(self.model, key)
         known = self.weights.get(key)
         if known is None or (current is not known.source and current is not known.placed):
@@ -223,7 +223,7 @@ class WeightStore:
         _fetch(pairs)
 
     def _drop(self, weight: Weight) -> None:
-        """Back to the original; the device's copies go."""
+        """Back to the original; copies on the device are freed."""
         if weight.placed is not None:
             self._use(weight, None)
         weight.pristine, weight.patches = None, ()
@@ -392,7 +392,7 @@ class WeightStore:
                 self.patched_at_use += 1
 
     def _wrap(self, groups: list[Group], wrappers: Mapping[str, Sequence[Wrapper]]) -> None:
-        """Let exactly these functions stand between stored weights and their layers, beside those of others."""
+        """Install exactly these functions between stored weights and their layers; those of other owners stay."""
         wanted = []
         for group in groups if wrappers else ():
             for key in group.keys:

@@ -134,6 +134,6 @@ class WeightStream:
         accounting.count("weight_bytes", size)
 
     def _forget_pending(self) -> None:
-        """The layers took another order: what was brought over for nothing goes."""
+        """The layers ran in another order: copies made in vain are freed."""
         self._pending.clear()
         self._pending_bytes = 0

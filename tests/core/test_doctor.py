@@ -159,6 +159,6 @@ def test_a_check_that_breaks_is_a_problem_and_keeps_what_it_found():
     assert "KeyError" in text and "1 problem:" in text and "no problem found" not in text
 
 
-def test_a_problem_needs_a_cure():
-    with pytest.raises(ValueError, match="needs a cure"):
+def test_a_problem_needs_a_remedy():
+    with pytest.raises(ValueError, match="needs a remedy"):
         Finding(PROBLEM, "x", "y")

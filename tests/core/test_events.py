@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from comfy.taco_dit.utils.events import TEXT_LIMIT, EventHandler, EventLog, cure_for, shortened
+from comfy.taco_dit.utils.events import TEXT_LIMIT, EventHandler, EventLog, remedy_for, shortened
 
 
 def test_the_oldest_go_when_it_is_full():
@@ -71,12 +71,12 @@ def test_copies_do_not_reach_the_list():
         ("something nobody foresaw", "console"),
     ],
 )
-def test_known_messages_have_their_cure(text, word):
-    assert word in cure_for(text)
+def test_known_messages_have_their_remedy(text, word):
+    assert word in remedy_for(text)
 
 
 def test_an_error_of_a_node_names_it():
-    assert "node 5 (KSampler)" in cure_for("ValueError: on purpose", "5 (KSampler)")
+    assert "node 5 (KSampler)" in remedy_for("ValueError: on purpose", "5 (KSampler)")
 
 
 def test_long_messages_become_one_line():

@@ -1,7 +1,7 @@
 """Layers of Flux: embeddings, modulation, double and single stream blocks (Black Forest Labs, 2024).
 
 Shapes: B pictures, L tokens, C hidden size, H heads, D head size. Blocks are written for any set of tokens; joint
-attention is the only place where tokens meet.
+attention is the only place where tokens are combined.
 """
 
 from __future__ import annotations
@@ -407,7 +407,7 @@ class SingleStreamBlock(nn.Module):
 
     @dit.stage
     def _middle(self, rest: torch.Tensor) -> torch.Tensor:
-        """The MLP's middle [B, L, M]: the half of the block that needs nothing of the attention."""
+        """The MLP's hidden activations [B, L, M]: the half of the block that does not depend on attention."""
         return split_linear_rest(self.linear1, self.mlp_act, rest, 3 * self.hidden_size)
 
     @dit.stage

@@ -206,7 +206,7 @@ class Flux(nn.Module):
     def _with_references(
         self, img: torch.Tensor, img_ids: torch.Tensor, shape: torch.Size, refs: list[torch.Tensor], method: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append reference latents [B, C, h, w] as tokens placed beside, diagonal to, or behind the picture."""
+        """Append reference latents [B, C, h, w] as tokens placed next to, diagonal to, or behind the picture."""
         patch = self.patch_size
         height = width = index = 0
         for ref in refs:

@@ -1,9 +1,9 @@
-"""Attention: the only place where tokens meet.
+"""Attention: the only place where tokens are combined.
 
-`attention` is what networks call: `AttentionSpec` says which tokens ask which, `DenoiserCall` how they are spread over
-ranks. On one rank it is `optimized_attention`, ComfyUI's name for "the best kernel there is". Custom nodes replace
-`optimized_attention` (by assignment, or per call through `transformer_options["optimized_attention_override"]`);
-both see all tokens of the heads they are given, in the order of whole streams.
+`attention` is what networks call: `AttentionSpec` says which tokens attend to which, `DenoiserCall` how they are spread
+over ranks. On one rank it is `optimized_attention`, ComfyUI's name for "the best kernel there is". Custom nodes replace
+`optimized_attention` (by assignment, or per call through `transformer_options["optimized_attention_override"]`); both
+see all tokens of the heads they are given, in the order of whole streams.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def replaced_attention(options: Any = None) -> bool:
 
 
 def meet(spec: AttentionSpec, call: DenoiserCall, compute: Compute | None = None) -> Meeting:
-    """An attention in moments; see `Meeting`. `compute` is a foreign function to use instead of this module's own."""
+    """An attention in four steps; see `Meeting`. `compute`: a custom node's function, used instead of this module's."""
     options, plan = call.options, call.plan
     foreign = compute is not None or replaced_attention(options)
 

@@ -1,4 +1,4 @@
-"""Ranks must start sampling from the same tensors. Here they compare, and take rank 0's where they differ."""
+"""Ranks must start sampling from the same tensors: checksums are compared, and rank 0's tensors replace others."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def agree_on(lockstep: Lockstep, inputs: dict[str, Any], patcher: Any) -> bool:
     )
     if not differing:
         return False
-    if lockstep.is_first:  # every rank knows; one line is enough
+    if lockstep.is_first:  # all ranks have the same list; one line is enough
         logging.warning(
             "TACO-DiT: ranks disagreed about %s (a node draws random numbers of its own?); all use rank 0's",
             ", ".join(differing),

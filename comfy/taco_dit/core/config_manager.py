@@ -1,7 +1,7 @@
 """Configuration of the parallel core: a YAML file's explicit values, else what is detected.
 
-Everything is parsed and checked before weights are loaded, into frozen dataclasses that are handed down. `None` means
-"not said": the planner chooses. An unknown key, a value of the wrong kind, or degrees that cannot be laid out over the
+Everything is parsed and checked before weights are loaded, into frozen dataclasses. `None` means
+"auto": the program chooses. An unknown key, a value of the wrong kind, or degrees that cannot be laid out over the
 ranks raise `ConfigError`, which names the key and the allowed values.
 """
 
@@ -41,7 +41,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class OptimizationConfig:
-    """`optimization:` - how a rank computes. Compiling and CUDA graphs are on where they can be, unless said otherwise."""
+    """`optimization:` - how a rank computes. auto: stages are not compiled, calls are captured in CUDA graphs on CUDA."""
 
     engine: str = "native"
     use_flash_attention: bool = True
@@ -52,7 +52,7 @@ class OptimizationConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """`memory:` - what may leave the GPU."""
+    """`memory:` - what may leave the GPU, and where it waits then: in host memory, the only place there is."""
 
     enable_offload: bool = True
     offload_device: str = "cpu"
@@ -210,8 +210,8 @@ def validate_for(config: TacoConfig, world_size: int) -> TacoConfig:
 class TACODiTConfigManager:
     """The configuration in force: `TACODiTConfigManager().config`.
 
-    Reads `path`, else the running program's configuration, else `taco_dit_config.yaml` beside main.py, else defaults.
-    With `world_size` the degrees are checked against that number of ranks.
+    Reads `path`, else the running program's configuration, else `taco_dit_config.yaml` in the folder of main.py, else
+    the defaults. With `world_size` the degrees are checked against that number of ranks.
     """
 
     def __init__(self, path: str | None = None, world_size: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """What the control plane is made of: connections to the store, waits that can be ended, and a log of events.
 
 The store is torch's TCPStore. A connection serves one blocking call at a time, so every thread that waits borrows one of
-its own. A blocking read is never given a time limit of the store's: a `Waits` thread looks after the readers instead and
+its own. A blocking read is never given a time limit of the store's: a `Waits` thread watches the readers instead and
 writes `STOPPED` under the key of one that should give up, which wakes it at once.
 """
 
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 STOPPED = b"\x00stopped"
-TICK_S = 0.2  # how often waits are looked after while a prompt runs
+TICK_S = 0.2  # how often waits are checked while a prompt runs
 POLL_S = 0.02  # how often a key that holds STOPPED is read again
 EVENT_COUNT = "events"
-BEGAN_ANEW = "rank 0 began anew in its process"  # why it has all followers replaced
-STOPPING = "stopping"  # set by rank 0 before it tells the others to stop: whoever ends then is not replaced
+RANK_0_RESTARTED = "rank 0 restarted in its process"  # the reason it gives for having all followers replaced
+STOPPING = "stopping"  # set by rank 0 before it tells the others to stop: ranks that end after that are not replaced
 
 
 def event_key(number: int) -> str:
@@ -44,7 +44,7 @@ def append_event(store: Any, event: dict[str, Any]) -> int:
 
 
 def fill_gaps(store: Any, seen: int = 16) -> None:
-    """After a process died: give the last `seen` events that were counted and perhaps not written a content."""
+    """After a process ended: fill those of the last `seen` events that were counted and perhaps never written."""
     count = int(store.add(EVENT_COUNT, 0))
     for number in range(max(1, count - seen), count + 1):
         store.compare_set(event_key(number), "", json.dumps({"kind": "nothing"}))
@@ -86,7 +86,7 @@ class Waits:
         self._readers: dict[int, _Reader] = {}
         self._poked = threading.Event()
         self.on_tick: Callable[[], None] = lambda: None  # called every TICK_S while a prompt runs
-        self.busy = False  # while a prompt runs, waits are looked after every TICK_S; else when one begins
+        self.busy = False  # while a prompt runs, waits are checked every TICK_S; otherwise when one begins
         threading.Thread(target=self._look_after, name="taco-waits", daemon=True).start()
 
     def get(self, key: str, stop: Callable[[], bool]) -> bytes | None:
@@ -111,7 +111,7 @@ class Waits:
         return value
 
     def poke(self) -> None:
-        """Look at all waits now: something happened that may end some."""
+        """Check all waits now: something happened that may end some."""
         self._poked.set()
 
     def _look_after(self) -> None:

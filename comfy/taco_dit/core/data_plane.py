@@ -36,7 +36,7 @@ class Group:
     def _options(kind: type[Any]) -> Any:
         options = kind()
         if hasattr(options, "asyncOp"):
-            options.asyncOp = False  # on the caller's stream: no event hand-over around each collective
+            options.asyncOp = False  # on the caller's stream: no event synchronisation around each collective
         return options
 
     def all_to_all(
@@ -167,7 +167,7 @@ class DataPlane:
         return True
 
     def before_groups_end(self, release: Callable[[], None]) -> None:
-        """Call `release` whenever groups are aborted, for what refers to them: captured CUDA graphs."""
+        """Call `release` whenever groups are aborted; it must free what refers to them, such as captured CUDA graphs."""
         self._releases.append(release)
 
     @property

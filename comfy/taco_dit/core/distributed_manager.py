@@ -19,7 +19,7 @@ import torch.distributed as dist
 from .data_plane import NEVER, DataPlane
 
 SUPERVISED = "TACO_SUPERVISED"  # set by our own supervisor, which replaces a rank that ends
-INCARNATION = "TACO_INCARNATION"  # number of the process among those that stood for its rank, from 0
+INCARNATION = "TACO_INCARNATION"  # how many processes had this rank before this one
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RankInfo:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> RankInfo:
-        """What torchrun says; one rank alone without it. Raises ValueError for a contradictory environment."""
+        """From torchrun's variables; a single rank without them. Raises ValueError for a contradictory environment."""
         if "RANK" not in environ or "WORLD_SIZE" not in environ:
             return cls()
         info = cls(

@@ -1,7 +1,7 @@
 """Runs a denoiser call under a plan, and keeps the statistics.
 
-`evaluate` gets the batches of one call (conditionings x pictures), deals them over the row groups, lets the network run
-on this rank's tokens, and puts everything together on every rank.
+`evaluate` gets the batches of one call (conditionings x pictures), distributes them over the row groups, runs the
+network on this rank's tokens, and gathers all predictions on every rank.
 """
 
 from __future__ import annotations
@@ -165,11 +165,11 @@ class TACODiTExecutionEngine:
         token_plan: UlyssesPlan | None,
         layout: Layout,
     ) -> list[torch.Tensor]:
-        """This rank's batches, with what their networks need to know of the call."""
+        """Runs this rank's batches, with the denoiser call in their `transformer_options`."""
         call = dit.DenoiserCall(plan=token_plan, layout=layout)
-        told = [batch.within(call) for batch in batches]
+        batches = [batch.within(call) for batch in batches]
         with dit.fallback_call(call), self._fast(model, token_plan):
-            return evaluate_serially(model, told, model_options)
+            return evaluate_serially(model, batches, model_options)
 
     def _gather_rows(self, dims: ParallelDims, flat: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         group = self.manager.data.group(dims.row_group(self.manager.rank))  # type: ignore[union-attr]
@@ -236,7 +236,7 @@ class TACODiTExecutionEngine:
 
 
 def _fast_ways(optimization: OptimizationConfig, device: torch.device) -> tuple[bool, bool]:
-    """(compile stages, capture CUDA graphs): as configured, else what the device can do."""
+    """(compile stages, capture CUDA graphs). auto: stages are not compiled, graphs are captured on CUDA."""
     cuda = device.type == "cuda"
     compile_stages, cuda_graph = optimization.use_torch_compile, optimization.use_cuda_graph
     return bool(compile_stages), cuda if cuda_graph is None else cuda_graph and cuda

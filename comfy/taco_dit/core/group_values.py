@@ -1,4 +1,4 @@
-"""Small values that the ranks of one group tell each other over the data plane.
+"""Small values that the ranks of one group exchange over the data plane.
 
 Unlike `Lockstep.gather` this takes no turn in the control plane and involves no other rank.
 """

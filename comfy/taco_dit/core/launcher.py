@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .config_manager import DEFAULT_FILE, ConfigError, TacoConfig, load_config, validate_for
 
-START_MESSAGES = "TACO_START_MESSAGES"  # what was said at the start, for rank 0 to show in the page, a line each
+START_MESSAGES = "TACO_START_MESSAGES"  # messages of the start, one per line, for rank 0 to show in the page
 
 
 class LaunchError(ValueError):

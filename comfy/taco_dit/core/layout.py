@@ -1,7 +1,7 @@
 """Where the weights of a network live on a group of ranks: decided once, when the network is loaded.
 
 A layout outlives many denoiser calls; the plan of a call (`plan.py`) is chosen within it. Ranks that hold parts of one
-copy of a network (`ranks` of them) always work on the same rows and tokens; a plan deals work over whole copies.
+copy of a network (`ranks` of them) always work on the same rows and tokens; a plan distributes work over whole copies.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Decisions of rank 0, agreed by all ranks, over the control store.
 
 Every prompt is an epoch. Within it, rank r's part of the n-th turn of a task lives under the key epoch/task/n/r, so
-rank 0 never waits for followers except where it gathers. Each value begins with what it is about, so that ranks that took
-different ways find out at the first key they read of each other, instead of waiting for each other for ever.
+rank 0 never waits for followers except where it gathers. Each value begins with its topic, so that ranks that diverged
+notice at the first key they read of each other, instead of waiting for each other forever.
 
 A rank is waited for as long as its process lives and nobody failed (`rank_group` says how that is known); after a failure
 every rank must come to `end` within a time limit or is ended from outside.
@@ -28,7 +28,7 @@ from .rank_group import ABORT_S, CAUSE_S, UNKNOWN, RankGroup
 from .rank_watch import END_S
 
 T = TypeVar("T")
-_LARGE = 1 << 20  # bytes from which a shared value travels by the data plane
+_LARGE = 1 << 20  # bytes from which a shared value is sent over the data plane
 FIRST_END_S = 300.0  # how long rank 0 may take to leave a prompt that failed; to end it costs the queue
 
 
@@ -73,7 +73,7 @@ class RankLockstep(RankGroup):
             self._tasks = {}
             self._failed = False
             self._cancelled_at = None
-            self._renew = bool(self.members.dead)  # who died since the prompt was announced will be replaced
+            self._renew = bool(self.members.dead)  # ranks that ended since the prompt was announced will be replaced
             if self._data.aborted:
                 self._data.renew(self.epoch)
             self._open = self._waits.busy = True
@@ -100,11 +100,11 @@ class RankLockstep(RankGroup):
         self._abandon(self.epoch)  # all ranks, so that all start a new generation
         if problem is not None:
             raise problem
-        if not self._failed:  # also when the report came during the last node, where nothing asked any more
+        if not self._failed:  # also when the report came during the last node, after the last check
             raise self._rank_error()
 
     def _end_first(self) -> BaseException | None:
-        """Rank 0 waits for all that live, then tells them how it ended; an exception when it ended only here."""
+        """Rank 0 waits for all live ranks, then sends them the outcome; an exception that only rank 0 raises."""
         problem: BaseException | None = None
         seen = [self._seen]
         failed = False
@@ -175,7 +175,7 @@ class RankLockstep(RankGroup):
             self._since: float | None = None
 
         def over(self) -> bool:
-            """Whether whoever waits should look after it."""
+            """Whether the waiting rank should stop waiting and act."""
             if not self._lockstep.troubled():
                 return self._lockstep.cancelled_too_long()
             if self._since is None:
@@ -206,7 +206,7 @@ class RankLockstep(RankGroup):
         read, turns.keys = turns.keys, []
         self._put(turns, turn, "gathering", topic, pickle.dumps(value))
         values = [pickle.loads(self._read(turn, rank, "gathering", topic)) for rank in range(self.world_size)]
-        self._delete(read)  # whoever answered this has read what came before it in this task
+        self._delete(read)  # a rank that took part in this has read the task's earlier values
         return values
 
     def share(self, topic: str, produce: Callable[[], Any]) -> Any:
@@ -249,14 +249,14 @@ class RankLockstep(RankGroup):
     def interrupt_check(self) -> None:
         """What `throw_exception_if_processing_interrupted` does.
 
-        Ranks that move together stop at `gate` or before the next node. When neither comes within `PATIENCE_S` (a long
+        Ranks in lockstep stop at `gate` or before the next node. When neither comes within `PATIENCE_S` (a long
         loop inside a node), rank 0 leaves by itself, as if it had failed, and the others follow at their next check.
         """
         if is_alone() or not self._open:
             comfy.model_management.raise_if_interrupted()
             return
         if self.rank:
-            self.check()  # rank 0 does not: it is about to make the same mistake, and should tell it as its own
+            self.check()  # rank 0 does not: it is about to raise the same error, and should report it as its own
         elif self.cancelled_too_long():
             comfy.model_management.raise_if_interrupted()
 
@@ -297,14 +297,14 @@ class RankLockstep(RankGroup):
             store.set(key, f"{kind} {topic}".encode() + b"\0" + payload)
 
     def _read(self, turn: str, rank: int, kind: str, topic: str) -> bytes:
-        """The content of a rank's part of a turn. Raises OutOfStepError when that rank is at something else."""
+        """The content of a rank's part of a turn. Raises OutOfStepError when that rank wrote another kind or topic."""
         theirs, _, payload = self._wait(f"{turn}/{rank}").partition(b"\0")
         mine = f"{kind} {topic}"
         if theirs == mine.encode():
             return payload
         error = OutOfStepError(
             f"the ranks took different ways: rank {self.rank} is at {mine!r}, rank {rank} at {theirs.decode()!r}. A node "
-            "goes by something that differs between ranks (a clock, a file, a random number); set TACO_RANKS = 'first' "
+            "depends on something that differs between ranks (a clock, a file, a random number); set TACO_RANKS = 'first' "
             "on its class"
         )
         self.fail(error)
@@ -315,7 +315,7 @@ class RankLockstep(RankGroup):
         with self.computing.released():
             value = self._waits.get(key, self._no_more_waiting)
         if value is None:
-            self._old_keys.append(key)  # it holds the mark that ended the wait
+            self._old_keys.append(key)  # it holds the STOPPED mark that ended the wait
             if not self.troubled():
                 comfy.model_management.raise_if_interrupted()
         self.check()

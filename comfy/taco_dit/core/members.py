@@ -1,4 +1,4 @@
-"""Which processes stand for the ranks at the moment, as the event log tells it."""
+"""Which process is each rank's current one, according to the event log."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Members:
-    """Per rank: what it is (`describe`), how often it was replaced, and how it ended, as long as it has no successor."""
+    """Per rank: what it is (`describe`), how often it was replaced, and how it ended, until it is replaced."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
@@ -16,7 +16,7 @@ class Members:
         self.dead: dict[int, str] = {}
 
     def joined(self, event: dict[str, Any]) -> None:
-        """A process took a rank's place and is ready. News of an earlier one than is known is passed over."""
+        """A process took a rank's place and is ready. Events of an older process than the known one are ignored."""
         rank, incarnation = int(event["rank"]), int(event["incarnation"])
         if incarnation >= self.incarnations[rank]:
             self.incarnations[rank] = incarnation
@@ -33,7 +33,7 @@ class Members:
         return True
 
     def missing(self) -> list[int]:
-        """Ranks that nobody stands for: not started yet, or ended and not replaced yet."""
+        """Ranks without a process: not started yet, or ended and not replaced yet."""
         return [rank for rank in range(self.world_size) if rank not in self.infos or rank in self.dead]
 
     def followers(self) -> list[int]:

@@ -98,7 +98,7 @@ class Plan:
 
 
 def share(total: int, parts: int, index: int) -> tuple[int, int]:
-    """[start, stop) of part `index` when `total` things are dealt as evenly as possible; parts may be empty."""
+    """[start, stop) of part `index` when `total` items are distributed as evenly as possible; parts may be empty."""
     return total * index // parts, total * (index + 1) // parts
 
 
@@ -121,7 +121,7 @@ def candidates(config: ParallelConfig, work: Workload, world_size: int) -> list[
         return [ParallelDims(replicas=world_size)]
     degree = config.ulysses_degree or config.sequence_parallel_degree
     pictures = config.data_parallel_degree
-    if not config.auto_detect:  # only what is written down; ranks that are left repeat work
+    if not config.auto_detect:  # only degrees that are configured; ranks that are left repeat work
         degree, pictures = degree or 1, pictures or 1
     if not work.tokens_split or not config.sequence_parallel:
         degree = 1
@@ -146,8 +146,8 @@ def candidates(config: ParallelConfig, work: Workload, world_size: int) -> list[
 def choose_plan(config: ParallelConfig, work: Workload, world_size: int, layout: Layout = Layout()) -> Plan:  # noqa: B008
     """The degrees with the smallest estimated time; ties go to fewer exchanges, conditionings first.
 
-    Degrees deal work over the copies of the network that `layout` leaves. Raises ConfigError when fixed degrees leave
-    no plan, and ValueError when the layout does not fit the ranks.
+    Degrees distribute work over the copies of the network that `layout` leaves. Raises ConfigError when fixed degrees
+    leave no plan, and ValueError when the layout does not fit the ranks.
     """
     world_size = layout.copies(world_size)
     found = candidates(config, work, world_size)

@@ -1,8 +1,8 @@
-"""The processes of a job and how they hear of each other: members, commands, failures.
+"""The processes of a job and their messages to each other: members, commands, failures.
 
-Failures travel by the event log, which a thread on every rank reads: a rank that leaves a prompt appends a report, the
-supervisor appends that a process ended. The thread then abandons the data plane, which frees a thread that is inside a
-collective, and ends the waits of this rank.
+Failures are announced in the event log, which a thread on every rank reads: a rank that leaves a prompt appends a
+report, the supervisor appends that a process ended. The thread then abandons the data plane, which frees a thread that
+is inside a collective, and ends the waits of this rank.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import comfy.model_management
 from comfy_execution.lockstep import Lockstep, RankError
 
 from .control_store import (
-    BEGAN_ANEW,
     EVENT_COUNT,
+    RANK_0_RESTARTED,
     STOPPING,
     Connections,
     EventReader,
@@ -47,7 +47,7 @@ UNKNOWN = {
 
 
 class RankGroup(Lockstep):
-    """What of `Lockstep` is about processes rather than decisions."""
+    """The part of `Lockstep` that is about processes rather than decisions."""
 
     def __init__(self, manager: TACODiTDistributedManager) -> None:
         if manager.store is None or manager.data is None:
@@ -84,15 +84,15 @@ class RankGroup(Lockstep):
     def _first_event(self) -> int:
         """Number of the last event that does not concern this process.
 
-        A process that takes a rank's place begins with what happens from now on. So does a rank 0 that began anew in the
-        same process (a pack called `execv`); it has the followers replaced, and numbers epochs above those used.
+        A replacement process begins with the events from now on. So does a rank 0 that restarted in the same process (a
+        pack called `execv`); it has the followers replaced and uses higher epoch numbers than before.
         """
         if self.rank == 0:
             starts = int(self._store.add("starts of rank 0", 1))
             if starts > 1:
                 self.epoch = (starts - 1) * 1_000_000
                 for rank in range(1, self.world_size):
-                    self._store.set(end_request_key(rank), BEGAN_ANEW)
+                    self._store.set(end_request_key(rank), RANK_0_RESTARTED)
                 return int(self._store.add(EVENT_COUNT, 0))
             return 0
         return int(self._store.add(EVENT_COUNT, 0)) if self._manager.info.incarnation else 0
@@ -222,7 +222,7 @@ class RankGroup(Lockstep):
             self._abandon(epoch, wait=False)
 
     def _abandon(self, epoch: int, wait: bool = True) -> None:
-        """Leave the collectives of an epoch, in a thread: the abort of a communicator may take its time."""
+        """Leave the collectives of an epoch, in a thread: the abort of a communicator may take long."""
         with self._changed:
             if epoch != self.epoch:
                 return
@@ -247,7 +247,7 @@ class RankGroup(Lockstep):
             "traceback": traceback_module.format_tb(error.__traceback__),
         }
         with self._changed:
-            if _lost_peer(error):  # whoever left or died is reported by itself or by the supervisor
+            if _lost_peer(error):  # a rank that left or ended is reported by itself or by the supervisor
                 self._changed.wait_for(lambda: self._abort is not None, CAUSE_S)
             self._failed = True
             known = self._abort is not None
@@ -303,7 +303,7 @@ class RankGroup(Lockstep):
             return bytes(store.get(key)) if store.check([key]) else b""
 
     def report(self, epoch: int, rank: int, cause: str, detail: str) -> None:
-        """Append a failure that did not come from code of this rank's prompt."""
+        """Append a failure that was not raised by this rank's own prompt."""
         device = str(self.members.infos.get(rank, {}).get("device", "?"))
         report = UNKNOWN | {"rank": rank, "device": device, "cause": cause, "detail": detail}
         with self._connections.borrow() as store:

@@ -1,4 +1,4 @@
-"""Rank 0's watch over a running prompt: cancels that the main thread cannot obey, and followers that hang.
+"""Rank 0's watch over a running prompt: cancels to which the main thread cannot react, and followers that hang.
 
 The main thread may be inside a collective that a peer never entered. Followers give signs of life while a prompt runs,
 from a thread of their own: a process that computes for an hour gives them, one that is stopped or blocked as a whole does
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LOOK_S = 1.0
 GIVE_UP_S = 5.0  # how long rank 0 may stay inside a collective after a cancel before the collective is abandoned
 SILENT_S = 60.0  # without a sign of life for so long a follower is ended
-END_S = 10.0  # the same once the prompt has failed; also how long it may take to come to the end after rank 0
+END_S = 10.0  # the same once the prompt has failed; also how long it may take to reach the end after rank 0 did
 STUCK_S = 60.0  # how long a follower that gives signs of life may take, from the failure
 
 
@@ -33,7 +33,7 @@ class RankWatch:
         self._group = group
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._troubled_at: float | None = None
-        self._ending: set[int] = set()  # followers that this prompt's failure made rank 0 end
+        self._ending: set[int] = set()  # followers that rank 0 ended because this prompt failed
         self._epoch = 0
 
     def begin(self) -> None:

@@ -1,9 +1,9 @@
 """Whether the rows of a denoiser call (conditionings x pictures) may be evaluated on different ranks.
 
 Rows are independent when every function that runs in or around the network treats each row by itself. Our own code
-does. Foreign code may let the pictures of a batch see one another (shared attention, reference pictures, statistics
-over the batch), so rows are coupled while any is there, unless it says `rows_independent = True` of itself (an
-attribute of the function, or of the object whose method it is).
+does. Code of custom nodes may let the pictures of a batch see one another (shared attention, reference pictures,
+statistics over the batch), so rows are coupled while any is present, unless it declares `rows_independent = True`
+(an attribute of the function, or of the object whose method it is).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _replaced(network: Any) -> Iterator[tuple[str, Any]]:
 
 
 def replaced_parts(network: Any) -> list[str]:
-    """What is not ours of a network itself: it cannot be known to do the same in each call."""
+    """Parts of a network that are not ours: they may do something else in each call."""
     return [what for what, _ in _replaced(network)]
 
 
@@ -87,7 +87,7 @@ def foreign_parts(network: Any, batches: list[DenoiserBatch], model_options: dic
 
 
 def can_cut(batches: list[DenoiserBatch]) -> bool:
-    """Whether every tensor of the batches tells its conditionings and pictures apart."""
+    """Whether every tensor of the batches has an axis by which conditionings and pictures can be separated."""
     try:
         for batch in batches:
             batch.select_conds([0])
@@ -113,8 +113,8 @@ def rows_of(batches: list[DenoiserBatch], dims: ParallelDims, cfg: int, data: in
 def collect_rows(batches: list[DenoiserBatch], dims: ParallelDims, outs: list[Any], gather: Any) -> list[Any]:
     """Predictions of each batch [k * B, C, ...] from those of all row groups.
 
-    outs: this row group's predictions. `gather(flat, counts)` joins the flat tensors of all row groups in order: rows of
-    a call may differ in size, so they travel flat.
+    outs: this row group's predictions. `gather(flat, counts)` joins the flat tensors of all row groups in order: rows
+    of a call may differ in size, so they are sent flat.
     """
     owners = [(c, d) for c in range(dims.cfg_degree) for d in range(dims.data_degree)]
     dealt = [rows_of(batches, dims, c, d) for c, d in owners]

@@ -1,4 +1,4 @@
-"""Work that is many equal items, dealt over the ranks: tiles of a VAE, ControlNets, encodings of several prompts."""
+"""Work of many equal items, distributed over the ranks: tiles of a VAE, ControlNets, encodings of several prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 def spread(items: Sequence[Item], work: Callable[[Item], Result], manager: Any = None) -> list[Result]:
-    """`[work(item) for item in items]`, each item computed on one rank only and the results known to all.
+    """`[work(item) for item in items]`, each item computed on one rank only and the results available on all.
 
     All ranks must call with equal items at the same place. `work` returns a tensor or a tuple of tensors, of any shapes
     and dtypes, on this rank's device. `manager` is the distributed manager, by default that of the running process; on
@@ -32,7 +32,7 @@ def spread(items: Sequence[Item], work: Callable[[Item], Result], manager: Any =
     mine = [work(item) for item in items[start:stop]]
     tensors = [_tensors(result) for result in mine]
     group = manager.data.group(range(size))
-    # A result travels as bytes, its shapes beside it: items need not be alike.
+    # A result is sent as bytes together with its shapes: items may differ.
     described = [
         [isinstance(result, tuple), [[str(t.dtype).removeprefix("torch."), *t.shape] for t in parts]]
         for result, parts in zip(mine, tensors)

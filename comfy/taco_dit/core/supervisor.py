@@ -1,7 +1,7 @@
-"""The parent of all ranks on this machine: starts them, ends them, and replaces one that ended by itself.
+"""The parent of all ranks on this machine: starts them, ends them, and replaces one that ended unexpectedly.
 
 It hosts the control store on the loopback address. When a follower ends, that is written into the store's event log at
-once (every rank hears of it and leaves the running prompt), and a new process takes its place; it joins before the next
+once (every rank reads it and leaves the running prompt), and a new process takes its place; it joins before the next
 prompt. When rank 0 ends, all ranks are started again. A rank asks for another one to be ended by a key in the store.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .control_store import BEGAN_ANEW, STOPPING, append_event, end_request_key, fill_gaps
+from .control_store import RANK_0_RESTARTED, STOPPING, append_event, end_request_key, fill_gaps
 from .data_plane import NEVER
 from .distributed_manager import INCARNATION, SUPERVISED
 
@@ -29,7 +29,7 @@ MAX_REPLACEMENTS = 3  # within WINDOW_S; one more ends the job
 WINDOW_S = 300.0
 LOOK_S = 0.25  # how often requests of the ranks are read; the end of a process is noticed at once
 END_S = 5.0  # how long a rank may take to end after a signal
-COMMAND_LINE = 2  # exit status of a start that cannot work, which is not tried again
+COMMAND_LINE = 2  # exit status of a start that cannot succeed and is not retried
 
 
 def how_it_ended(status: int) -> str:
@@ -55,7 +55,7 @@ class Supervisor:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._incarnations: dict[int, int] = {}
         self._ended_at: list[float] = []
-        self._renewed: set[int] = set()  # ranks that rank 0 asked for anew: not a fault, so not counted
+        self._renewed: set[int] = set()  # ranks whose replacement rank 0 requested: not a fault, so not counted
         self._restart = -1
         self._signal: int | None = None
         listener = socket.socket()
@@ -72,7 +72,7 @@ class Supervisor:
     # --- life ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Until the job ends by itself, by a signal, or because ranks end again and again."""
+        """Run until the job ends by itself, by a signal, or because ranks end repeatedly."""
         with self._woken_by_signals() as woken:
             try:
                 self._start_all()
@@ -125,7 +125,7 @@ class Supervisor:
             self._start(rank)
 
     def _start(self, rank: int) -> None:
-        """Start a rank; from the main thread only, to whose life Linux binds the child's (`die_with_parent`)."""
+        """Start a rank; from the main thread only: Linux ends a child with the thread that started it (`die_with_parent`)."""
         own = {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._ranks, "LOCAL_WORLD_SIZE": self._ranks,
             "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "ROLE_RANK": rank, "ROLE_WORLD_SIZE": self._ranks,
@@ -182,14 +182,14 @@ class Supervisor:
             )
 
     def _obey_requests(self) -> None:
-        """End the ranks that others asked to be ended; their end is then noticed like any other."""
+        """End the ranks whose end was requested; this is then handled like any other end."""
         for rank, process in self._processes.items():
             key = end_request_key(rank)
             if self._store.check([key]):
                 why = self._store.get(key).decode()
                 _say(f"rank {rank} is ended: {why}")
                 self._store.delete_key(key)
-                if why == BEGAN_ANEW:
+                if why == RANK_0_RESTARTED:
                     self._renewed.add(rank)
                 process.kill()
 

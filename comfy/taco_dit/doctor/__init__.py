@@ -1,2 +1,2 @@
 """`python -m comfy.taco_dit.doctor`: whether this machine, this installation and this configuration can work, and how
-to cure what cannot."""
+to fix what cannot."""

@@ -20,7 +20,7 @@ class Finding:
 
     def __post_init__(self) -> None:
         if self.level == PROBLEM and not self.cure:
-            raise ValueError(f"{self.subject}: a problem needs a cure")
+            raise ValueError(f"{self.subject}: a problem needs a remedy")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def problems(sections: Iterable[Section]) -> list[Finding]:
 
 
 def as_text(sections: list[Section]) -> str:
-    """The report for a terminal: every finding, then problems and warnings again with their cures."""
+    """The report for a terminal: every finding, then problems and warnings again with what to do."""
     lines = []
     for section in sections:
         lines.append(section.title)
@@ -66,7 +66,7 @@ def as_text(sections: list[Section]) -> str:
             for finding in of_level:
                 lines.append(f"  - {finding.subject}: {finding.text}")
                 if finding.cure:
-                    lines.append(f"    cure: {finding.cure}")
+                    lines.append(f"    remedy: {finding.cure}")
             lines.append("")
     if not problems(sections):
         lines.append("no problem found")

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from comfy.taco_dit.utils.events import cure_for
+from comfy.taco_dit.utils.events import remedy_for
 
 from .findings import OK, PROBLEM, WARNING, Finding
 
@@ -44,35 +44,35 @@ def versions(requirements: str) -> Iterator[Finding]:
 
 
 def _package(name: str, relation: str | None, version: str | None) -> Iterator[Finding]:
-    cure = f"run ./setup_environment.sh, or: pip install '{name}{relation or ''}{version or ''}'"
+    remedy = f"run ./setup_environment.sh, or: pip install '{name}{relation or ''}{version or ''}'"
     try:
         present = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(PROBLEM, name, "is not installed", cure)
+        yield Finding(PROBLEM, name, "is not installed", remedy)
         return
     if relation == ">=" and version and _numbers(present) < _numbers(version):
-        yield Finding(PROBLEM, name, f"{present} is older than {version}", cure)
+        yield Finding(PROBLEM, name, f"{present} is older than {version}", remedy)
     elif relation == "==" and version and _numbers(present) != _numbers(version):
-        yield Finding(WARNING, name, f"{present}, tested with {version}", cure)
+        yield Finding(WARNING, name, f"{present}, tested with {version}", remedy)
     elif name != "torch":
         yield Finding(OK, name, present)
 
 
 def devices(gpus: Sequence[int], cpu: bool, messages: Sequence[str]) -> Iterator[Finding]:
-    """The devices ranks would get; `messages` are what the start itself complains of."""
+    """The devices ranks would get; `messages` are the warnings of the start."""
     for message in messages:
-        # That a machine has no GPU at all may well be meant; one that was named and is not there is a mistake.
+        # A machine without GPUs may be intended; a GPU that was named and does not exist is a mistake.
         level = WARNING if message.startswith("no NVIDIA GPU") else PROBLEM
-        yield Finding(level, "GPUs", message, cure_for(message))
+        yield Finding(level, "GPUs", message, remedy_for(message))
     yield Finding(OK, "CPU", f"{os.cpu_count()} cores, {psutil.cpu_percent(0.1):.0f}% busy")
     if cpu:
         return
     if not torch.cuda.is_available():
         built = "was built without CUDA" if torch.version.cuda is None else "finds no usable driver"
-        cure = (
+        remedy = (
             "remove .venv and run ./setup_environment.sh, which installs the build for this machine; check nvidia-smi"
         )
-        yield Finding(PROBLEM, "torch", f"the machine has NVIDIA GPUs but torch {built}", cure)
+        yield Finding(PROBLEM, "torch", f"the machine has NVIDIA GPUs but torch {built}", remedy)
         return
     import pynvml
 
@@ -103,7 +103,7 @@ def _gpu(nvml: Any, gpu: int) -> Iterator[Finding]:
 
 
 def topology(gpus: Sequence[int]) -> Iterator[Finding]:
-    """How each pair of GPUs is joined."""
+    """How each pair of GPUs is connected."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -120,8 +120,8 @@ def topology(gpus: Sequence[int]) -> Iterator[Finding]:
                 links = _nvlinks(pynvml, handles[i])
                 path = f"NVLink ({links} links)" if links else joined
                 text = f"{path}, {'direct access' if direct else 'no direct access'}"
-                cure = "ranks exchange through host memory: slower; prefer CFG parallel, or GPUs of one switch"
-                yield Finding(OK if direct else WARNING, f"GPU {a} - GPU {gpus[j]}", text, "" if direct else cure)
+                remedy = "ranks exchange through host memory: slower; prefer CFG parallel, or GPUs of one switch"
+                yield Finding(OK if direct else WARNING, f"GPU {a} - GPU {gpus[j]}", text, "" if direct else remedy)
     finally:
         pynvml.nvmlShutdown()
 
@@ -151,14 +151,16 @@ def resources(folders: Mapping[str, str]) -> Iterator[Finding]:
     """Free memory of the host and disk of the folders (name -> path), which must be writable."""
     memory = psutil.virtual_memory()
     text = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
-    cure = "end other programs; models wait in host memory while they are not computing"
-    yield Finding(OK if memory.available > LEAST_MEMORY else WARNING, "host memory", text, cure)
+    remedy = "end other programs; models wait in host memory while they are not computing"
+    yield Finding(OK if memory.available > LEAST_MEMORY else WARNING, "host memory", text, remedy)
     shared = "/dev/shm"
     if os.path.isdir(shared):
         free = shutil.disk_usage(shared).free
-        cure = "in a container, give it more shared memory (docker: --shm-size=1g)"
+        remedy = "in a container, give it more shared memory (docker: --shm-size=1g)"
         enough = free > 64 * 1024**2
-        yield Finding(OK if enough else WARNING, "shared memory", f"{free / GIB:.2f} GiB free", "" if enough else cure)
+        yield Finding(
+            OK if enough else WARNING, "shared memory", f"{free / GIB:.2f} GiB free", "" if enough else remedy
+        )
     for name, path in folders.items():
         yield _folder(name, path)
 
@@ -172,8 +174,8 @@ def _folder(name: str, path: str) -> Finding:
             file.write(b"\0" * 1024 * 1024)
             file.flush()
     except OSError as error:
-        cure = f"free space there or allow writing, or choose another folder (--{name}-directory, --base-directory)"
-        return Finding(PROBLEM, f"{name} folder", f"{path} cannot be written: {error.strerror}", cure)
+        remedy = f"free space there or allow writing, or choose another folder (--{name}-directory, --base-directory)"
+        return Finding(PROBLEM, f"{name} folder", f"{path} cannot be written: {error.strerror}", remedy)
     free = shutil.disk_usage(existing).free
     text = f"{path}, {free / GIB:.1f} GiB free"
     if free < LEAST_DISK:

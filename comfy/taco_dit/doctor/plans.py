@@ -20,12 +20,12 @@ _CALLS = (
 
 
 def configuration(args: argparse.Namespace, root: str, ranks: int) -> tuple[TacoConfig | None, list[Finding]]:
-    """(the configuration if it can be used, what to say of it)."""
+    """(the configuration if it is valid, findings about it)."""
     try:
         config = read_config(args, root, ranks)
     except ConfigError as error:
-        cure = "correct that key; docs/configuration.md lists each with its values"
-        return None, [Finding(PROBLEM, "configuration", str(error), cure)]
+        remedy = "correct that key; docs/configuration.md lists each with its values"
+        return None, [Finding(PROBLEM, "configuration", str(error), remedy)]
     return config, [Finding(OK, "configuration", config.source)]
 
 

@@ -50,7 +50,7 @@ def groups_of(ranks: int) -> list[tuple[int, ...]]:
 
 
 class Rank:
-    """The examined side: one rank of the test."""
+    """One rank of the test."""
 
     def __init__(self, folder: str, cpu: bool) -> None:
         info = RankInfo.from_environment(os.environ)
@@ -62,7 +62,7 @@ class Rank:
         self.results: list[dict[str, Any]] = []
 
     def doing(self, what: str) -> None:
-        """Note it where the parent reads it if this rank hangs."""
+        """Write it where the parent reads it if this rank hangs."""
         with open(os.path.join(self.folder, f"{self.manager.rank}.doing"), "w", encoding="utf-8") as file:
             file.write(what)
 
@@ -100,8 +100,8 @@ class Rank:
             if not works(group):
                 wrong.append(collective)
         if wrong:
-            cure = "wrong sums mean a faulty link or driver: test with NCCL_P2P_DISABLE=1, update the driver"
-            self.note(PROBLEM, name, f"{', '.join(wrong)}: wrong values on rank {self.manager.rank}", cure)
+            remedy = "wrong sums mean a faulty link or driver: test with NCCL_P2P_DISABLE=1, update the driver"
+            self.note(PROBLEM, name, f"{', '.join(wrong)}: wrong values on rank {self.manager.rank}", remedy)
         elif group.index == 0:
             self.note(OK, name, "all-to-all, all-gather, broadcast right, with even and uneven parts")
 
@@ -181,7 +181,7 @@ def _supervise(folder: str, ranks: int, cpu: bool, environ: dict[str, str], limi
     try:
         while any(p.poll() is None for p in processes) and time.monotonic() < end:
             if any(p.poll() not in (None, 0) for p in processes):
-                time.sleep(1.0)  # the others may have something to say too
+                time.sleep(1.0)  # the others may have failed, too
                 break
             time.sleep(0.05)
         states = [p.poll() for p in processes]
@@ -211,15 +211,15 @@ def _result(folder: str, rank: int, state: int | None, limit: float, died: bool)
     if state is None and died:
         yield Finding(WARNING, f"rank {rank}", f"was still {doing} when another rank ended")
         return
-    cure = (
+    remedy = (
         "run again with NCCL_DEBUG=INFO; test NCCL_P2P_DISABLE=1 (faulty direct access), NCCL_SHM_DISABLE=1 (shared "
         "memory of a container), and --taco-ranks with fewer ranks; docs/troubleshooting.md has more"
     )
     if state is None:
-        yield Finding(PROBLEM, f"rank {rank}", f"hangs: {doing}, for up to {limit:.0f} s", cure)
+        yield Finding(PROBLEM, f"rank {rank}", f"hangs: {doing}, for up to {limit:.0f} s", remedy)
         return
     last = (_read(folder, f"{rank}.log").splitlines() or ["no output"])[-1]
-    yield Finding(PROBLEM, f"rank {rank}", f"ended with status {state} while {doing}: {last}", cure)
+    yield Finding(PROBLEM, f"rank {rank}", f"ended with status {state} while {doing}: {last}", remedy)
 
 
 def attention_findings(device: torch.device) -> Iterator[Finding]:
@@ -238,9 +238,9 @@ def attention_findings(device: torch.device) -> Iterator[Finding]:
             yield Finding(WARNING, name, f"fails: {error}", "choose another one (docs/configuration.md)")
             continue
         error_size = ((out - wanted).norm() / wanted.norm()).item()
-        cure = "do not choose this one; another driver or torch may cure it"
+        remedy = "do not choose this one; another driver or torch may fix it"
         right = error_size < (1e-2 if dtype == torch.bfloat16 else 1e-5)
-        yield Finding(OK if right else PROBLEM, name, f"relative error {error_size:.1e}", "" if right else cure)
+        yield Finding(OK if right else PROBLEM, name, f"relative error {error_size:.1e}", "" if right else remedy)
 
 
 def main(argv: list[str]) -> int:

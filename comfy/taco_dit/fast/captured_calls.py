@@ -2,8 +2,8 @@
 
 A call is launched kernel by kernel the first time, captured the second time and replayed from then on: a new picture
 size costs the host's time of one call, a few hundredths of a second, and nothing is computed that is not used. Each
-call makes exactly the exchanges with other ranks that its plain form makes, so ranks need not agree call by call about
-who captures; before a run they compare whether one of them lost or refused its graphs (`begin_run`).
+call makes exactly the exchanges with other ranks that its plain form makes, so ranks need not agree at each call
+whether to capture; before a run they compare whether one of them lost or refused its graphs (`begin_run`).
 
 Only calls that are ours from end to end are captured: a patch, a wrapper, a ControlNet, or weights that wait in host
 memory make the call run plainly. A captured call belongs to the weights' memory (`WeightStore.layout_version`), the plan,
@@ -92,7 +92,7 @@ class CapturedCalls:
         self._seen: set[Any] = set()
         self._identities: dict[int, ModuleIdentity] = {}
         self._checked: set[int] = set()
-        self._dropped = 0  # how often graphs were given up for a reason that other ranks do not have
+        self._dropped = 0  # how often graphs were dropped for a reason local to this rank
         self._refused = False
         self._pool: Any = None
         self._lock = threading.Lock()
@@ -120,7 +120,7 @@ class CapturedCalls:
             captured.destroy()
 
     def release_memory(self) -> None:
-        """Give up what graphs hold, unless a run is using them."""
+        """Free the memory of captured calls, unless a run is using them."""
         if self._graphs and not self.busy:
             self._dropped += 1
             self.forget()
@@ -128,7 +128,7 @@ class CapturedCalls:
     # --- runs ------------------------------------------------------------------------------------------------------
 
     def begin_run(self) -> None:
-        """Before sampling, on all ranks. Where one rank lost its graphs all capture anew, so that they stay alike."""
+        """Before sampling, on all ranks. If one rank lost its graphs, all ranks capture again."""
         self._checked.clear()
         self.busy = True
         if not self.cuda_graph:
@@ -185,7 +185,7 @@ class CapturedCalls:
         return captured.replay(call)
 
     def _key(self, model: Any, context: Any, call: dict[str, Any]) -> Any:
-        """Under which the call is found, or None when it is not to be captured."""
+        """The key of a captured call, or None when it is not to be captured."""
         device = call["x"].device
         if not self.cuda_graph or self._refused or device.type != self.device_type:
             return None
@@ -202,7 +202,7 @@ class CapturedCalls:
         return id(network), version, id(context), id(attention.optimized_attention), structure
 
     def _unchanged(self, network: Any) -> bool:
-        """Once a run: whether the network may be captured; calls of other modules than it has now are forgotten."""
+        """Once a run: whether the network may be captured; calls of modules it no longer has are dropped."""
         identity = ModuleIdentity(network)
         known = self._identities.get(id(network))
         if known is not None and not known.same(identity):
@@ -226,7 +226,7 @@ class CapturedCalls:
         """Capture a call that ran plainly before; None, and no more captures on any rank, when that fails."""
         self._drop(
             lambda other: other[0] == key[0] and other[1] != key[1]
-        )  # they read weights where they are no longer
+        )  # they read addresses that weights have left
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:

@@ -32,7 +32,7 @@ def flatten(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def rebuild(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """`value` with its tensors replaced, in the order of `flatten`, by those of `tensors`, which is used up."""
+    """`value` with its tensors replaced, in the order of `flatten`, by those of `tensors`, which is emptied."""
     if isinstance(value, torch.Tensor):
         return tensors.pop(0)
     if isinstance(value, dict):
@@ -44,9 +44,10 @@ def rebuild(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 class ModuleIdentity:
-    """The modules of a network and what stands in for their methods, as they were; equal to another of the same objects.
+    """The modules of a network and the replacements of their methods at one moment; equal to another of the same
+    objects.
 
-    It holds the objects, so that an address cannot be used again while somebody compares with it.
+    It holds the objects, so that an address is not reused while it is compared with.
     """
 
     def __init__(self, network: torch.nn.Module) -> None:

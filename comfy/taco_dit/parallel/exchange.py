@@ -1,6 +1,6 @@
-"""Moving attention heads between ranks: tokens of all heads on one side, all tokens of some heads on the other.
+"""All-to-all of attention heads: tokens of all heads on one side, all tokens of some heads on the other.
 
-Layout of everything that travels is token-major, [tokens, B, parts, heads, D]: what arrives from the ranks in order is
+All buffers that are sent are token-major, [tokens, B, parts, heads, D]: what is received from the ranks in order is
 then the whole sequence, contiguous, and attention kernels take it as a strided view without another copy.
 """
 
@@ -42,8 +42,8 @@ class Exchange(Protocol):
 def head_ranges(heads: int, shared: int, size: int) -> tuple[list[Range], list[Range]]:
     """For each rank its query heads, and the key heads (of `shared`) that these need.
 
-    Heads are dealt as evenly as possible, in whole groups that share a key head while there are groups for all ranks;
-    with more ranks than groups some key heads go to several ranks.
+    Heads are distributed as evenly as possible, in whole groups that share a key head while there are groups for all
+    ranks; with more ranks than groups some key heads go to several ranks.
     """
     group = heads // shared
     if shared >= size:
@@ -60,7 +60,7 @@ def pack_heads(parts: Sequence[torch.Tensor], heads: Sequence[Range]) -> torch.T
     width, ranks = heads[0][1], len(heads)
     if all(bounds == (width * rank, width * (rank + 1)) for rank, bounds in enumerate(heads)):
         send = parts[0].new_empty((ranks, local, batch, len(parts), width, size))
-        for i, part in enumerate(parts):  # each is read once and written once, where it belongs
+        for i, part in enumerate(parts):  # each part is read once and written once, to its final place
             copy_runs(part.permute(2, 0, 1, 3).unflatten(2, (ranks, width)).movedim(2, 0), send[:, :, :, i])
         return send.view(-1)
     stacked = torch.stack([p.permute(2, 0, 1, 3) for p in parts], dim=2)

@@ -89,7 +89,7 @@ class UlyssesPlan:
 
 
 class HeadMeeting:
-    """Queries and keys are shards: all-to-all to all tokens of some heads, attention, all-to-all back."""
+    """Queries and keys are sharded: all-to-all to all tokens of some heads, attention, all-to-all back."""
 
     def __init__(self, plan: UlyssesPlan, spec: AttentionSpec, compute: Compute, in_order: bool) -> None:
         self._plan, self._spec, self._compute, self._in_order = plan, spec, compute, in_order
@@ -137,7 +137,7 @@ class HeadMeeting:
 
 
 class RowMeeting:
-    """Whole keys: this rank's queries attend to them alone, and nothing travels. Shards of keys are gathered first."""
+    """Whole keys: this rank's queries attend to them without communication. Shards of keys are gathered first."""
 
     def __init__(self, plan: UlyssesPlan, spec: AttentionSpec, compute: Compute) -> None:
         self._plan, self._spec, self._compute = plan, spec, compute

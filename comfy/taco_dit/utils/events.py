@@ -16,8 +16,8 @@ from typing import Any
 CAPACITY = 100
 TEXT_LIMIT = 600
 
-# (pattern, what to do), the first that is found in the message counts; see docs/troubleshooting.md
-_CURES = (
+# (pattern, what to do), the first that matches the message is used; see docs/troubleshooting.md
+_REMEDIES = (
     (r"OutOfMemory|out of memory", "Use a smaller picture or batch, load the model in a smaller weight type (fp8), or "
      "end other programs on this GPU; then queue again."),
     (r"other shapes than rank 0|other LoRA or weight patches", "A custom node does something else on each rank. Find it "
@@ -46,15 +46,15 @@ _CURES = (
      "pack, or remove it."),
     (r"retrying with tiled VAE", "Nothing to do: the picture is decoded in tiles, which is slower."),
 )  # fmt: skip
-_CURES_COMPILED = tuple((re.compile(pattern), cure) for pattern, cure in _CURES)
+_COMPILED_REMEDIES = tuple((re.compile(pattern), remedy) for pattern, remedy in _REMEDIES)
 _SEE_CONSOLE = "Look at the console and at docs/troubleshooting.md."
 
 
-def cure_for(text: str, node: str | None = None) -> str:
+def remedy_for(text: str, node: str | None = None) -> str:
     """What to do about a message; `node` is the node that failed, if one did."""
-    for pattern, cure in _CURES_COMPILED:
+    for pattern, remedy in _COMPILED_REMEDIES:
         if pattern.search(text):
-            return cure
+            return remedy
     if node:
         return (
             f"Look at the inputs of node {node}; the console has the traceback. The queue goes on: change the node or "
@@ -73,7 +73,7 @@ def shortened(text: str) -> str:
 
 
 class EventLog:
-    """The last `capacity` events, oldest first; the same text again only counts up. Thread-safe."""
+    """The last `capacity` events, oldest first; the same text again only increases its count. Thread-safe."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
@@ -105,7 +105,7 @@ class EventLog:
                     self._events.append(event)
                     return
             self._events.append({
-                "id": number, "level": level, "text": text, "cure": cure or cure_for(text, node), "ranks": [rank],
+                "id": number, "level": level, "text": text, "cure": cure or remedy_for(text, node), "ranks": [rank],
                 "node": node, "time": at, "count": 1,
             })  # fmt: skip
             del self._events[: -self._capacity]
@@ -132,7 +132,7 @@ class EventLog:
 
 
 class EventHandler(logging.Handler):
-    """Puts warnings and errors of `logging` into an event log. Records marked `reported` come by another way."""
+    """Puts warnings and errors of `logging` into an event log. Records marked `reported` are added elsewhere."""
 
     def __init__(self, log: EventLog, rank: int) -> None:
         super().__init__(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Numbers for Prometheus. What is counted is counted when it happens; the rest is read from the ranks' last reports."""
+"""Numbers for Prometheus. Counters change when something happens; the rest is read from the ranks' last reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GAUGES = (
 
 
 class _Ranks:
-    """Collector of what the ranks reported last."""
+    """Collects the ranks' latest reports."""
 
     def __init__(self, reports: Callable[[], list[dict[str, Any]]], queue_length: Callable[[], int]) -> None:
         self._reports = reports

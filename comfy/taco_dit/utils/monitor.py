@@ -20,7 +20,7 @@ from .events import EventLog
 from .rank_sampler import RankSampler
 
 IDLE_S, SAMPLING_S = 1.0, 0.5
-SPACING_S = 0.25  # between two ticks, however often `wake` is called
+SPACING_S = 0.25  # shortest time between two reports, however often `wake` is called
 
 
 class Monitor:
@@ -82,7 +82,7 @@ class Monitor:
         return [{**known[rank], "age": round(now - self._arrived[rank], 1)} for rank in sorted(known)]
 
     def forget(self, rank: int) -> None:
-        """Another process stands for a rank now."""
+        """A rank's process was replaced."""
         self._reports.pop(rank, None)
         self._seen_events.pop(rank, None)
 
@@ -106,7 +106,7 @@ class Monitor:
         self._take(mine)
         for rank in range(1, self.world_size):
             key = f"monitor/{rank}"
-            if rank in self._reports or self._store.check([key]):  # to get what is not there yet would wait for it
+            if rank in self._reports or self._store.check([key]):  # reading a key that does not exist yet would block
                 self._take(json.loads(self._store.get(key)))
         try:
             self.on_tick()

@@ -33,7 +33,7 @@ class Clock:
 
     On CUDA, events are recorded and read at later calls, when the device has passed them; inside a CUDA graph nothing
     can be timed, so exchanges replayed by a graph count as computing. `run` (since `restart`) and `ever` are replaced,
-    never changed, so that other threads may read them at any time. `observer` is told each call's ms.
+    never changed, so that other threads may read them at any time. `observer` is called with each call's ms.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What a rank's device does at this moment: memory, use, temperature. A value that cannot be had is None."""
+"""What a rank's device does at this moment: memory, use, temperature. An unavailable value is None."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class _Gpu:
-    """An NVIDIA GPU, asked through NVML, which leaves the device's own work alone."""
+    """An NVIDIA GPU, read through NVML, which does not disturb the device's work."""
 
     def __init__(self, device: torch.device) -> None:
         import pynvml
@@ -51,7 +51,7 @@ class RankSampler:
 
     def __init__(self, device: torch.device) -> None:
         self._process = psutil.Process()
-        self._process.cpu_percent()  # the first answer has nothing to compare with
+        self._process.cpu_percent()  # psutil's first value has nothing to compare with
         self._cores = psutil.cpu_count() or 1
         self._gpu = _Gpu(device) if device.type == "cuda" else None
 
