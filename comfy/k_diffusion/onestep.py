@@ -12,8 +12,6 @@ import torch
 
 from comfy.k_diffusion.run import Callback, NoiseSampler, SamplingRun, flow_ancestral_step, get_ancestral_step, to_d
 
-Solver = Any
-
 
 @torch.no_grad()
 def sample_euler(

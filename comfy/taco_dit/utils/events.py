@@ -80,7 +80,6 @@ class EventLog:
         self._lock = threading.Lock()
         self._events: list[dict[str, Any]] = []
         self._numbers = itertools.count(1)
-        self.revision = 0
 
     def add(
         self,
@@ -95,7 +94,6 @@ class EventLog:
         text = shortened(text)
         at = time.time() if at is None else at
         with self._lock:
-            self.revision += 1
             number = next(self._numbers)
             for event in self._events:
                 if (event["level"], event["text"]) == (level, text):
@@ -114,7 +112,6 @@ class EventLog:
         """Forget all."""
         with self._lock:
             self._events.clear()
-            self.revision += 1
 
     def as_list(self) -> list[dict[str, Any]]:
         """For JSON: copies."""
