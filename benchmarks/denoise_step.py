@@ -158,7 +158,8 @@ def add_roofline(rows: list[dict[str, Any]], tera_flop: float) -> None:
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the table and the JSON line."""
-    print(f"\n{options.model}, {options.dtype}, {'eager' if options.eager else 'compiled'}, torch {torch.__version__}")
+    how = "eager" if options.eager else "each system as it is by default"
+    print(f"\n{options.model}, {options.dtype}, {how}, torch {torch.__version__}")
     print(f"{'system':<12}{'ranks':>6}{'ms/step':>10}{'min':>9}{'max':>9}{'roofline':>10}{'deviation':>12}{'GiB':>7}")
     for row in rows:
         if "error" in row:

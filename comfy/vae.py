@@ -13,6 +13,7 @@ import comfy.model_patcher
 import comfy.utils
 from comfy import accounting
 from comfy.ldm.models.autoencoder import AutoencoderKL, config_from_state_dict, convert_diffusers_vae
+from comfy.taco_dit.core.spread import spread_batch
 
 # Bytes of activations per output pixel and byte of dtype, measured on the 84M-parameter image VAE.
 DECODE_BYTES = 2178
@@ -107,7 +108,9 @@ class VAE:
         at_once = self._load(needed)
         pictures = None
         try:
-            pictures = torch.cat([self._decode_batch(part) for part in samples_in.split(at_once)])
+            pictures = spread_batch(
+                samples_in, lambda batch: torch.cat([self._decode_batch(part) for part in batch.split(at_once)])
+            ).to(self.output_device)
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE decoding, retrying with tiled VAE decoding.")
         if pictures is None:  # outside the handler, whose traceback keeps the failed tensors
@@ -172,7 +175,9 @@ class VAE:
         pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
         at_once = self._load(self.memory_used_encode(pixels.shape, self.vae_dtype))
         try:
-            return torch.cat([self._encode_batch(part) for part in pixels.split(at_once)])
+            return spread_batch(
+                pixels, lambda batch: torch.cat([self._encode_batch(part) for part in batch.split(at_once)])
+            ).to(self.output_device)
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE encoding, retrying with tiled VAE encoding.")
         return self._encode_tiled(pixels, 512, 512, 64)  # outside the handler, as above

@@ -123,6 +123,11 @@ class Lockstep:
         """
         return False
 
+    @property
+    def together(self) -> bool:
+        """Whether several ranks are executing the same node now, so that work can be distributed over them."""
+        return False
+
     def begin(self, prompt_id: str) -> None:
         """Open a prompt: from here to `end` the ranks run in lockstep."""
 

@@ -54,14 +54,15 @@ class WeightStream:
             module.streamed_weights = self
 
     def _pin(self, known: dict[torch.Tensor, torch.Tensor]) -> None:
-        """Keep pinned copies of the layers' weights, those of an earlier stream among them."""
+        """Keep pinned copies of the layers' weights, and those that an earlier stream made: layers come and go from prompt
+        to prompt when memory is short."""
         sources = [
             weight
             for module in self.modules
             for name, weight in module.named_parameters(recurse=False)
             if name in ("weight", "bias") and type(weight) is torch.nn.Parameter and weight.device.type == "cpu"
         ]
-        self._pinned = {source: known[source] for source in sources if source in known}
+        self._pinned = dict(known)
         missing = [source for source in sources if source not in known]
         copies = pinned_copies(missing)
         if copies is not None:

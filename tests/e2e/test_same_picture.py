@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from tests.e2e.compare import furthest
-from tests.e2e.workflows import DEV, SCHNELL, TEXT, custom_sampling, flux, picture_to_picture
+from tests.e2e.workflows import DEV, SCHNELL, TEXT, custom_sampling, flux, picture_to_picture, with_areas
 
 LONG = TEXT + ", " + "very detailed " * 130
 CASES = {
@@ -22,6 +22,7 @@ CASES = {
     "smallest": flux(DEV, width=16, height=16, text="", seed=8),
     "one column": flux(DEV, width=16, height=264, seed=9),
     "custom sampling": custom_sampling(seed=10, steps=3),
+    "areas": with_areas(cfg=4.5, seed=12),
     "from a picture": picture_to_picture("start.png", seed=11),
 }
 

@@ -98,6 +98,20 @@ def with_lora(strength: float | None, **more: Any) -> Prompt:
     return prompt
 
 
+def with_areas(**more: Any) -> Prompt:
+    """Text to picture whose left and right halves have prompts of their own beside the whole picture's."""
+    prompt = flux(**more)
+    for name, x in (("left", 0.0), ("right", 0.45)):
+        prompt[name] = node("CLIPTextEncode", clip=["load", 1], text=f"on the {name} a tree")
+        prompt[f"{name}_area"] = node(
+            "ConditioningSetAreaPercentage", conditioning=[name, 0], width=0.55, height=1.0, x=x, y=0.0, strength=1.0
+        )
+    prompt["halves"] = node("ConditioningCombine", conditioning_1=["left_area", 0], conditioning_2=["right_area", 0])
+    prompt["all"] = node("ConditioningCombine", conditioning_1=["positive", 0], conditioning_2=["halves", 0])
+    prompt["sample"]["inputs"]["positive"] = ["all", 0]
+    return prompt
+
+
 def insert(
     prompt: Prompt, name: str, class_type: str, before: str = "sample", slot: str = "model", **inputs: Any
 ) -> Prompt:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.prompt_server import BenchmarkServer
-from tests.e2e.workflows import flux, node
+from tests.e2e.workflows import flux, node, with_areas
 from tests.gpu.conftest import FP32
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, while compiling
 def test_compiled_and_captured_equals_plain(compiled: bool) -> None:
     """The captured call, with stages compiled or not, is the plain call up to bf16 rounding, for other values and sizes."""
     from comfy.model_patcher import ModelPatcher
@@ -68,9 +69,9 @@ def test_ranks_agree_in_bf16(tmp_path: Path) -> None:
     assert all(row["deviation"] < 2e-2 for row in rows[1:])
 
 
-def _render(server: BenchmarkServer, **changes: object) -> np.ndarray:
+def _render(server: BenchmarkServer, make: Callable[..., Any]) -> np.ndarray:
     """The picture of a workflow, levels 0 to 255."""
-    _, entry = server.run(flux(steps=6, cfg=4.5, width=104, height=72, **changes))
+    _, entry = server.run(make(steps=6, cfg=4.5, width=104, height=72))
     assert entry["status"]["status_str"] == "success", entry["status"]
     return server.picture(entry).astype(int)
 
@@ -82,14 +83,15 @@ def test_whole_server(serve: Callable[..., BenchmarkServer], flags: tuple[str, .
 
     In bf16 a random network amplifies rounding; that is seen as a mean difference of few levels, never another picture.
     """
-    one = _render(serve(1, *flags))
-    for ranks in (2, 3, 4):
-        if ranks <= torch.cuda.device_count():
-            server = serve(ranks, *flags)
-            many = _render(server)
-            assert server.json("/taco_dit/status")["world_size"] == ranks
-            assert abs(many - one).max() <= limit, f"{ranks} ranks"
-            assert abs(many - one).mean() <= max(0.5, limit / 10), f"{ranks} ranks"
+    for make in (flux, with_areas):
+        one = _render(serve(1, *flags), make)
+        for ranks in (2, 3, 4):
+            if ranks <= torch.cuda.device_count():
+                server = serve(ranks, *flags)
+                many = _render(server, make)
+                assert server.json("/taco_dit/status")["world_size"] == ranks
+                assert abs(many - one).max() <= limit, f"{make.__name__} on {ranks} ranks"
+                assert abs(many - one).mean() <= max(0.5, limit / 10), f"{make.__name__} on {ranks} ranks"
 
 
 @pytest.mark.gpu

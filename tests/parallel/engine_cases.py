@@ -11,10 +11,11 @@ import torch
 from comfy.denoiser_batch import DenoiserBatch, evaluate_serially
 from comfy.ldm import dit
 from comfy.ldm.modules import attention as attention_module
+from comfy.taco_dit import runtime
 from comfy.taco_dit.core.config_manager import TacoConfig
 from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
 from comfy.taco_dit.core.lockstep import RankLockstep
-from comfy.taco_dit.core.spread import spread
+from comfy.taco_dit.core.spread import spread, spread_batch
 from comfy.taco_dit.fast.captured_calls import CapturedCalls
 
 from .tiny import tiny_flux
@@ -189,6 +190,30 @@ def spread_items(manager):
     return counts
 
 
+def spread_batches(engine):
+    """`spread_batch` gives what one call gives, works on a part of each batch, and waits for nobody in a node alone."""
+    before = runtime.active()
+    runtime.activate(runtime.Runtime(engine.config, engine.manager, engine.lockstep, engine))
+    worked: dict[object, int] = {}
+
+    def work(part):
+        worked[what] = worked.get(what, 0) + part.shape[0]
+        return part * 2 + 1
+
+    try:
+        for what in (1, 2, 5):
+            size = what
+            batch = torch.arange(size * 6, dtype=torch.float32).view(size, 2, 3)
+            assert torch.equal(spread_batch(batch, work), batch * 2 + 1)
+        if engine.manager.rank == 0:
+            what = "alone"
+            with engine.lockstep.alone():
+                assert torch.equal(spread_batch(batch, work), batch * 2 + 1)
+    finally:
+        runtime.activate(before)
+    return worked
+
+
 class Lines(logging.Handler):
     """Messages that were logged."""
 
@@ -210,6 +235,7 @@ def engine_results(manager):
     for name, run in {
         "coupled": functools.partial(coupled_rows, engine), "replaced": functools.partial(replaced_parts, engine),
         "areas": functools.partial(area_prompts, engine), "spread": functools.partial(spread_items, manager),
+        "batches": functools.partial(spread_batches, engine),
     }.items():  # fmt: skip
         lockstep.begin(name)
         out[name] = run()

@@ -71,6 +71,13 @@ def test_spread_deals_items(results):
     assert max(counts[3] for counts in worked) <= -(-7 // world)
 
 
+def test_spread_deals_batches(results):
+    world, found = results
+    worked = [engine["batches"] for _, engine in found]
+    assert [sum(counts.get(size, 0) for counts in worked) for size in (1, 2, 5)] == [world, 2, 5]
+    assert worked[0]["alone"] == 5
+
+
 @pytest.mark.parametrize("heads,shared,size", [(24, 24, 5), (4, 2, 3), (12, 4, 3), (8, 1, 2), (2, 1, 5), (6, 6, 4)])
 def test_heads_are_dealt_once_and_with_their_keys(heads, shared, size):
     queries, keys = head_ranges(heads, shared, size)

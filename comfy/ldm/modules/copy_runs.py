@@ -63,26 +63,25 @@ def _merged(source: torch.Tensor, target: torch.Tensor) -> tuple[list[int], list
 
 def copy_runs(source: torch.Tensor, target: torch.Tensor) -> None:
     """`target.copy_(source)` for tensors of the same shape, dtype and device, fast where innermost runs are long."""
-    if (
-        source.is_cuda
-        and source.dtype == target.dtype
-        and source.shape == target.shape
-        and source.numel()
-        and _available()
-    ):
-        trains = torch.is_grad_enabled() and source.requires_grad
-        sizes, s, t = _merged(source, target)
-        fits = sizes and s[-1] == t[-1] == 1 and _SMALLEST_RUN <= sizes[-1] <= _LARGEST_RUN and len(sizes) <= 4
-        if fits and not trains and not torch.compiler.is_compiling():
-            pad = 4 - len(sizes)
-            sizes, s, t = [1] * pad + sizes, [0] * pad + s, [0] * pad + t
-            block = 1 << (sizes[3] - 1).bit_length()
-            _kernel()[(sizes[0] * sizes[1] * sizes[2],)](
-                source, target, sizes[1], sizes[2], sizes[3], *s[:3], *t[:3],
-                BLOCK=block, num_warps=4 if block <= 4096 else 8,
-            )  # fmt: skip
-            return
-    target.copy_(source)
+    if torch.compiler.is_compiling() or not _launch(source, target):
+        target.copy_(source)
+
+
+def _launch(source: torch.Tensor, target: torch.Tensor) -> bool:
+    """Copy with the kernel; False where it does not apply."""
+    alike = source.is_cuda and target.is_cuda and source.dtype == target.dtype and source.shape == target.shape
+    if not alike or not source.numel() or not _available() or (torch.is_grad_enabled() and source.requires_grad):
+        return False
+    sizes, s, t = _merged(source, target)
+    if not sizes or len(sizes) > 4 or s[-1] != 1 or t[-1] != 1 or not _SMALLEST_RUN <= sizes[-1] <= _LARGEST_RUN:
+        return False
+    pad = 4 - len(sizes)
+    sizes, s, t = [1] * pad + sizes, [0] * pad + s, [0] * pad + t
+    block = 1 << (sizes[3] - 1).bit_length()
+    _kernel()[(sizes[0] * sizes[1] * sizes[2],)](
+        source, target, sizes[1], sizes[2], sizes[3], *s[:3], *t[:3], BLOCK=block, num_warps=4 if block <= 4096 else 8,
+    )  # fmt: skip
+    return True
 
 
 def joined_tokens(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -65,10 +65,10 @@ def _available() -> bool:
 
 def _fits(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether the kernel covers these tensors."""
-    if not x.is_cuda or x.dtype not in _HALF or x.ndim != 3 or x.shape[-1] > _LARGEST_ROW or not _available():
-        return False
     if torch.compiler.is_compiling():
         return False  # the compiler fuses the torch operations by itself
+    if not x.is_cuda or x.dtype not in _HALF or x.ndim != 3 or x.shape[-1] > _LARGEST_ROW or not _available():
+        return False
     tensors = (x, *others)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False  # the kernel has no derivative

@@ -25,7 +25,7 @@ from comfy.taco_dit.fast.captured_calls import CapturedCalls
 from comfy.taco_dit.parallel.exchange import CollectiveExchange
 from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
-from comfy_execution.lockstep import Lockstep
+from comfy_execution.lockstep import Lockstep, is_alone
 
 from .config_manager import ConfigError, OptimizationConfig, ParallelConfig, TacoConfig
 from .distributed_manager import TACODiTDistributedManager
@@ -131,7 +131,7 @@ class TACODiTExecutionEngine:
         self.total_calls += 1
         parallel = parallel or self.config.parallel
         layout = layout_of(model)
-        if self.manager.world_size == 1 or not parallel.enabled:
+        if self.manager.world_size == 1 or not parallel.enabled or is_alone():
             with self.clock.call():
                 return self._run(model, batches, model_options, None, layout)
         work = self.workload(model, batches, model_options)

@@ -52,6 +52,10 @@ class RankLockstep(RankGroup):
         self._old_keys: list[str] = []  # of tasks that are over, to be deleted when every rank has read them
         super().__init__(manager)
 
+    @property
+    def together(self) -> bool:
+        return self._open and not is_alone()
+
     # --- prompts ---------------------------------------------------------------------------------------------------
 
     def begin(self, prompt_id: str) -> None:

@@ -40,18 +40,21 @@ class TACODiTModelPatcher(ModelPatcher):
         return runtime.current().engine.evaluate(model, batches, model_options, self.taco_parallel)
 
     def denoiser_memory_budget(self, device: torch.device) -> int:
-        """Rank 0's free memory decides for all how many conditionings run together; see `_sample_together`."""
-        budget = getattr(self.model, "taco_memory_budget", None)
-        if runtime.current().lockstep.world_size == 1 or budget is None:
-            return comfy.model_management.get_free_memory(device)
-        return budget
+        """The smallest free memory of all ranks decides for all how many conditionings run together.
+
+        It is asked at the first call of a run, when all weights are loaded, and kept for the run.
+        """
+        if getattr(self.model, "taco_memory_budget", None) is None:
+            free = comfy.model_management.get_free_memory(device)
+            self.model.taco_memory_budget = min(runtime.current().lockstep.gather("memory", free))
+        return self.model.taco_memory_budget
 
 
 def _sample_together(
     executor: Any, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """Around a whole sampling run: agree on the inputs and the memory budget, keep the statistics."""
+    """Around a whole sampling run: agree on the inputs, keep the statistics."""
     current = runtime.current()
     guider = executor.class_obj
     patcher = guider.model_patcher
@@ -59,8 +62,7 @@ def _sample_together(
         inputs = {"noise": noise, "latent": latent_image, "sigmas": sigmas, "conditioning": guider.conds,
                   "others": [a for a in args if isinstance(a, torch.Tensor)]}  # fmt: skip
         agree_on(current.lockstep, inputs, patcher)
-        free = comfy.model_management.get_free_memory(patcher.load_device)
-        patcher.model.taco_memory_budget = min(current.lockstep.gather("memory", free))
+    patcher.model.taco_memory_budget = None
     current.engine.begin_run()
     try:
         with accounting.phase("denoise"):

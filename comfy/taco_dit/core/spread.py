@@ -20,11 +20,15 @@ def spread(items: Sequence[Item], work: Callable[[Item], Result], manager: Any =
     """`[work(item) for item in items]`, each item computed on one rank only and the results available on all.
 
     All ranks must call with equal items at the same place. `work` returns a tensor or a tuple of tensors, of any shapes
-    and dtypes, on this rank's device. `manager` is the distributed manager, by default that of the running process; on
-    one rank this is a plain loop. Raises TypeError when `work` returns something else; when it raises on one rank, the
-    others are released by the failing rank's `Lockstep.fail`.
+    and dtypes, on this rank's device. `manager` is the distributed manager, by default that of the running process. On
+    one rank, outside of prompts, and in a node that runs on rank 0 alone, this is a plain loop. Raises TypeError when
+    `work` returns something else; when it raises on one rank, the others are released by the failing rank's
+    `Lockstep.fail`.
     """
-    manager = runtime.current().manager if manager is None else manager
+    current = runtime.current()
+    if manager is None and not current.lockstep.together:
+        return [work(item) for item in items]
+    manager = current.manager if manager is None else manager
     size = manager.world_size
     if size == 1 or len(items) < 2:
         return [work(item) for item in items]
@@ -43,6 +47,22 @@ def spread(items: Sequence[Item], work: Callable[[Item], Result], manager: Any =
     sizes = [sum(_bytes(t) for _, parts in rank for t in parts) for rank in everyone]
     received = group.all_gather(sent, sizes)
     return _unpacked(received, [result for rank in everyone for result in rank])
+
+
+def spread_batch(batch: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`work(batch)` for work that treats each entry of the first axis by itself, distributed over the ranks.
+
+    batch [B, ...], the same on every rank. `work` maps a part [b, ...] to a tensor [b, ...]. On one rank, and for a single
+    entry, it is called once with the whole batch.
+    """
+    current = runtime.current()
+    size = current.manager.world_size if current.lockstep.together else 1
+    if size == 1 or batch.shape[0] < 2:
+        return work(batch)
+    device = current.manager.device
+    parts = batch.tensor_split(min(size, batch.shape[0]))
+    done: list[Any] = spread(parts, lambda part: work(part).to(device))
+    return torch.cat(done)
 
 
 def _tensors(result: Any) -> tuple[torch.Tensor, ...]:

@@ -25,6 +25,7 @@ import torch
 from comfy import accounting
 from comfy.ldm import dit
 from comfy.ldm.modules import attention
+from comfy.weights.store import store_of
 
 from .signature import ModuleIdentity, NotCapturable, flatten, rebuild
 
@@ -189,7 +190,7 @@ class CapturedCalls:
         device = call["x"].device
         if not self.cuda_graph or self._refused or device.type != self.device_type:
             return None
-        if model.weight_store.partly_loaded:
+        if store_of(model).partly_loaded:
             return None
         network = model.diffusion_model
         if id(network) not in self._checked and not self._unchanged(network):
@@ -198,7 +199,7 @@ class CapturedCalls:
             structure = flatten(call, [])
         except NotCapturable:
             return None
-        version = model.weight_store.layout_version
+        version = store_of(model).layout_version
         return id(network), version, id(context), id(attention.optimized_attention), structure
 
     def _unchanged(self, network: Any) -> bool:
