@@ -1,6 +1,6 @@
 """Hooks: changes to a model that hold for some conditionings, or for some of the steps, only.
 
-A hook says what changes (weights, attributes, transformer options, ...). `HookGroup`s travel with conditionings under
+A hook says what changes (weights, attributes, transformer options, ...). `HookGroup`s are kept with conditionings under
 the key "hooks"; conditionings with different groups run as separate model calls. Keyframes scale a hook's strength
 over the progress of sampling. `comfy.hook_conds` has the functions that attach hooks to conditionings.
 """

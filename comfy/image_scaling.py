@@ -116,6 +116,25 @@ def _feathered(mask: torch.Tensor, axis: int, width: int) -> None:
         mask.narrow(axis, size - 1 - t, 1).mul_(weight)
 
 
+def _per_axis(value: Any, axes: int) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value] * axes
+
+
+def _add_tile(
+    total: torch.Tensor, weight: torch.Tensor, tile: torch.Tensor, place: Sequence[int], feathers: Sequence[int]
+) -> None:
+    """Add a tile [1, C, *sizes] to `total` at `place`, faded by `feathers` cells per axis, and its mask to `weight`."""
+    mask = torch.ones_like(tile)
+    for axis, feather in enumerate(feathers, start=2):
+        if feather < mask.shape[axis]:
+            _feathered(mask, axis, feather)
+    for axis, start in enumerate(place, start=2):
+        total = total.narrow(axis, start, mask.shape[axis])
+        weight = weight.narrow(axis, start, mask.shape[axis])
+    total.add_(tile * mask)
+    weight.add_(mask)
+
+
 @torch.inference_mode()
 def tiled_scale_multidim(
     samples: torch.Tensor,
@@ -136,10 +155,8 @@ def tiled_scale_multidim(
     `index_formulas` maps the start of a tile to its place in the output where that differs from `upscale_amount`.
     """
     axes = len(tile)
-    amounts = list(upscale_amount) if isinstance(upscale_amount, (list, tuple)) else [upscale_amount] * axes
-    overlaps: list[Any] = list(overlap) if isinstance(overlap, (list, tuple)) else [overlap] * axes
-    formulas = amounts if index_formulas is None else index_formulas
-    formulas = list(formulas) if isinstance(formulas, (list, tuple)) else [formulas] * axes
+    amounts, overlaps = _per_axis(upscale_amount, axes), _per_axis(overlap, axes)
+    formulas = amounts if index_formulas is None else _per_axis(index_formulas, axes)
 
     def scaled(rule: Any, value: int) -> float:
         if callable(rule):
@@ -148,6 +165,7 @@ def tiled_scale_multidim(
 
     sizes = samples.shape[2:]
     out_sizes = [round(scaled(amounts[d], sizes[d])) for d in range(axes)]
+    feathers = [round(scaled(amounts[d], overlaps[d])) for d in range(axes)]
     results = []
     for sample in samples.split(1):
         if all(sizes[d] <= tile[d] for d in range(axes)):
@@ -163,18 +181,7 @@ def tiled_scale_multidim(
                 start = max(0, min(sizes[d] - overlaps[d], corner[d]))
                 part = part.narrow(d + 2, start, min(tile[d], sizes[d] - start))
                 place.append(round(scaled(formulas[d], start)))
-            done = function(part).to(output_device)
-            mask = torch.ones_like(done)
-            for d in range(axes):
-                feather = round(scaled(amounts[d], overlaps[d]))
-                if feather < mask.shape[d + 2]:
-                    _feathered(mask, d + 2, feather)
-            region_total, region_weight = total, weight
-            for d in range(axes):
-                region_total = region_total.narrow(d + 2, place[d], mask.shape[d + 2])
-                region_weight = region_weight.narrow(d + 2, place[d], mask.shape[d + 2])
-            region_total.add_(done * mask)
-            region_weight.add_(mask)
+            _add_tile(total, weight, function(part).to(output_device), place, feathers)
             if pbar is not None:
                 pbar.update(1)
         results.append(total / weight)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 StateDict = dict[str, Any]
 Sizes = Mapping[str, tuple[int, int]]
-"""(length, unit) by name: an axis of `length` that is dealt in whole units (a head, a channel)."""
+"""(length, unit) by name: an axis of `length` that is split in whole units (a head, a channel)."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from comfy.ldm.modules.attention import AttentionSpec
 
 CALL_KEY = "taco_denoiser_call"
-"""The entry of `transformer_options` under which a `DenoiserCall` travels through foreign code."""
+"""The entry of `transformer_options` under which a `DenoiserCall` passes through foreign code."""
 
 
 class Meeting(Protocol):

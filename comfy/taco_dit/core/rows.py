@@ -117,14 +117,14 @@ def collect_rows(batches: list[DenoiserBatch], dims: ParallelDims, outs: list[An
     of a call may differ in size, so they are sent flat.
     """
     owners = [(c, d) for c in range(dims.cfg_degree) for d in range(dims.data_degree)]
-    dealt = [rows_of(batches, dims, c, d) for c, d in owners]
+    assigned = [rows_of(batches, dims, c, d) for c, d in owners]
     width = [batch.x[0].numel() for batch in batches]
-    counts = [sum(len(conds) * (b - a) * width[i] for i, conds, (a, b) in rows) for rows in dealt]
+    counts = [sum(len(conds) * (b - a) * width[i] for i, conds, (a, b) in rows) for rows in assigned]
     flat = torch.cat([out.reshape(-1) for out in outs])
     whole = gather(flat, counts)
     results = [torch.empty(batch.x.shape, dtype=flat.dtype, device=flat.device) for batch in batches]
     position = 0
-    for rows in dealt:
+    for rows in assigned:
         for i, conds, (start, stop) in rows:
             batch = batches[i]
             shape = (len(conds), stop - start, *batch.x.shape[1:])
