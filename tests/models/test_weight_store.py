@@ -22,7 +22,7 @@ from tests.models.test_patcher import CPU, Network, X, difference
 def one() -> ModelPatcher:
     """A patcher whose network's weights must be copied to be used."""
     made = ModelPatcher(Network(), CPU, CPU)
-    made.weights.always_copy = True
+    made.weight_store.always_copy = True
     return made
 
 
