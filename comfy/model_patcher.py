@@ -88,7 +88,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         self._init_hooks()
 
     @property
-    def weights(self) -> WeightStore:
+    def weight_store(self) -> WeightStore:
         """Where the network's weights are."""
         return store_of(self.model)
 
@@ -116,11 +116,11 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
 
     def loaded_size(self) -> int:
         """Bytes of weights on the load device."""
-        return self.weights.loaded_bytes
+        return self.weight_store.loaded_bytes
 
     def lowvram_patch_counter(self) -> int:
         """How many weights are patched at each use."""
-        return self.weights.patched_at_use
+        return self.weight_store.patched_at_use
 
     def clone(self) -> ModelPatcher:
         """Another patcher of the same network, with copies of all settings."""
@@ -219,7 +219,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
             if filter_prefix is not None and not key.startswith(filter_prefix):
                 continue
             _, _, convert = get_key_weight(self.model, key)
-            weight = self.weights.source(key)
+            weight = self.weight_store.source(key)
             convert = convert or (lambda tensor, **_: tensor)
             out[key] = [(weight, convert), *self.patches.get(key, [])]
         return out
@@ -272,10 +272,10 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         """Compute a weight's patched value on `device_to` and let the network use it, or return it."""
         if key not in self.patches:
             return None
-        source = self.weights.source(key)
+        source = self.weight_store.source(key)
         device = torch.device(device_to) if device_to is not None else source.device
         if not return_weight:
-            self.weights.patch_one(key, self.patches[key], device, self.calculate_weight)
+            self.weight_store.patch_one(key, self.patches[key], device, self.calculate_weight)
             self._note_backups()
             return None
         real = self.calculate_weight(self.patches[key], real_value(self.model, key, source.to(device)), key)
@@ -288,7 +288,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         own = "patch_weight_to_device" in vars(self)
         if not own and type(self).patch_weight_to_device is ModelPatcher.patch_weight_to_device:
             return None
-        return lambda key: self.patch_weight_to_device(key, self.weights.device)
+        return lambda key: self.patch_weight_to_device(key, self.weight_store.device)
 
     def load(
         self,
@@ -305,7 +305,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         """
         self.unpatch_hooks()
         device = torch.device(device_to) if device_to is not None else self.model.device
-        self.weights.place(
+        self.weight_store.place(
             device,
             self.patches,
             self.calculate_weight,
@@ -323,14 +323,14 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
 
     def _note_state(self) -> None:
         """Tell under ComfyUI's names what the store knows."""
-        self.model.model_lowvram = self.weights.partly_loaded
-        self.model.lowvram_patch_counter = self.weights.patched_at_use
-        self.model.model_loaded_weight_memory = self.weights.loaded_bytes
+        self.model.model_lowvram = self.weight_store.partly_loaded
+        self.model.lowvram_patch_counter = self.weight_store.patched_at_use
+        self.model.model_loaded_weight_memory = self.weight_store.loaded_bytes
         self._note_backups()
 
     def _note_backups(self) -> None:
         self.backup.clear()
-        self.backup.update({key: Backup(source, False) for key, source in self.weights.patched_keys().items()})
+        self.backup.update({key: Backup(source, False) for key, source in self.weight_store.patched_keys().items()})
 
     def _set_objects(self, wanted: dict[str, Any]) -> None:
         """Replace exactly the attributes at these dotted paths; others that a clone replaced are as they were."""
@@ -362,7 +362,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         self.eject_model()
         if unpatch_weights:
             self.unpatch_hooks()
-            self.weights.unload()
+            self.weight_store.unload()
             self.model.current_weight_patches_uuid = None
             self.model.device = torch.device(device_to) if device_to is not None else self.offload_device
             self._note_state()
@@ -372,7 +372,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         """Let the largest modules go back to host memory until `memory_to_free` bytes are free; returns how many."""
         with self.use_ejected():
             self.unpatch_hooks()
-            freed = self.weights.free(memory_to_free)
+            freed = self.weight_store.free(memory_to_free)
             self._note_state()
         return freed
 

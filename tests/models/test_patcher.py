@@ -146,11 +146,11 @@ def test_patches_for_unknown_keys_are_not_taken() -> None:
 
 def test_versions_of_weights_are_never_reused() -> None:
     one, other = patcher(), patcher()
-    seen = {one.weights.layout_version, other.weights.layout_version}
+    seen = {one.weight_store.layout_version, other.weight_store.layout_version}
     for each in (one, other):
         each.add_patches(difference("first.bias", (16,)))
         each.patch_model(CPU)
-        seen.add(each.weights.layout_version)
+        seen.add(each.weight_store.layout_version)
     assert len(seen) == 4
 
 

@@ -22,7 +22,7 @@ from tests.models.test_patcher import CPU, Network, X, difference
 def one() -> ModelPatcher:
     """A patcher whose network's weights must be copied to be used."""
     made = ModelPatcher(Network(), CPU, CPU)
-    made.weights.always_copy = True
+    made.weight_store.always_copy = True
     return made
 
 
@@ -43,7 +43,7 @@ def small_card(monkeypatch: pytest.MonkeyPatch, patcher: ModelPatcher, capacity:
     monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
     monkeypatch.setattr(management, "minimum_inference_memory", lambda: 0)
     monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0)
-    free = lambda device=None, torch_free_too=False: capacity - patcher.weights.loaded_bytes  # noqa: E731
+    free = lambda device=None, torch_free_too=False: capacity - patcher.weight_store.loaded_bytes  # noqa: E731
     monkeypatch.setattr(management, "get_free_memory", free)
     monkeypatch.setattr(management, "get_total_memory", lambda device=None, torch_total_too=False: capacity)
 
@@ -51,16 +51,16 @@ def small_card(monkeypatch: pytest.MonkeyPatch, patcher: ModelPatcher, capacity:
 def test_what_is_in_place_is_not_copied_again(one: ModelPatcher) -> None:
     size = one.model_size()
     assert copied(lambda: management.load_models_gpu([one])) == size
-    version, places = one.weights.layout_version, addresses(one)
+    version, places = one.weight_store.layout_version, addresses(one)
     assert copied(lambda: management.load_models_gpu([one])) == 0
     assert copied(lambda: management.load_models_gpu([one.clone()])) == 0
-    assert (one.weights.layout_version, addresses(one)) == (version, places)
+    assert (one.weight_store.layout_version, addresses(one)) == (version, places)
     assert one.loaded_size() == size
 
 
 def test_patches_are_written_into_the_memory_that_is_there(one: ModelPatcher) -> None:
     management.load_models_gpu([one])
-    plain, places, version = one.model(X), addresses(one), one.weights.layout_version
+    plain, places, version = one.model(X), addresses(one), one.weight_store.layout_version
     strong, weak = one.clone(), one.clone()
     strong.add_patches(difference("first.weight", (16, 8)), 0.5)
     weak.add_patches(difference("first.weight", (16, 8)), 0.25)
@@ -68,7 +68,7 @@ def test_patches_are_written_into_the_memory_that_is_there(one: ModelPatcher) ->
     for patcher in (strong, weak, strong, one):
         assert copied(lambda patcher=patcher: management.load_models_gpu([patcher])) == 0, "from the kept original"
         results.append(one.model(X))
-        assert (addresses(one), one.weights.layout_version) == (places, version)
+        assert (addresses(one), one.weight_store.layout_version) == (places, version)
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[3], plain)
     fresh = ModelPatcher(Network(), CPU, CPU)
@@ -83,12 +83,12 @@ def test_without_kept_originals_patches_come_from_the_source(one: ModelPatcher) 
     patched.add_patches(difference("second.weight", (4, 16)), 1.5)
     management.load_models_gpu([patched])
     want = one.model(X)
-    one.weights.release_pristine()
+    one.weight_store.release_pristine()
     weight = one.model.second.weight
     assert copied(lambda: management.load_models_gpu([one])) == weight.nbytes
     assert torch.equal(one.model(X), plain)
     management.load_models_gpu([patched])
-    one.weights.release_pristine()
+    one.weight_store.release_pristine()
     other = one.clone()
     other.add_patches(difference("second.weight", (4, 16)), 1.5)
     management.load_models_gpu([other])
@@ -186,7 +186,7 @@ def test_hooks_write_into_the_memory_that_is_there(one: ModelPatcher) -> None:
     import comfy.hooks
 
     management.load_models_gpu([one])
-    plain, places, version = one.model(X), addresses(one), one.weights.layout_version
+    plain, places, version = one.model(X), addresses(one), one.weight_store.layout_version
     hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=1.0)
     hook.weights = difference("first.weight", (16, 8))
     group = comfy.hooks.HookGroup()
@@ -196,7 +196,7 @@ def test_hooks_write_into_the_memory_that_is_there(one: ModelPatcher) -> None:
     assert not torch.equal(one.model(X), plain)
     one.patch_hooks(None)
     assert torch.equal(one.model(X), plain)
-    assert (addresses(one), one.weights.layout_version) == (places, version)
+    assert (addresses(one), one.weight_store.layout_version) == (places, version)
 
 
 def test_wrappers_of_weights_belong_to_their_clone(one: ModelPatcher) -> None:
@@ -227,7 +227,7 @@ def test_a_deep_copy_has_weights_of_its_own(one: ModelPatcher) -> None:
 def test_room_is_made_by_the_network_used_longest_ago(one: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     others = [ModelPatcher(Network(), CPU, CPU) for _ in range(2)]
     for patcher in others:
-        patcher.weights.always_copy = True
+        patcher.weight_store.always_copy = True
     everyone = [one, *others]
     size = one.model_size()
     management.unload_all_models()

@@ -60,7 +60,7 @@ class Calls:
         self.model: Any = torch.nn.Module()
         self.model.diffusion_model = tiny_flux()
         self.patcher = ModelPatcher(self.model, CPU, CPU)
-        self.patcher.weights.always_copy = True
+        self.patcher.weight_store.always_copy = True
         self.patcher.patch_model(CPU)
 
     def run(self, count: int = 3, height: int = 9, **more: Any) -> dict[str, int]:
