@@ -130,6 +130,8 @@ class Server:
                 self.process.kill()
                 self.process.wait(5)
         self._reader.join(5)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def tail(self, lines: int = 40) -> str:
         """The last lines of the console."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from app.panel import Panel
+from comfy import accounting
 from comfy.taco_dit.core.launcher import START_MESSAGES, LaunchPlan, worker_environment
 from comfy.taco_dit.utils.monitor import Monitor
 from comfy.taco_dit.utils.performance_monitor import Clock
@@ -49,7 +50,8 @@ def panel():
 
 
 def ended(message, failed_rank=None, **data):
-    return SimpleNamespace(status_messages=[("execution_start", {}), (message, data)], failed_rank=failed_rank)
+    messages = [("execution_start", {}), (message, data)]
+    return SimpleNamespace(status_messages=messages, failed_rank=failed_rank, record=accounting.Record())
 
 
 def test_what_was_said_before_the_ranks_began_is_shown(panel):

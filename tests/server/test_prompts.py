@@ -199,7 +199,11 @@ def test_a_follower_has_the_same_shape_and_is_silent(folders):
     async def main():
         server = PromptServer(asyncio.get_running_loop(), listening=False)
         assert PromptServer.instance is server
-        server.routes.get("/pack")(lambda request: None)
+
+        async def answer(request):
+            return None
+
+        server.routes.get("/pack")(answer)
         server.add_on_prompt_handler(lambda body: body)
         server.add_routes()
         server.send_sync("executing", {}, "page")
@@ -210,6 +214,7 @@ def test_a_follower_has_the_same_shape_and_is_silent(folders):
     asyncio.run(main())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it listens until the process ends
 def test_listening_on_several_addresses(folders):
     import asyncio
 
