@@ -102,7 +102,11 @@ class Server:
         self._listening.set()  # it ended: whoever waits should look
 
     def __enter__(self) -> Server:
-        self.wait_ready()
+        try:
+            self.wait_ready()
+        except BaseException:  # Ctrl-C and pytest's time limit too
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
