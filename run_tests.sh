@@ -21,7 +21,7 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
-# Tests that start ranks, servers or browsers have both cores to themselves; the others share them.
-alone=(tests/core tests/demo tests/e2e tests/packs tests/parallel tests/web)
+# Tests that start servers or browsers have both cores to themselves; the others share them.
+alone=(tests/demo tests/e2e tests/packs tests/web)
 .venv/bin/python -m pytest -n 2 --dist loadfile "${alone[@]/#/--ignore=}"
 exec .venv/bin/python -m pytest "${alone[@]}"

@@ -81,7 +81,7 @@ class Server:
                    "--temp-directory", os.path.join(self.record_folder, "temp")]  # fmt: skip
         own = ["--cpu", "--taco-ranks", str(ranks)] if ranks else ["--cpu"]
         port = [] if "--port" in flags else ["--port", "0"]
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         # Every process gets hash values of its own: what depends on the order of a set differs between ranks.
         environment |= {"PYTHONHASHSEED": "random", "TACO_TEST_RECORDS": self.record_folder, **(env or {})}
         self.process = subprocess.Popen(
@@ -102,7 +102,11 @@ class Server:
         self._listening.set()  # it ended: whoever waits should look
 
     def __enter__(self) -> Server:
-        self.wait_ready()
+        try:
+            self.wait_ready()
+        except BaseException:  # Ctrl-C and pytest's time limit too
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -130,6 +134,8 @@ class Server:
                 self.process.kill()
                 self.process.wait(5)
         self._reader.join(5)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def tail(self, lines: int = 40) -> str:
         """The last lines of the console."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app.panel import Panel
-from comfy.accounting import Record
+from comfy import accounting
 from comfy.taco_dit.core.launcher import START_MESSAGES, LaunchPlan, worker_environment
 from comfy.taco_dit.utils.monitor import Monitor
 from comfy.taco_dit.utils.performance_monitor import Clock
@@ -51,7 +51,7 @@ def panel():
 
 def ended(message, failed_rank=None, **data):
     messages = [("execution_start", {}), (message, data)]
-    return SimpleNamespace(status_messages=messages, failed_rank=failed_rank, record=Record())
+    return SimpleNamespace(status_messages=messages, failed_rank=failed_rank, record=accounting.Record())
 
 
 def test_what_was_said_before_the_ranks_began_is_shown(panel):

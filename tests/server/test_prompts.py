@@ -36,9 +36,8 @@ def test_a_prompt_is_run_and_told_about_in_order(serve):
         assert answer["node_errors"] == {}
         heard = await until(ws, "executing", node=None)
         kinds = [message["type"] for message in heard]
-        assert kinds == [
-            "status",
-            "status",
+        assert "status" in kinds  # how many depends on how many waited: a newer one replaces it
+        assert [kind for kind in kinds if kind != "status"] == [
             "execution_start",
             "execution_cached",
             "progress_state",
@@ -46,7 +45,6 @@ def test_a_prompt_is_run_and_told_about_in_order(serve):
             "executed",
             "progress_state",
             "execution_success",
-            "status",
             "executing",
         ]
         history = await api.json("GET", f"/api/history/{answer['prompt_id']}")
@@ -199,7 +197,11 @@ def test_a_follower_has_the_same_shape_and_is_silent(folders):
     async def main():
         server = PromptServer(asyncio.get_running_loop(), listening=False)
         assert PromptServer.instance is server
-        server.routes.get("/pack")(lambda request: None)
+
+        async def answer(request):
+            return None
+
+        server.routes.get("/pack")(answer)
         server.add_on_prompt_handler(lambda body: body)
         server.add_routes()
         server.send_sync("executing", {}, "page")

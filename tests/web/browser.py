@@ -61,15 +61,22 @@ class Browser:
         for line in self._process.stderr:
             found = re.search(r"DevTools listening on ws://[^:]+:(\d+)/", line)
             if found:
-                threading.Thread(target=self._process.stderr.read, daemon=True).start()
+                self._drain = threading.Thread(target=self._process.stderr.read, daemon=True)
+                self._drain.start()
                 return int(found.group(1))
         raise RuntimeError("Chromium ended without opening its debugging port")
 
     def __exit__(self, *exc: object) -> None:
         self._do(self._session.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
         self._process.terminate()
         self._process.wait(timeout=10)
+        assert self._process.stderr is not None
+        self._drain.join(10)
+        if not self._drain.is_alive():  # else a process of the browser's still has it
+            self._process.stderr.close()
 
     def _do(self, work: Any, timeout: float = START_S) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)

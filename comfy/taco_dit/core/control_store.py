@@ -2,11 +2,13 @@
 
 The store is torch's TCPStore. A connection serves one blocking call at a time, so every thread that waits borrows one of
 its own. A blocking read is never given a time limit of the store's: a `Waits` thread watches the readers instead and
-writes `STOPPED` under the key of one that should give up, which wakes it at once.
+writes `STOPPED` under the key of one that should give up, which wakes it at once. Nothing here imports torch: the
+supervisor starts its ranks before it does.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import threading
@@ -16,6 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+NEVER = datetime.timedelta(days=30)  # time limit of calls that wait for other ranks
+SUPERVISED = "TACO_SUPERVISED"  # set by our own supervisor, which replaces a rank that ends
+INCARNATION = "TACO_INCARNATION"  # number of the process among those that stood for its rank, from 0
 STOPPED = b"\x00stopped"
 TICK_S = 0.2  # how often waits are checked while a prompt runs
 POLL_S = 0.02  # how often a key that holds STOPPED is read again

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions
 
-NEVER = datetime.timedelta(days=30)
+from .control_store import NEVER
+
 ABORT_DEADLINE_S = 8.0
 
 

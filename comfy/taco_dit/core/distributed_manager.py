@@ -16,10 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .data_plane import NEVER, DataPlane
-
-SUPERVISED = "TACO_SUPERVISED"  # set by our own supervisor, which replaces a rank that ends
-INCARNATION = "TACO_INCARNATION"  # how many processes had this rank before this one
+from .control_store import INCARNATION, NEVER, SUPERVISED
+from .data_plane import DataPlane
 
 
 @dataclass(frozen=True)

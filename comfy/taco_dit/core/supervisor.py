@@ -19,11 +19,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch.distributed as dist
-
-from .control_store import RANK_0_RESTARTED, STOPPING, append_event, end_request_key, fill_gaps
-from .data_plane import NEVER
-from .distributed_manager import INCARNATION, SUPERVISED
+from .control_store import (
+    INCARNATION,
+    NEVER,
+    RANK_0_RESTARTED,
+    STOPPING,
+    SUPERVISED,
+    append_event,
+    end_request_key,
+    fill_gaps,
+)
 
 MAX_REPLACEMENTS = 3  # within WINDOW_S; one more ends the job
 WINDOW_S = 300.0
@@ -58,15 +63,11 @@ class Supervisor:
         self._renewed: set[int] = set()  # ranks whose replacement rank 0 requested: not a fault, so not counted
         self._restart = -1
         self._signal: int | None = None
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(1024)
-        self._port = listener.getsockname()[1]
-        self._root = dist.TCPStore(
-            "127.0.0.1", self._port, ranks, True, datetime.timedelta(minutes=10), wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )  # fmt: skip
-        self._root.set_timeout(NEVER)
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(1024)  # ranks may connect from now on; the store answers once it is there
+        self._port = self._listener.getsockname()[1]
+        self._root: Any = None
         self._store: Any = None
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -76,6 +77,7 @@ class Supervisor:
         with self._woken_by_signals() as woken:
             try:
                 self._start_all()
+                self._open_store()
                 while True:
                     select.select([woken], [], [], LOOK_S)
                     with contextlib.suppress(BlockingIOError):
@@ -117,9 +119,23 @@ class Supervisor:
 
     # --- processes -------------------------------------------------------------------------------------------------
 
+    def _open_store(self) -> None:
+        """Host the store on the listening socket, the first time; then the part of it for this start of the ranks.
+
+        Called after the ranks were started: they import torch at the same time as this process does.
+        """
+        import torch.distributed as dist
+
+        if self._root is None:
+            self._root = dist.TCPStore(
+                "127.0.0.1", self._port, self._ranks, True, datetime.timedelta(minutes=10), wait_for_workers=False,
+                master_listen_fd=self._listener.detach(),
+            )  # fmt: skip
+            self._root.set_timeout(NEVER)
+        self._store = dist.PrefixStore(f"taco/{self._restart}/", self._root)
+
     def _start_all(self) -> None:
         self._restart += 1
-        self._store = dist.PrefixStore(f"taco/{self._restart}/", self._root)
         self._incarnations = dict.fromkeys(range(self._ranks), 0)
         for rank in range(self._ranks):
             self._start(rank)
@@ -153,6 +169,7 @@ class Supervisor:
         _say(f"rank 0: {how_it_ended(status)}; all ranks are started again")
         self._end_all(signal.SIGKILL)
         self._start_all()
+        self._open_store()
         return None
 
     def _follower_ended(self, rank: int, status: int) -> None:
