@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import threading
@@ -55,7 +56,11 @@ def add(monkeypatch, name, function, inputs, returns=(), **more):
 def prompt(monkeypatch, output, slow):
     """Two nodes that save a batch of two, and one that needs nothing of them and lets the encoding go on."""
 
-    def release(self, value):
+    async def release(self, value):
+        for _ in range(2000):  # until a file is being encoded, whichever node the executor took first
+            if slow.threads:
+                break
+            await asyncio.sleep(0.005)
         CALLS.note(f"unfinished {sorted(os.listdir(output))}")
         slow.set()
         return {"ui": {"value": [value]}}
