@@ -21,7 +21,16 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
-# Tests that start servers or browsers have both cores to themselves; the others share them.
-alone=(tests/demo tests/e2e tests/packs tests/web)
-.venv/bin/python -m pytest -n 2 --dist loadfile "${alone[@]/#/--ignore=}"
-exec .venv/bin/python -m pytest "${alone[@]}"
+# Tests without servers and browsers share the cores. Then come those of servers, and beside them those that mostly wait
+# for browsers and for training; what the latter say is shown at the end.
+waiting=(tests/demo tests/packs tests/web)
+.venv/bin/python -m pytest -n 2 --dist loadfile --ignore=tests/e2e "${waiting[@]/#/--ignore=}"
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+.venv/bin/python -m pytest -p no:cacheprovider "${waiting[@]}" >"$said" 2>&1 &
+beside=$!
+status=0
+.venv/bin/python -m pytest tests/e2e || status=$?
+wait "$beside" || status=$?
+cat "$said"
+exit "$status"

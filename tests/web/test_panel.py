@@ -89,13 +89,17 @@ def test_values_move_while_sampling(page: tuple[Server, Browser]) -> None:
     browser.wait(f"{steps} > {first + 4}")
     text = _text(browser)
     if server.ranks == 2:
-        assert "cfg 2" in text and "2 conditionings on 2 groups" in text and "Speed-up" in text
+        assert "cfg 2" in text and "2 conditionings on 2 groups" in text
         bars = f"[...{PANEL}.querySelectorAll('.taco-meter .taco-exchange')].map(e => parseFloat(e.style.width))"
         assert max(browser.run(bars)) > 0
     else:
         assert "One rank computes everything" in text
     _shot(browser, f"panel_sampling_{server.ranks}.png")
     browser.wait(f"!{PANEL}.querySelector('.taco-busy')", 60)
+    total = browser.wait(f"parseFloat({PANEL}.querySelector('.taco-prompt-total')?.textContent)")
+    assert total > 0
+    text = _text(browser)
+    assert "Last prompt" in text and "denoising" in text and "saving" in text
 
 
 def test_an_error_of_a_rank_comes_with_its_cure_and_can_be_cleared(page: tuple[Server, Browser]) -> None:

@@ -294,5 +294,7 @@ class TestDrainRandom(_Node):
 
 
 NODE_CLASS_MAPPINGS = {
-    name: value for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, _Node)
+    name: value
+    for name, value in list(globals().items())
+    if isinstance(value, type) and issubclass(value, _Node) and value is not _Node
 }
