@@ -12,6 +12,7 @@ import torch
 
 import comfy.lora
 import comfy.utils
+from comfy.weights.patching import get_key_weight, string_to_seed
 from comfy.weights.store import store_of
 
 
@@ -149,7 +150,6 @@ class HooksMixin:
 
     def _hooked_weight(self, key: str, patches: list[Any]) -> torch.Tensor:
         from comfy.float import stochastic_rounding
-        from comfy.model_patcher import get_key_weight, string_to_seed
 
         weight, _, convert = get_key_weight(self.model, key)
         real = convert(weight) if convert is not None else weight.to(torch.float32, copy=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 _HOMES = {
     "ConfigError": "core.config_manager",
-    "TACODiTConfigManager": "core.config_manager",
+    "TACODiTConfigManager": "core.config_in_force",
     "TACODiTDistributedManager": "core.distributed_manager",
     "TACODiTExecutionEngine": "core.execution_engine",
     "TACODiTModelPatcher": "core.model_wrapper",

@@ -1,4 +1,4 @@
-"""Imports among the executor, the server and `app` go one way, also those inside functions."""
+"""Imports among the executor, the server, `app` and the parallel core go one way, also those inside functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import functools
 import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SINGLE, PACKAGES = ("execution", "server"), ("comfy_execution", "app")
+SINGLE = ("execution", "server")
+PACKAGES = ("comfy_execution", "app", "comfy/taco_dit", "comfy/ldm", "comfy/weights", "comfy/families")
 
 
 def modules():
