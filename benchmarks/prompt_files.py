@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests import tiny_models
-from tests.tiny_models import Shapes, StateDict
+from tests.tiny_models import Shapes, StateDict, weight_from
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,7 @@ def _weights(shapes: Shapes, seed: int, device: str, dtype: torch.dtype) -> Stat
     out = {}
     for key, shape in shapes.items():
         noise = torch.randn(shape, generator=generator, device=device)
-        if "norm" in key and key.endswith(("weight", "scale")):
-            value = 1 + 0.1 * noise
-        elif "embedding" in key or key.endswith("shared.weight") or "relative_attention_bias" in key:
-            value = 0.5 * noise
-        elif len(shape) == 1:
-            value = 0.02 * noise
-        else:
-            value = noise / math.sqrt(math.prod(shape[1:]))
-        out[key] = value.to(dtype).cpu()
+        out[key] = weight_from(key, noise).to(dtype).cpu()
     return out
 
 

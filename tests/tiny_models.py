@@ -29,21 +29,23 @@ Shapes = dict[str, tuple[int, ...]]
 HIDDEN, HEAD, CLIP_WIDTH, T5_WIDTH = 96, 24, 64, 64
 
 
+def weight_from(key: str, noise: torch.Tensor) -> torch.Tensor:
+    """A weight of a size that keeps activations near 1, from standard normal numbers of its shape."""
+    if "norm" in key and key.endswith(("weight", "scale")):
+        return 1 + 0.1 * noise
+    if "embedding" in key or key.endswith("shared.weight") or "relative_attention_bias" in key:
+        return 0.5 * noise
+    if noise.ndim == 1:
+        return 0.02 * noise
+    return noise / math.sqrt(math.prod(noise.shape[1:]))
+
+
 def random_weights(shapes: Shapes, seed: int, dtype: torch.dtype = torch.float32) -> StateDict:
     """Weights that keep activations near unit size; each depends only on its key, its shape and `seed`."""
     out = {}
     for key, shape in shapes.items():
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) ^ seed)
-        noise = torch.randn(shape, generator=generator)
-        if "norm" in key and key.endswith(("weight", "scale")):
-            value = 1 + 0.1 * noise
-        elif "embedding" in key or key.endswith("shared.weight") or "relative_attention_bias" in key:
-            value = 0.5 * noise
-        elif len(shape) == 1:
-            value = 0.02 * noise
-        else:
-            value = noise / math.sqrt(math.prod(shape[1:]))
-        out[key] = value.to(dtype)
+        out[key] = weight_from(key, torch.randn(shape, generator=generator)).to(dtype)
     return out
 
 
