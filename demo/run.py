@@ -42,6 +42,8 @@ class Recipe:
     batch: int = 1024
     steps: int = 18000
     rate: float = 2e-3
+    muon_iterations: int = 5
+    """Newton-Schulz iterations that make Muon's steps orthogonal; in bf16, which processors multiply slowly."""
     lora_steps: int = 300
     lora_rate: float = 2e-3
     lora_rank: int = 8
@@ -256,8 +258,11 @@ class Run:
         # Muon (Jordan et al. 2024) for the matrices of the network's blocks, at the step size AdamW would take.
         matrices = {key: value for key, value in parameters.items() if value.ndim == 2 and _MATRICES.match(key)}
         if matrices:
+            iterations = self.recipe.muon_iterations
             optimizers.append(
-                torch.optim.Muon(matrices.values(), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+                torch.optim.Muon(
+                    matrices.values(), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", ns_steps=iterations
+                )
             )
         rest = [value for key, value in parameters.items() if key not in matrices]
         optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.97), weight_decay=0.01, fused=self.fast))

@@ -14,7 +14,9 @@ from demo.run import Recipe, Run
 from demo.train import export, train
 from tests.parallel.ranks import run_ranks
 
-TINY = Recipe(scenes=40, text_batch=4, text_steps=3, vae_batch=4, vae_steps=4, batch=3, steps=3, lora_steps=2)
+TINY = Recipe(
+    scenes=40, text_batch=4, text_steps=3, vae_batch=4, vae_steps=4, batch=3, steps=3, lora_steps=2, muon_iterations=1
+)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from .server import Server
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEMO_FILE = os.path.join(demo.MODELS, "checkpoints", demo.CHECKPOINT)
-EACH = 6  # pictures of each kind; `python -m demo.evaluate` draws 300
+EACH = 4  # pictures of each kind; `python -m demo.evaluate` draws 300
 STEPS, CFG = 12, 3.0
 pytestmark = [
     pytest.mark.timeout(300),
@@ -48,9 +48,9 @@ def test_three_ranks_draw_what_is_asked(by_three: list[Outcome]) -> None:
 
 
 def test_one_rank_draws_the_same_pictures(by_three: list[Outcome], tmp_path: os.PathLike[str]) -> None:
-    alone = _drawn(str(tmp_path), 1, _prompts())
-    assert [o.case for o in alone] == [o.case for o in by_three]
-    for one, three in zip(alone, by_three):
+    alone = _drawn(str(tmp_path), 1, _prompts()[::2])
+    assert [o.case for o in alone] == [o.case for o in by_three[::2]]
+    for one, three in zip(alone, by_three[::2]):
         assert np.abs(one.picture - three.picture).max() <= 1.01 / 255, one.case.text
 
 
