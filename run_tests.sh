@@ -21,16 +21,16 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
-# Tests without servers and browsers share the cores. Then come those of servers, and beside them those that mostly wait
-# for browsers and for training; what the latter say is shown at the end.
-waiting=(tests/demo tests/packs tests/web)
-.venv/bin/python -m pytest -n 2 --dist loadfile --ignore=tests/e2e "${waiting[@]/#/--ignore=}"
-said=$(mktemp)
-trap 'rm -f "$said"' EXIT
-.venv/bin/python -m pytest -p no:cacheprovider "${waiting[@]}" >"$said" 2>&1 &
-beside=$!
+# Tests without servers and browsers run in two processes. Then the tests of servers run in this shell and those of
+# browsers, packs and training in the background; the output of the latter is shown at the end.
+second=(tests/demo tests/packs tests/web)
+.venv/bin/python -m pytest -n 2 --dist loadfile --ignore=tests/e2e "${second[@]/#/--ignore=}"
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+.venv/bin/python -m pytest -p no:cacheprovider "${second[@]}" >"$output" 2>&1 &
+background=$!
 status=0
 .venv/bin/python -m pytest tests/e2e || status=$?
-wait "$beside" || status=$?
-cat "$said"
+wait "$background" || status=$?
+cat "$output"
 exit "$status"

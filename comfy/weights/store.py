@@ -218,7 +218,7 @@ class WeightStore:
                     target = torch.empty_like(source, device=self.device, memory_format=torch.contiguous_format)
                 pairs.append((source, target))
             else:  # a tensor class of its own knows how to move
-                target = source.to(self.device)
+                target = source.to(self.device, copy=True)
             self._use(weight, target)
         _fetch(pairs)
 
@@ -274,7 +274,8 @@ class WeightStore:
                 continue
             placed = weight.placed
             assert placed is not None
-            if placed.shape != weight.source.shape or placed.dtype != weight.source.dtype:
+            plain = type(weight.source) in _PLAIN_TENSORS  # other tensor classes may carry patches of their own
+            if not plain or placed.shape != weight.source.shape or placed.dtype != weight.source.dtype:
                 self._drop(weight)
                 self._bring([weight])
                 continue

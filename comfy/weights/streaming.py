@@ -24,6 +24,13 @@ AHEAD_BYTES = 768 << 20
 IN_USE_BYTES = 768 << 20
 
 Tensors = dict[str, torch.Tensor]
+_Pending = tuple[Tensors, Callable[[], None], int, tuple[Any, Any]]
+"""(copies, what makes the current stream wait for them, bytes, the originals)."""
+
+
+def _weights_of(module: Any) -> tuple[Any, Any]:
+    """The weight and the bias that a layer has now."""
+    return getattr(module, "weight", None), getattr(module, "bias", None)
 
 
 class WeightStream:
@@ -36,7 +43,7 @@ class WeightStream:
         self._pin({} if before is None else before._pinned)
         self._next: dict[int, Any] = {}
         self._last: Any = None
-        self._pending: collections.OrderedDict[int, tuple[Tensors, Callable[[], None], int]] = collections.OrderedDict()
+        self._pending: dict[int, _Pending] = {}
         self._pending_bytes = 0
         self._in_use: collections.deque[tuple[Any, int]] = collections.deque()
         self._in_use_bytes = 0
@@ -73,10 +80,10 @@ class WeightStream:
 
         They belong to the caller; the current stream may use them at once.
         """
-        if id(module) not in self._pending:
+        if not self._is_coming(module):
             self._forget_pending()
             self._request(module)
-        tensors, wait, size = self._pending.pop(id(module))
+        tensors, wait, size, _ = self._pending.pop(id(module))
         self._pending_bytes -= size
         wait()
         stream = torch.cuda.current_stream(self._device)
@@ -88,6 +95,11 @@ class WeightStream:
         self._last = module
         self._request_ahead(module)
         return tensors
+
+    def _is_coming(self, module: Any) -> bool:
+        """Whether a layer's weights are on their way, and are still those that it has: hooks change them between calls."""
+        pending = self._pending.get(id(module))
+        return pending is not None and all(a is b for a, b in zip(pending[3], _weights_of(module), strict=True))
 
     def _note_use(self, size: int, stream: Any) -> None:
         """Let the host wait when too many bytes of layers that have not computed yet are on the device."""
@@ -130,7 +142,7 @@ class WeightStream:
         else:
             wait = functools.partial(torch.cuda.Stream.wait_event, torch.cuda.current_stream(self._device), arrived)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        self._pending[id(module)] = (tensors, wait, size)
+        self._pending[id(module)] = (tensors, wait, size, _weights_of(module))
         self._pending_bytes += size
         accounting.count("weight_bytes", size)
 

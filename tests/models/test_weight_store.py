@@ -240,3 +240,31 @@ def test_room_is_made_by_the_network_used_longest_ago(one: ModelPatcher, monkeyp
         management.load_models_gpu([patcher])
     assert others[1].loaded_size() == others[0].loaded_size() == size
     assert one.loaded_size() < size
+
+
+def test_copies_on_their_way_are_not_used_for_a_weight_that_was_replaced() -> None:
+    from comfy.weights.streaming import WeightStream
+
+    layer = Network().first
+    stream = WeightStream.__new__(WeightStream)
+    stream._pending = {}
+    assert not stream._is_coming(layer)
+    stream._pending[id(layer)] = ({}, lambda: None, 0, (layer.weight, layer.bias))
+    assert stream._is_coming(layer)
+    layer.weight = torch.nn.Parameter(torch.zeros(16, 8), requires_grad=False)  # as hooks do between two calls
+    assert not stream._is_coming(layer)
+
+
+def test_tensors_of_other_classes_are_brought_anew_when_patches_go(one: ModelPatcher) -> None:
+    class Quantised(torch.Tensor):
+        pass
+
+    stored = torch.randn(4, 16).as_subclass(Quantised)
+    one.model.second.weight = torch.nn.Parameter(stored, requires_grad=False)
+    patched = one.clone()
+    patched.add_patches(difference("second.weight", (4, 16)))
+    management.load_models_gpu([patched])
+    before = one.model.second.weight
+    management.load_models_gpu([one])
+    assert one.model.second.weight is not before, "its own patches would have stayed with it"
+    assert torch.equal(one.model.second.weight.as_subclass(torch.Tensor), stored.as_subclass(torch.Tensor))
