@@ -76,6 +76,30 @@ def test_a_picture_that_is_none(lives_on, bad_files):
     reason(lives_on.run(prompt), "text.png")
 
 
+def nested(depth):
+    value = inner = []
+    for _ in range(depth):
+        inner.append([])
+        inner = inner[0]
+    return value
+
+
+@pytest.mark.parametrize("text, value, length", [
+    ("x" * 12_000_000, None, 12_000_000), ("value", nested(600), 1202), ("value", [[0] * 300_000], 900_002),
+], ids=["12 MB", "nested 600 deep", "300,000 values"])  # fmt: skip
+def test_large_and_deep_prompts_reach_every_rank(lives_on, text, value, length):
+    outcome = lives_on.run({"record": node("TestRecord", label=f"large-{length}", text=text, value=value)})
+    assert outcome.error is None
+    for rank in range(2):
+        assert len(lives_on.records(f"large-{length}")[rank][0]) == length
+
+
+def test_an_exception_with_a_huge_message(lives_on):
+    """It is that prompt's error, and other ranks get the beginning and the end of the text."""
+    outcome = lives_on.run({"raise": node("TestRaise", length=6_000_000)})
+    assert outcome.error["exception_message"].startswith("rank ") and outcome.error["exception_type"] == "ValueError"
+
+
 def test_a_model_that_is_not_there(lives_on):
     status, content = lives_on.request("/prompt", {"prompt": flux("nothing.safetensors")})
     assert status == 400

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import time
 import urllib.request
 
@@ -145,6 +146,30 @@ def test_hazard_5_only_rank_0_serves(serve):
             if connection.status == psutil.CONN_LISTEN and _answers_http(connection.laddr.port):
                 serving.add((rank, connection.laddr.port))
     assert serving == {(0, server.port)}
+
+
+def listening(process):
+    """(kind, address) of every socket of a process that others can connect to."""
+    found = []
+    for connection in process.net_connections("inet"):
+        if connection.status == psutil.CONN_LISTEN or connection.type == socket.SOCK_DGRAM:
+            found.append(("port", connection.laddr.port))
+    return found + [("name", c.laddr) for c in process.net_connections("unix") if c.laddr]
+
+
+def test_hazard_5_no_port_but_http_is_open(serve):
+    """Neither other hosts nor other users of this one find anything to talk to, also while ranks exchange tensors."""
+    server = serve(3)
+    supervisor = psutil.Process(server.process.pid)
+    prompt = insert(flux(seed=73, steps=50), "watch", "TestModel", label="ports", slow_ms=20, fail="never",
+                    fail_rank=0, fail_step=1)  # fmt: skip
+    with server.page() as page:
+        page.post(prompt)
+        page.wait("progress", lambda m: m["data"]["value"] == 3)
+        open_now = {process.pid: listening(process) for process in (supervisor, *map(psutil.Process, server.pids()))}
+        page.finish(60)
+    assert open_now.pop(server.pids()[0]) == [("port", server.port)]
+    assert list(open_now.values()) == [[], [], []]
 
 
 def _answers_http(port):

@@ -1,4 +1,4 @@
-"""Run a function on several ranks, each a process of its own, connected through gloo on this machine.
+"""Run a function on several ranks, each a process of its own, connected through sockets on this machine.
 
 `run_ranks(3, function, *args)` calls `function(manager, *args)` on ranks 0, 1, 2 and returns their results in rank
 order. An exception on a rank is raised here with that rank's traceback, the end of its process with its exit status.

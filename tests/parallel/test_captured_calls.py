@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 import comfy.taco_dit.fast.captured_calls as captured_calls
 from comfy import accounting
 from comfy.model_patcher import ModelPatcher
-from comfy.taco_dit.core.data_plane import DataPlane, Group
+from comfy.taco_dit.core.data_plane import DataPlane, NcclGroup
 from comfy.taco_dit.fast.captured_calls import Captured, CapturedCalls
 from comfy.taco_dit.fast.signature import flatten
 from tests.parallel.tiny import inputs, tiny_flux
@@ -198,8 +199,8 @@ class _Stuck:
 
 
 def _plane(backend: _Stuck) -> DataPlane:
-    plane = DataPlane(None, 0, 2, CPU)
-    plane._groups[("cpu", (0, 1))] = Group(backend, (0, 1), 0)
+    plane = DataPlane(SimpleNamespace(poke=lambda: None), 0, 2, CPU)
+    plane._groups[("cuda", (0, 1))] = NcclGroup(backend, (0, 1), 0)
     return plane
 
 

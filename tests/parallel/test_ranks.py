@@ -30,7 +30,7 @@ def _fail(manager, folder, way):
             raise KeyError("the reason")
         os._exit(7) if way == "end" else time.sleep(60)
     elif way == "end":
-        manager.store.get("never")
+        manager.control.get("never")
     return manager.rank
 
 

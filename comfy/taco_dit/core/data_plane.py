@@ -1,8 +1,8 @@
-"""Process groups for tensors, in generations: when a prompt fails, a generation is thrown away and a new one made.
+"""Groups of ranks for tensors, in generations: when a prompt fails, a generation is thrown away and a new one made.
 
-Groups are made directly from torch's process-group classes, not through torch.distributed's global registry, so that a
-rank can leave a collective whose peer never came: NCCL communicators are aborted, and gloo groups are dropped, which
-closes their sockets and makes the peers' collectives fail at once.
+Tensors on GPUs go through NCCL, in process groups made directly from torch's class, not through torch.distributed's
+global registry; tensors in host memory go through streams of our own (`socket_group`). Both can be left while a peer does
+not come: NCCL communicators are aborted, streams closed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,43 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions
 
-from .control_store import NEVER
+from .control_client import ControlClient
+from .socket_group import SocketGroup
 
 ABORT_DEADLINE_S = 8.0
+ABANDONED = "this prompt was abandoned by another rank"
 
 
-class Group:
-    """Collectives among some ranks, on tensors of one kind of device."""
+class Group(Protocol):
+    """Collectives among some ranks, on tensors of one kind of device. `index` is this rank's position among `ranks`."""
+
+    ranks: tuple[int, ...]
+    size: int
+    index: int
+
+    def all_to_all(
+        self, out: torch.Tensor, send: torch.Tensor, out_splits: Sequence[int], send_splits: Sequence[int]
+    ) -> None:
+        """Part i of `send` (rows of the first axis) goes to rank i; parts may be of any size, also 0."""
+
+    def all_gather(self, local: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Concatenate every rank's `local` along the first axis; rank i contributes `rows[i]` rows."""
+
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """Overwrite `tensor` with that of the rank at position `source`."""
+
+    def abort(self) -> None:
+        """Leave collectives in progress; the group is unusable afterwards."""
+
+
+class NcclGroup:
+    """A group on GPUs. Collectives run on the caller's stream."""
 
     def __init__(self, backend: Any, ranks: tuple[int, ...], rank: int) -> None:
         self._backend = backend
@@ -43,7 +67,7 @@ class Group:
     def all_to_all(
         self, out: torch.Tensor, send: torch.Tensor, out_splits: Sequence[int], send_splits: Sequence[int]
     ) -> None:
-        """Part i of `send` (rows of the first axis) goes to rank i; parts may be of any size, also 0."""
+        """As `Group.all_to_all`."""
         work = self._backend.alltoall_base(
             out, send, list(out_splits), list(send_splits), self._options(AllToAllOptions)
         )
@@ -51,7 +75,7 @@ class Group:
             work.wait()
 
     def all_gather(self, local: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Concatenate every rank's `local` along the first axis; rank i contributes `rows[i]` rows."""
+        """As `Group.all_gather`."""
         most = max(rows)
         padded = local
         if local.shape[0] < most:
@@ -64,7 +88,7 @@ class Group:
         return torch.cat([part[:count] for part, count in zip(out, rows)])
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
-        """Overwrite `tensor` with that of the rank at position `source`."""
+        """As `Group.broadcast`."""
         options = self._options(BroadcastOptions)
         options.rootRank = source
         work = self._backend.broadcast([tensor], options)
@@ -72,10 +96,49 @@ class Group:
             work.wait()
 
     def abort(self) -> None:
-        """Leave collectives in progress; the group is unusable afterwards."""
+        """As `Group.abort`."""
         backend, self._backend = self._backend, None
         if backend is not None and hasattr(backend, "abort"):
             backend.abort()
+
+
+class RendezvousStore(dist.Store):
+    """What NCCL's ranks find each other through: keys of the control plane that begin with `prefix`.
+
+    A wait ends with ConnectionAbortedError as soon as `stop` is true.
+    """
+
+    def __init__(self, control: ControlClient, prefix: str, stop: Callable[[], bool]) -> None:
+        super().__init__()
+        self._control = control
+        self._prefix = prefix
+        self._stop = stop
+
+    def set(self, key: str, value: Any) -> None:
+        self._control.set(self._prefix + key, value.encode() if isinstance(value, str) else bytes(value))
+
+    def get(self, key: str) -> bytes:
+        value = self._control.get(self._prefix + key, self._stop)
+        if value is None:
+            raise ConnectionAbortedError(ABANDONED)
+        return value
+
+    def wait(self, keys: list[str], timeout: datetime.timedelta | None = None) -> None:
+        for key in keys:
+            self.get(key)
+
+    def check(self, keys: list[str]) -> bool:
+        return all(self._control.peek(self._prefix + key) for key in keys)
+
+    def add(self, key: str, amount: int) -> int:
+        return self._control.add(self._prefix + key, amount)
+
+    def delete_key(self, key: str) -> bool:
+        self._control.delete(self._prefix + key)
+        return True
+
+    def clone(self) -> RendezvousStore:
+        return self
 
 
 def _abort_group(group: Group) -> None:
@@ -88,8 +151,8 @@ def _abort_group(group: Group) -> None:
 class DataPlane:
     """All groups of this process. `generation` must change on all ranks together."""
 
-    def __init__(self, store: Any, rank: int, world_size: int, device: torch.device) -> None:
-        self._store = store
+    def __init__(self, control: ControlClient, rank: int, world_size: int, device: torch.device) -> None:
+        self._control = control
         self.rank = rank
         self.world_size = world_size
         self.device = device
@@ -102,43 +165,35 @@ class DataPlane:
     def group(self, ranks: Sequence[int], device_type: str | None = None) -> Group:
         """The group of `ranks` for tensors on `device_type` (this rank's device by default); made on first use.
 
-        Only the ranks named need to call.
+        Only the ranks named need to call. Raises ConnectionAbortedError when the prompt is abandoned meanwhile.
         """
         members = tuple(ranks)
         kind = device_type or self.device.type
         with self._lock:
             if self._aborted:
-                raise ConnectionAbortedError("this prompt was abandoned by another rank")
+                raise ConnectionAbortedError(ABANDONED)
             if (kind, members) in self._groups:
                 return self._groups[kind, members]
-        made = Group(self._make(kind, members), members, self.rank)  # without the lock: it waits for peers
+        made = self._make(kind, members)  # without the lock: NCCL waits for peers
         with self._lock:
-            if self._aborted:
-                raise ConnectionAbortedError("this prompt was abandoned by another rank")
-            return self._groups.setdefault((kind, members), made)
+            if not self._aborted:
+                return self._groups.setdefault((kind, members), made)
+        made.abort()
+        raise ConnectionAbortedError(ABANDONED)
 
-    def _make(self, kind: str, members: tuple[int, ...]) -> Any:
-        name = f"data/{self.generation}/{kind}/{'-'.join(map(str, members))}/"
-        store = dist.PrefixStore(name, self._store)
+    def _make(self, kind: str, members: tuple[int, ...]) -> Group:
+        name = f"generation/{self.generation}/{kind}/{'-'.join(map(str, members))}/"
+        if kind != "cuda":
+            return SocketGroup(self._control.open_pair, name, members, self.rank)
+        generation = self.generation
+        store = RendezvousStore(self._control, name, lambda: self._aborted or self.generation != generation)
         index = members.index(self.rank)
-        self._wait_for_peers(store, index, len(members))
-        if kind == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = datetime.timedelta(hours=1)
-            return dist.ProcessGroupNCCL(store, index, len(members), options)
-        return dist.ProcessGroupGloo(store, index, len(members), NEVER)
-
-    def _wait_for_peers(self, store: Any, index: int, size: int) -> None:
-        """Until every member is about to make the group: making it cannot be abandoned, waiting here can.
-
-        Raises ConnectionAbortedError when the prompt is abandoned meanwhile.
-        """
+        # Making a communicator cannot be abandoned, waiting here can.
         store.set(f"here/{index}", b"1")
-        everyone = [f"here/{i}" for i in range(size)]
-        while not store.check(everyone):
-            if self._aborted:
-                raise ConnectionAbortedError("this prompt was abandoned by another rank")
-            time.sleep(0.001)
+        store.wait([f"here/{i}" for i in range(len(members))])
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = datetime.timedelta(hours=1)
+        return NcclGroup(dist.ProcessGroupNCCL(store, index, len(members), options), members, self.rank)
 
     def abort(self, deadline_s: float = ABORT_DEADLINE_S) -> bool:
         """Leave every collective and refuse new ones until `renew`. May be called from any thread.
@@ -153,6 +208,7 @@ class DataPlane:
                 return True
             self._aborted = True
             groups, self._groups = list(self._groups.values()), {}
+        self._control.poke()
         threads = [threading.Thread(target=_abort_group, args=(group,), daemon=True) for group in groups]
         threads += [threading.Thread(target=release, daemon=True) for release in self._releases]
         for thread in threads:

@@ -1,22 +1,22 @@
 """Who this process is among the ranks, and the channels between them.
 
-The control plane is a TCP key-value store (torch's TCPStore: the supervisor's or torchrun's own, else rank 0's). It carries
-decisions and costs nothing while idle. The data plane carries tensors (`data_plane`). Neither reads global state
+The control plane (`control_hub`, hosted by the supervisor, else by rank 0) carries decisions and costs nothing while idle.
+The data plane carries tensors (`data_plane`). Neither reads global state
 afterwards: `TACODiTDistributedManager` is made once, in main.
 """
 
 from __future__ import annotations
 
-import datetime
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from .control_store import INCARNATION, NEVER, SUPERVISED
+from .control_client import ControlClient
+from .control_hub import Hub
+from .control_plane import DOOR, INCARNATION, connect
 from .data_plane import DataPlane
 
 
@@ -65,21 +65,6 @@ def rank_device(info: RankInfo, cpu: bool) -> torch.device:
     return torch.device("cuda", info.local_rank)
 
 
-def connect_store(info: RankInfo, environ: Mapping[str, str]) -> Any:
-    """A connection to the job's key-value store; rank 0 hosts it unless the supervisor or torchrun does."""
-    agent_hosts = environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
-    store = dist.TCPStore(
-        environ.get("MASTER_ADDR", "127.0.0.1"),
-        int(environ.get("MASTER_PORT", "29500")),
-        info.world_size,
-        is_master=info.rank == 0 and not agent_hosts,
-        timeout=datetime.timedelta(minutes=10),
-        wait_for_workers=False,
-    )
-    store.set_timeout(NEVER)
-    return dist.PrefixStore(f"taco/{info.restart}/", store)
-
-
 class TACODiTDistributedManager:
     """This rank's identity, device, control store and data plane. One process alone needs none of the channels."""
 
@@ -87,11 +72,12 @@ class TACODiTDistributedManager:
         self.info = info
         self.device = device
         self._environ = dict(os.environ if environ is None else environ)
-        self.store: Any = None
+        self.control: ControlClient | None = None
+        self.hub: Hub | None = None  # where this process hosts it
         self.data: DataPlane | None = None
         if info.world_size > 1:
-            self.store = connect_store(info, self._environ)
-            self.data = DataPlane(dist.PrefixStore("groups/", self.store), info.rank, info.world_size, device)
+            self.control, self.hub = connect(info.rank, info.world_size, self._environ)
+            self.data = DataPlane(self.control, info.rank, info.world_size, device)
 
     @property
     def rank(self) -> int:
@@ -106,11 +92,7 @@ class TACODiTDistributedManager:
     @property
     def supervised(self) -> bool:
         """Whether our supervisor started this process, rather than torchrun."""
-        return bool(self._environ.get(SUPERVISED))
-
-    def another_store(self) -> Any:
-        """A further connection, for a thread of its own: a connection serves one blocking call at a time."""
-        return connect_store_client(self.info, self._environ)
+        return DOOR in self._environ
 
     def describe(self) -> dict[str, Any]:
         """Rank, device, host and memory, for status reports."""
@@ -128,8 +110,3 @@ class TACODiTDistributedManager:
             "memory_total": int(management.get_total_memory(self.device)),
             "memory_free": int(management.get_free_memory(self.device)),
         }
-
-
-def connect_store_client(info: RankInfo, environ: Mapping[str, str]) -> Any:
-    """A connection that never hosts."""
-    return connect_store(info, {**environ, "TORCHELASTIC_USE_AGENT_STORE": "True"})

@@ -110,12 +110,18 @@ def read_config(args: argparse.Namespace, root: str, ranks: int) -> TacoConfig:
     return validate_for(load_config(path), ranks)
 
 
+# All ranks are on this host: NCCL's ranks find each other on the loopback interface, and its status port, which answers
+# anybody on this host, stays closed. Ranks that hang are found and ended by us, not by torch's monitor.
+_NCCL = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_RAS_ENABLE": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+
 def worker_environment(plan: LaunchPlan, environ: Mapping[str, str]) -> dict[str, str]:
     """Environment variables of the ranks."""
     out = {START_MESSAGES: "\n".join(plan.messages)}
     if plan.gpus:
         out["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in plan.gpus)
         out["CUDA_DEVICE_ORDER"] = environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        out |= {name: value for name, value in _NCCL.items() if name not in environ}
     if "OMP_NUM_THREADS" not in environ:
         out["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // plan.ranks))
     return out

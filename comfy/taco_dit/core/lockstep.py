@@ -1,4 +1,4 @@
-"""Decisions of rank 0, agreed by all ranks, over the control store.
+"""Decisions of rank 0, agreed by all ranks, over the control plane.
 
 Every prompt is an epoch. Within it, rank r's part of the n-th turn of a task lives under the key epoch/task/n/r, so
 rank 0 never waits for followers except where it gathers. Each value begins with its topic, so that ranks that diverged
@@ -11,7 +11,6 @@ every rank must come to `end` within a time limit or is ended from outside.
 from __future__ import annotations
 
 import io
-import pickle
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,13 +21,15 @@ import torch
 import comfy.model_management
 from comfy_execution.lockstep import MAIN_TASK, current_task, is_alone
 
-from .control_store import event_key
+from .control_plane import HEALTHY
 from .distributed_manager import TACODiTDistributedManager
 from .rank_group import ABORT_S, CAUSE_S, UNKNOWN, RankGroup
 from .rank_watch import END_S
+from .wire import UnsendableError, decode, encode
 
 T = TypeVar("T")
-_LARGE = 1 << 20  # bytes from which a shared value is sent over the data plane
+_LARGE = 1 << 16  # bytes from which a value is sent over the data plane
+_HERE, _PLAIN, _OBJECT = b"h", b"p", b"o"  # where a value of rank 0 follows, and how it is written
 FIRST_END_S = 300.0  # how long rank 0 may take to leave a prompt that failed; to end it costs the queue
 
 
@@ -36,20 +37,11 @@ class OutOfStepError(RuntimeError):
     """Ranks ask for different things at the same turn."""
 
 
-class _Turns:
-    """The turns of one task in one epoch: their number, and the keys this rank has written."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.keys: list[str] = []
-
-
 class RankLockstep(RankGroup):
     """`Lockstep` for several ranks."""
 
     def __init__(self, manager: TACODiTDistributedManager) -> None:
-        self._tasks: dict[str, _Turns] = {}
-        self._old_keys: list[str] = []  # of tasks that are over, to be deleted when every rank has read them
+        self._turns: dict[str, int] = {}  # how many turns each task of the prompt has had
         super().__init__(manager)
 
     @property
@@ -73,21 +65,27 @@ class RankLockstep(RankGroup):
             self._coming = {epoch: report for epoch, report in self._coming.items() if epoch > self.epoch}
             if self._abort is None and self.members.dead:
                 self._abort = self.members.report(min(self.members.dead))
-            self._old_keys += [key for turns in self._tasks.values() for key in turns.keys]
-            self._tasks = {}
+            self._turns = {}
             self._failed = False
             self._cancelled_at = None
             self._renew = bool(self.members.dead)  # ranks that ended since the prompt was announced will be replaced
-            if self._data.aborted:
+            renewed = self._data.aborted
+            if renewed:
                 self._data.renew(self.epoch)
-            self._open = self._waits.busy = True
-        self._waits.poke()
+            self._open = True
+        self._running.set()
+        if self.rank == 0:  # every rank has left the prompt before the last one
+            self._control.drop("epoch", self.epoch - 1)
+            if renewed:
+                self._control.drop("generation", self.epoch)
+        self._control.poke()
 
     def end(self) -> None:
         if not self._open:
             return
-        turns, turn = self._next(MAIN_TASK)
-        self._put(turns, turn, "end", "of the prompt")  # for a rank that still waits for something of this one
+        self._put(
+            self._next(MAIN_TASK), "end", "of the prompt"
+        )  # for a rank that still waits for something of this one
         try:
             problem: BaseException | None = None
             if self.rank == 0:
@@ -96,10 +94,12 @@ class RankLockstep(RankGroup):
                 self._end_follower()
         finally:
             with self._changed:
-                self._open = self._waits.busy = False
-        self._delete([key for turns in self._tasks.values() for key in turns.keys] + self._old_keys)
-        self._tasks, self._old_keys = {}, []
+                self._open = False
+            self._running.clear()
+        self._turns = {}
         if problem is None and self._abort is None and not self._failed:
+            if self.rank == 0:
+                self._control.set(HEALTHY, str(self.epoch).encode())
             return
         self._abandon(self.epoch)  # all ranks, so that all start a new generation
         if problem is not None:
@@ -110,17 +110,14 @@ class RankLockstep(RankGroup):
     def _end_first(self) -> BaseException | None:
         """Rank 0 waits for all live ranks, then sends them the outcome; an exception that only rank 0 raises."""
         problem: BaseException | None = None
-        seen = [self._seen]
         failed = False
         deadline = self._Deadline(self, END_S)
         for rank in range(1, self.world_size):
             key = self._key(f"end/{rank}")
             while rank not in self.members.dead:
-                value = self._waits.get(key, partial(self._stop_waiting_for, rank, deadline))
+                value = self._control.get(key, partial(self._stop_waiting_for, rank, deadline))
                 if value is not None:
-                    status = pickle.loads(value)
-                    failed |= status["failed"]
-                    seen.append(status["seen"])
+                    failed |= bool(decode(value))
                     break
                 if rank in self.members.dead:
                     break
@@ -129,20 +126,12 @@ class RankLockstep(RankGroup):
                     comfy.model_management.interrupt_current_processing(False)
                 elif self.troubled():
                     self._wait_for_death(rank)
-            self._store.delete_key(key)
         with self._changed:
             if failed and self._abort is None and not self._failed:
                 self._changed.wait_for(lambda: self._abort is not None, CAUSE_S)
             report = self._abort
-            followers = self.members.followers()
-            everybody = not self.members.dead
-        verdict = pickle.dumps({"failed": failed or self._failed or report is not None, "report": report})
-        for rank in followers:
-            self._store.set(self._key(f"verdict/{rank}"), verdict)
-        if everybody:
-            for number in range(self._deleted + 1, min(seen) + 1):
-                self._store.delete_key(event_key(number))
-            self._deleted = max(self._deleted, min(seen))
+        verdict = encode({"failed": failed or self._failed or report is not None, "report": report})
+        self._control.set(self._key("verdict"), verdict)
         return problem
 
     def _stop_waiting_for(self, rank: int, deadline: RankLockstep._Deadline) -> bool:
@@ -156,16 +145,13 @@ class RankLockstep(RankGroup):
                 self.members.dead[rank] = "it did not answer"
 
     def _end_follower(self) -> None:
-        status = {"failed": self._failed or self._abort is not None, "seen": self._seen}
-        self._store.set(self._key(f"end/{self.rank}"), pickle.dumps(status))
-        key = self._key(f"verdict/{self.rank}")
+        self._control.set(self._key(f"end/{self.rank}"), encode(self._failed or self._abort is not None))
         deadline = self._Deadline(self, FIRST_END_S)
-        value = self._waits.get(key, deadline.over)
+        value = self._control.get(self._key("verdict"), deadline.over)
         if value is None:
             self.end_from_outside(0, f"rank 0 did not leave the prompt within {FIRST_END_S:.0f} s of its failure")
             raise RuntimeError("rank 0 does not answer")
-        self._store.delete_key(key)
-        verdict = pickle.loads(value)
+        verdict = decode(value)
         with self._changed:
             if verdict["failed"] and self._abort is None:
                 self._abort = verdict["report"] or UNKNOWN
@@ -189,55 +175,59 @@ class RankLockstep(RankGroup):
     # --- decisions -------------------------------------------------------------------------------------------------
 
     def decide(self, topic: str, choose: Callable[[], T]) -> T:
-        if is_alone():
-            return choose()
-        turns, turn = self._next()
-        if self.rank:
-            return pickle.loads(self._read(turn, 0, "decision", topic))
-        self.check()
-        try:
-            value = choose()
-        except BaseException as error:
-            self.fail(error)
-            raise
-        self._put(turns, turn, "decision", topic, pickle.dumps(value))
-        return value
+        return self._of_first("decision", topic, choose)
+
+    def share(self, topic: str, produce: Callable[[], Any]) -> Any:
+        def on_its_own() -> Any:
+            with self.alone():
+                return produce()
+
+        return self._of_first("sharing", topic, on_its_own)
 
     def gather(self, topic: str, value: T) -> list[T]:
         if is_alone():
             raise RuntimeError(f"a node that runs on rank 0 only asks all ranks for {topic!r}; use TACO_RANKS = 'all'")
-        turns, turn = self._next()
-        read, turns.keys = turns.keys, []
-        self._put(turns, turn, "gathering", topic, pickle.dumps(value))
-        values = [pickle.loads(self._read(turn, rank, "gathering", topic)) for rank in range(self.world_size)]
-        self._delete(read)  # a rank that took part in this has read the task's earlier values
-        return values
+        turn = self._next()
+        self._put(turn, "gathering", topic, encode(value))
+        return [decode(self._read(turn, rank, "gathering", topic)) for rank in range(self.world_size)]
 
-    def share(self, topic: str, produce: Callable[[], Any]) -> Any:
+    def _of_first(self, kind: str, topic: str, produce: Callable[[], Any]) -> Any:
+        """Rank 0's `produce()` on every rank.
+
+        Small plain data travels in the control plane. Anything else follows on the data plane, and what is not plain data
+        is pickled: the receivers trust their own rank 0, whose nodes may return objects of any class.
+        """
         if is_alone():
             return produce()
-        turns, turn = self._next()
-        if self.rank == 0:
-            self.check()
+        turn = self._next()
+        if self.rank:
+            return self._from_first(self._read(turn, 0, kind, topic))
+        self.check()
+        try:
+            value = produce()
             try:
-                with self.alone():
-                    value = produce()
-                payload = _packed(value)
-            except BaseException as error:
-                self.fail(error)
-                raise
-            large = len(payload) > _LARGE
-            self._put(turns, turn, "sharing", topic, pickle.dumps(len(payload)) if large else b"\x01" + payload)
-            if large:
-                self._everyone().broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+                form, payload = _PLAIN, encode(value)
+            except UnsendableError:
+                form, payload = _OBJECT, _pickled(value)
+        except BaseException as error:
+            self.fail(error)
+            raise
+        if form == _PLAIN and len(payload) <= _LARGE:
+            self._put(turn, kind, topic, _HERE + payload)
             return value
-        head = self._read(turn, 0, "sharing", topic)
-        if head[:1] == b"\x01":
-            return _unpacked(head[1:])
-        buffer = torch.empty(pickle.loads(head), dtype=torch.uint8)
+        self._put(turn, kind, topic, form + encode(len(payload)))
+        self._everyone().broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        return value
+
+    def _from_first(self, head: bytes) -> Any:
+        form, rest = head[:1], head[1:]
+        if form == _HERE:
+            return decode(rest)
+        buffer = torch.empty(decode(rest), dtype=torch.uint8)
         with self.computing.released():
             self._everyone().broadcast(buffer)
-        return _unpacked(buffer.numpy().tobytes())
+        payload = buffer.numpy().tobytes()
+        return decode(payload) if form == _PLAIN else _unpickled(payload)
 
     def _everyone(self) -> Any:
         return self._data.group(range(self.world_size), "cpu")
@@ -245,8 +235,7 @@ class RankLockstep(RankGroup):
     def leave(self) -> None:
         prompt_id, name = current_task()
         if self._open and prompt_id == self._prompt_id and not is_alone():
-            turns, turn = self._next()
-            self._put(turns, turn, "end", f"of {name}")
+            self._put(self._next(), "end", f"of {name}")
 
     # --- interrupts ------------------------------------------------------------------------------------------------
 
@@ -281,24 +270,21 @@ class RankLockstep(RankGroup):
     def _key(self, name: str) -> str:
         return f"epoch/{self.epoch}/{name}"
 
-    def _next(self, name: str | None = None) -> tuple[_Turns, str]:
-        """The next turn of the current task (or of `name`): its keys and its own key; rank r's part is below it at /r.
+    def _next(self, name: str | None = None) -> str:
+        """The key of the next turn of the current task (or of `name`); rank r's part of the turn is below it at /r.
 
         Raises RuntimeError in a task of a prompt that is over.
         """
         prompt_id, task_name = current_task()
         if prompt_id and prompt_id != self._prompt_id:
             raise RuntimeError(f"prompt {prompt_id} is over; {task_name} has nothing to agree on any more")
-        turns = self._tasks.setdefault(name or task_name, _Turns())
-        turns.count += 1
-        return turns, self._key(f"{name or task_name}/{turns.count}")
+        task = name or task_name
+        self._turns[task] = self._turns.get(task, 0) + 1
+        return self._key(f"{task}/{self._turns[task]}")
 
-    def _put(self, turns: _Turns, turn: str, kind: str, topic: str, payload: bytes = b"") -> None:
+    def _put(self, turn: str, kind: str, topic: str, payload: bytes = b"") -> None:
         """Write this rank's part of a turn: what it is, a zero byte, the content."""
-        key = f"{turn}/{self.rank}"
-        turns.keys.append(key)
-        with self._connections.borrow() as store:
-            store.set(key, f"{kind} {topic}".encode() + b"\0" + payload)
+        self._control.set(f"{turn}/{self.rank}", f"{kind} {topic}".encode() + b"\0" + payload)
 
     def _read(self, turn: str, rank: int, kind: str, topic: str) -> bytes:
         """The content of a rank's part of a turn. Raises OutOfStepError when that rank wrote another kind or topic."""
@@ -317,11 +303,9 @@ class RankLockstep(RankGroup):
     def _wait(self, key: str) -> bytes:
         self.check()
         with self.computing.released():
-            value = self._waits.get(key, self._no_more_waiting)
-        if value is None:
-            self._old_keys.append(key)  # it holds the STOPPED mark that ended the wait
-            if not self.troubled():
-                comfy.model_management.raise_if_interrupted()
+            value = self._control.get(key, self._no_more_waiting)
+        if value is None and not self.troubled():
+            comfy.model_management.raise_if_interrupted()
         self.check()
         if value is None:
             raise self._rank_error()
@@ -330,17 +314,12 @@ class RankLockstep(RankGroup):
     def _no_more_waiting(self) -> bool:
         return self.troubled() or self.cancelled_too_long()
 
-    def _delete(self, keys: list[str]) -> None:
-        for key in keys:
-            self._store.delete_key(key)
 
-
-def _packed(value: Any) -> bytes:
+def _pickled(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
-def _unpacked(payload: bytes) -> Any:
-    # The sender is our own rank 0, with whatever classes its nodes return.
+def _unpickled(payload: bytes) -> Any:
     return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import signal
 import socket
 import threading
@@ -21,25 +20,20 @@ from typing import Any
 import comfy.model_management
 from comfy_execution.lockstep import Lockstep, RankError
 
-from .control_store import (
-    EVENT_COUNT,
-    RANK_0_RESTARTED,
-    STOPPING,
-    Connections,
-    EventReader,
-    Waits,
-    append_event,
-    end_request_key,
-)
+from .control_channel import ConnectionLost
+from .control_plane import RANK_0_RESTARTED, STOPPING
 from .distributed_manager import TACODiTDistributedManager
 from .members import Members
 from .rank_watch import RankWatch, beat_key
+from .wire import MalformedError, decode, encode
 
 PATIENCE_S = 2.0  # how long a cancelled prompt may take to reach a point where all ranks stop together
 BEAT_S = 2.0  # how often a follower gives a sign of life while a prompt runs
 ABORT_S = 5.0  # how long to wait for the abort of the process groups; it goes on in its thread
 CAUSE_S = 2.0  # how long to wait for the cause of a broken connection
 JOIN_S = 600.0  # how long a rank may take to start
+LONGEST_TEXT = 10_000  # characters of an error's message that other ranks get
+MOST_FRAMES = 50  # of a traceback, the innermost ones
 _LOST_PEER = ("connection closed", "connection reset", "broken pipe", "connection refused", "gloo", "nccl", "socket")
 UNKNOWN = {
     "rank": -1, "device": "?", "cause": "unknown", "detail": "another rank failed", "node_id": None, "traceback": [],
@@ -50,10 +44,10 @@ class RankGroup(Lockstep):
     """The part of `Lockstep` that is about processes rather than decisions."""
 
     def __init__(self, manager: TACODiTDistributedManager) -> None:
-        if manager.store is None or manager.data is None:
+        if manager.control is None or manager.data is None:
             raise ValueError("RankLockstep needs several ranks; use Lockstep for one")
         self._manager = manager
-        self._store = manager.store
+        self._control = manager.control
         self._data = manager.data
         self.rank = manager.rank
         self.world_size = manager.world_size
@@ -69,17 +63,15 @@ class RankGroup(Lockstep):
         self._envelope: dict[str, Any] = {}  # of the prompt that was announced last
         self._commands: dict[int, int] = {}
         self._renew = False
-        self._beaten_at = 0.0
+        self._running = threading.Event()  # set while a prompt runs
         self._changed = threading.Condition(threading.RLock())
-        self._connections = Connections(manager.another_store)
-        self._waits = Waits(self._connections)
         self.members = Members(self.rank, self.world_size)
-        self._seen = self._deleted = self._first_event()
-        EventReader(manager.another_store(), self._seen, self._on_event).begin()
+        self._seen = self._first_event()
+        self._control.listen(self._seen, self._on_event)
         if self.rank == 0:
             RankWatch(self).begin()
         else:
-            self._waits.on_tick = self._beat
+            threading.Thread(target=self._beat, name="taco-beat", daemon=True).start()
 
     def _first_event(self) -> int:
         """Number of the last event that does not concern this process.
@@ -88,14 +80,14 @@ class RankGroup(Lockstep):
         pack called `execv`); it has the followers replaced and uses higher epoch numbers than before.
         """
         if self.rank == 0:
-            starts = int(self._store.add("starts of rank 0", 1))
+            starts = self._control.add("starts of rank 0", 1)
             if starts > 1:
                 self.epoch = (starts - 1) * 1_000_000
                 for rank in range(1, self.world_size):
-                    self._store.set(end_request_key(rank), RANK_0_RESTARTED)
-                return int(self._store.add(EVENT_COUNT, 0))
+                    self._control.end_rank(rank, RANK_0_RESTARTED)
+                return self._control.last_event()
             return 0
-        return int(self._store.add(EVENT_COUNT, 0)) if self._manager.info.incarnation else 0
+        return self._control.last_event() if self._manager.info.incarnation else 0
 
     # --- who is there ----------------------------------------------------------------------------------------------
 
@@ -106,7 +98,7 @@ class RankGroup(Lockstep):
         """
         event = {"kind": "joined", "rank": self.rank, "incarnation": self._manager.info.incarnation, "info": info}
         if self.rank:
-            append_event(self._store, event)
+            self._control.append_event(event)
             return [info]
         with self._changed:
             self.members.joined(event)
@@ -139,7 +131,7 @@ class RankGroup(Lockstep):
         """Ask the supervisor to end a rank; without one (torchrun) end it from here, and torchrun starts all again."""
         logging.error("%s; it is ended and started again", why)
         if self._manager.supervised:
-            self._store.set(end_request_key(rank), why)
+            self._control.end_rank(rank, why)
             return
         info = self.members.infos.get(rank, {})
         if info.get("host") == socket.gethostname() and info.get("pid") not in (None, os.getpid()):
@@ -148,20 +140,24 @@ class RankGroup(Lockstep):
     # --- commands: rank 0 tells followers what to run --------------------------------------------------------------
 
     def announce(self, command: dict[str, Any]) -> None:
-        """Send a command to all followers; only rank 0. A follower deletes a command when it has read it."""
+        """Send a command, plain data, to all followers; only rank 0. A follower deletes a command when it has read it.
+
+        Raises UnsendableError, and then no rank has heard of the command.
+        """
         kind = command.get("kind")
-        envelope = {"command": pickle.dumps(command), "kind": kind, "epoch": self.epoch + 1}
+        content = encode(command)
+        envelope = {"kind": kind, "epoch": self.epoch + 1}
         with self._changed:
             envelope |= {"seen": self._seen, "renew": self._renew}
             followers = [(rank, self.members.incarnations[rank]) for rank in self.members.followers()]
-        payload = pickle.dumps(envelope)
+        payload = encode({**envelope, "command": content})
         if kind == "stop":
-            self._store.set(STOPPING, b"1")
+            self._control.set(STOPPING, b"1")
         if kind == "prompt":
             self._envelope = envelope
         for rank, incarnation in followers:
             self._commands[rank] = self._commands.get(rank, 0) + 1
-            self._store.set(f"command/{rank}.{incarnation}/{self._commands[rank]}", payload)
+            self._control.set(f"command/{rank}.{incarnation}/{self._commands[rank]}", payload)
 
     def commands(self) -> Iterator[dict[str, Any]]:
         """Commands for a follower, as they come; waiting costs no CPU time."""
@@ -169,13 +165,15 @@ class RankGroup(Lockstep):
         while True:
             number += 1
             key = f"command/{self.rank}.{self._manager.info.incarnation}/{number}"
-            envelope = pickle.loads(self._store.get(key))
-            self._store.delete_key(key)
+            content = self._control.get(key)
+            assert content is not None, "a wait without a condition ends with a value"
+            self._control.delete(key)
+            envelope = decode(content)
             if envelope["kind"] == "prompt":
                 self._envelope = envelope
             try:
-                command = pickle.loads(envelope["command"])
-            except Exception as error:  # noqa: BLE001 - a value of a class that this rank does not have
+                command = decode(envelope.pop("command"))
+            except MalformedError as error:
                 logging.exception("a command of rank 0 cannot be read on this rank")
                 self.refuse("", error)
                 continue
@@ -212,7 +210,7 @@ class RankGroup(Lockstep):
             self._changed.notify_all()
         if kind == "joined" and self.rank == 0:
             self.on_members(self._infos())
-        self._waits.poke()
+        self._control.poke()
 
     def _note_failure(self, epoch: int, report: dict[str, Any]) -> None:
         if epoch > self.epoch:
@@ -242,9 +240,9 @@ class RankGroup(Lockstep):
             "rank": self.rank,
             "device": str(self._manager.device),
             "cause": type(error).__name__,
-            "detail": str(error),
+            "detail": shortened(str(error)),
             "node_id": node_id,
-            "traceback": traceback_module.format_tb(error.__traceback__),
+            "traceback": [shortened(line) for line in traceback_module.format_tb(error.__traceback__)[-MOST_FRAMES:]],
         }
         with self._changed:
             if _lost_peer(error):  # a rank that left or ended is reported by itself or by the supervisor
@@ -252,7 +250,7 @@ class RankGroup(Lockstep):
             self._failed = True
             known = self._abort is not None
         if not known:
-            number = append_event(self._store, {"kind": "failed", "epoch": self.epoch, "report": info})
+            number = self._control.append_event({"kind": "failed", "epoch": self.epoch, "report": info})
             with self._changed:
                 self._changed.wait_for(lambda: self._seen >= number, CAUSE_S)
         self._abandon(self.epoch)
@@ -297,25 +295,37 @@ class RankGroup(Lockstep):
         with self._changed:
             return self.epoch if self._open else None
 
-    def read(self, key: str) -> bytes:
-        """A value of the store; empty when there is none."""
-        with self._connections.borrow() as store:
-            return bytes(store.get(key)) if store.check([key]) else b""
+    def last_beat(self, rank: int) -> bytes:
+        """A follower's last sign of life; empty before the first."""
+        return self._control.peek(beat_key(rank))
+
+    def has_left(self, epoch: int, rank: int) -> bool:
+        """Whether a follower has come to the end of a prompt."""
+        return bool(self._control.peek(f"epoch/{epoch}/end/{rank}"))
 
     def report(self, epoch: int, rank: int, cause: str, detail: str) -> None:
         """Append a failure that was not raised by this rank's own prompt."""
         device = str(self.members.infos.get(rank, {}).get("device", "?"))
         report = UNKNOWN | {"rank": rank, "device": device, "cause": cause, "detail": detail}
-        with self._connections.borrow() as store:
-            append_event(store, {"kind": "failed", "epoch": epoch, "report": report})
+        self._control.append_event({"kind": "failed", "epoch": epoch, "report": report})
 
     def _beat(self) -> None:
-        """On a follower: a sign of life, which a process that is stopped or blocked as a whole does not give."""
-        now = time.monotonic()
-        if now - self._beaten_at >= BEAT_S:
-            self._beaten_at = now
-            with self._connections.borrow() as store:
-                store.set(beat_key(self.rank), str(now))
+        """On a follower: signs of life, which a process that is stopped or blocked as a whole does not give."""
+        while True:
+            self._running.wait()
+            try:
+                self._control.set(beat_key(self.rank), str(time.monotonic()).encode())
+            except ConnectionLost:
+                return
+            time.sleep(BEAT_S)
+
+
+def shortened(text: str) -> str:
+    """A text that other ranks may get: its beginning and end if it is long."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    half = LONGEST_TEXT // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half} characters left out) ... {text[-half:]}"
 
 
 def _listed(ranks: list[int]) -> str:

@@ -7,15 +7,19 @@ not.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING
+
+from .control_channel import ConnectionLost
 
 if TYPE_CHECKING:
     from .rank_group import RankGroup
 
 LOOK_S = 1.0
 GIVE_UP_S = 5.0  # how long rank 0 may stay inside a collective after a cancel before the collective is abandoned
+WARN_S = 5.0  # without a sign of life for so long a follower is named
 SILENT_S = 60.0  # without a sign of life for so long a follower is ended
 END_S = 10.0  # the same once the prompt has failed; also how long it may take to reach the end after rank 0 did
 STUCK_S = 60.0  # how long a follower that gives signs of life may take, from the failure
@@ -33,6 +37,7 @@ class RankWatch:
         self._group = group
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._troubled_at: float | None = None
+        self._silent: set[int] = set()  # followers that were named because they gave no sign of life
         self._ending: set[int] = set()  # followers that rank 0 ended because this prompt failed
         self._epoch = 0
 
@@ -50,10 +55,11 @@ class RankWatch:
                 self._epoch = epoch
                 self._beats.clear()
                 self._ending.clear()
+                self._silent.clear()
                 self._troubled_at = None
             try:
                 self._look(epoch)
-            except RuntimeError:  # the store is gone: the job is ending
+            except ConnectionLost:  # the job is ending
                 return
 
     def _look(self, epoch: int) -> None:
@@ -63,10 +69,23 @@ class RankWatch:
             group.report(epoch, 0, "InterruptProcessingException", "cancelled")
         self._troubled_at = (self._troubled_at or now) if troubled else None
         for rank in group.members.followers():
-            beat = group.read(beat_key(rank))
+            beat = group.last_beat(rank)
             if rank not in self._beats or self._beats[rank][0] != beat:
                 self._beats[rank] = (beat, now)
+            self._warn(rank, now - self._beats[rank][1])
             self._judge(epoch, rank, now - self._beats[rank][1], now - (self._troubled_at or now))
+
+    def _warn(self, rank: int, silent: float) -> None:
+        """Name a follower that gives no sign of life, and say when it does again."""
+        if silent > WARN_S and rank not in self._silent:
+            self._silent.add(rank)
+            logging.warning(
+                "rank %d does not answer since %.0f s; it is ended and started again if it stays so for %.0f s",
+                rank, silent, SILENT_S,
+            )  # fmt: skip
+        elif silent <= WARN_S and rank in self._silent:
+            self._silent.remove(rank)
+            logging.warning("rank %d answers again", rank)
 
     def _judge(self, epoch: int, rank: int, silent: float, troubled: float) -> None:
         """End a follower that hangs. `silent`: seconds since its last sign of life; `troubled`: since the failure."""
@@ -77,7 +96,7 @@ class RankWatch:
             why = f"still busy {troubled:.0f} s after the prompt failed"
         else:
             return
-        if rank in self._ending or group.read(f"epoch/{epoch}/end/{rank}") or group.running_epoch() != epoch:
+        if rank in self._ending or group.has_left(epoch, rank) or group.running_epoch() != epoch:
             return  # it is being ended, or has left the prompt and waits
         self._ending.add(rank)
         group.report(epoch, rank, "NoAnswer", why)

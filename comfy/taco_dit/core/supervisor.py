@@ -1,15 +1,16 @@
 """The parent of all ranks on this machine: starts them, ends them, and replaces one that ended unexpectedly.
 
-It hosts the control store on the loopback address. When a follower ends, that is written into the store's event log at
-once (every rank reads it and leaves the running prompt), and a new process takes its place; it joins before the next
-prompt. When rank 0 ends, all ranks are started again. A rank asks for another one to be ended by a key in the store.
+It hosts the control hub, to which each rank gets a door of its own by inheritance. When a follower ends, that is written
+into the hub's event log at once (every rank reads it and leaves the running prompt), and a new process takes its place; it
+joins before the next prompt. When rank 0 ends, all ranks are started again. Ranks that end repeatedly, without a prompt
+that succeeds in between or a quiet time, end the job. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
+import queue
 import select
 import signal
 import socket
@@ -19,20 +20,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .control_store import (
-    INCARNATION,
-    NEVER,
-    RANK_0_RESTARTED,
-    STOPPING,
-    SUPERVISED,
-    append_event,
-    end_request_key,
-    fill_gaps,
-)
+from .control_hub import Hub
+from .control_plane import DOOR, HEALTHY, INCARNATION, RANK_0_RESTARTED, STOPPING
 
-MAX_REPLACEMENTS = 3  # within WINDOW_S; one more ends the job
-WINDOW_S = 300.0
-LOOK_S = 0.25  # how often requests of the ranks are read; the end of a process is noticed at once
+MAX_REPLACEMENTS = 3  # in a series; one more ends the job
+QUIET_S = 120.0  # a time without an end after which a new series begins
+LOOK_S = 1.0  # the end of a process and requests of ranks are noticed at once; this is for signals that got lost
 END_S = 5.0  # how long a rank may take to end after a signal
 COMMAND_LINE = 2  # exit status of a start that cannot succeed and is not retried
 
@@ -59,16 +52,15 @@ class Supervisor:
         self._environment = dict(environment)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._incarnations: dict[int, int] = {}
-        self._ended_at: list[float] = []
+        self._series = 0  # ends of ranks since a prompt succeeded or a quiet time
+        self._last_end = 0.0
+        self._healthy = b""
         self._renewed: set[int] = set()  # ranks whose replacement rank 0 requested: not a fault, so not counted
         self._restart = -1
         self._signal: int | None = None
-        self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen(1024)  # ranks may connect from now on; the store answers once it is there
-        self._port = self._listener.getsockname()[1]
-        self._root: Any = None
-        self._store: Any = None
+        self._requests: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()  # ranks to end, and why
+        self._wake: socket.socket | None = None
+        self._hub = Hub(self._request_end)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -77,7 +69,6 @@ class Supervisor:
         with self._woken_by_signals() as woken:
             try:
                 self._start_all()
-                self._open_store()
                 while True:
                     select.select([woken], [], [], LOOK_S)
                     with contextlib.suppress(BlockingIOError):
@@ -93,10 +84,11 @@ class Supervisor:
                 return end.status
             finally:
                 self._end_all(self._signal or signal.SIGTERM)
+                self._hub.close()
 
     @contextlib.contextmanager
     def _woken_by_signals(self) -> Iterator[socket.socket]:
-        """A socket that can be read when a child ended or a signal came."""
+        """A socket that can be read when a child ended, a signal came or a rank asked for something."""
         reading, writing = socket.socketpair()
         reading.setblocking(False)
         writing.setblocking(False)
@@ -105,9 +97,11 @@ class Supervisor:
         signal.signal(signal.SIGINT, self._take_signal)
         signal.signal(signal.SIGTERM, self._take_signal)
         signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        self._wake = writing
         try:
             yield reading
         finally:
+            self._wake = None
             signal.set_wakeup_fd(-1)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -118,21 +112,6 @@ class Supervisor:
         self._signal = number
 
     # --- processes -------------------------------------------------------------------------------------------------
-
-    def _open_store(self) -> None:
-        """Host the store on the listening socket, the first time; then the part of it for this start of the ranks.
-
-        Called after the ranks were started: they import torch at the same time as this process does.
-        """
-        import torch.distributed as dist
-
-        if self._root is None:
-            self._root = dist.TCPStore(
-                "127.0.0.1", self._port, self._ranks, True, datetime.timedelta(minutes=10), wait_for_workers=False,
-                master_listen_fd=self._listener.detach(),
-            )  # fmt: skip
-            self._root.set_timeout(NEVER)
-        self._store = dist.PrefixStore(f"taco/{self._restart}/", self._root)
 
     def _start_all(self) -> None:
         self._restart += 1
@@ -145,13 +124,17 @@ class Supervisor:
         own = {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._ranks, "LOCAL_WORLD_SIZE": self._ranks,
             "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "ROLE_RANK": rank, "ROLE_WORLD_SIZE": self._ranks,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._port, "TORCHELASTIC_USE_AGENT_STORE": True,
             "TORCHELASTIC_RESTART_COUNT": self._restart, "TORCHELASTIC_MAX_RESTARTS": MAX_REPLACEMENTS,
-            "TORCHELASTIC_RUN_ID": f"taco-{os.getpid()}", INCARNATION: self._incarnations[rank], SUPERVISED: 1,
+            "TORCHELASTIC_RUN_ID": f"taco-{os.getpid()}", INCARNATION: self._incarnations[rank],
         }  # fmt: skip
+        door = self._hub.make_door()
+        own[DOOR] = door.fileno()
         environment = self._environment | {name: str(value) for name, value in own.items()}
         # A session of its own: Ctrl-C in a terminal goes to the supervisor alone, which then ends the ranks in order.
-        self._processes[rank] = subprocess.Popen(self._command, env=environment, start_new_session=True)
+        self._processes[rank] = subprocess.Popen(
+            self._command, env=environment, start_new_session=True, pass_fds=[door.fileno()]
+        )
+        door.close()
 
     def _look_at_processes(self) -> int | None:
         """React to processes that ended; the job's exit status when it is over."""
@@ -168,17 +151,16 @@ class Supervisor:
         self._count_end(0, status)
         _say(f"rank 0: {how_it_ended(status)}; all ranks are started again")
         self._end_all(signal.SIGKILL)
+        self._hub.clear()
         self._start_all()
-        self._open_store()
         return None
 
     def _follower_ended(self, rank: int, status: int) -> None:
         del self._processes[rank]
-        if self._store.check([STOPPING]):
+        if self._hub.peek(STOPPING):
             return
-        fill_gaps(self._store)
         event = {"kind": "died", "rank": rank, "incarnation": self._incarnations[rank], "how": how_it_ended(status)}
-        append_event(self._store, event)
+        self._hub.append_event(event)
         if rank in self._renewed:
             self._renewed.remove(rank)
         else:
@@ -188,27 +170,38 @@ class Supervisor:
         self._start(rank)
 
     def _count_end(self, rank: int, status: int) -> None:
-        """Raises GivingUp when ranks ended too often in a short time."""
-        now = time.monotonic()
-        self._ended_at = [at for at in self._ended_at if now - at < WINDOW_S] + [now]
-        if len(self._ended_at) > MAX_REPLACEMENTS:
+        """Raises GivingUp when ranks end again and again and no prompt succeeds."""
+        now, healthy = time.monotonic(), self._hub.peek(HEALTHY)
+        if now - self._last_end > QUIET_S or healthy != self._healthy:
+            self._series = 0
+        self._last_end, self._healthy = now, healthy
+        self._series += 1
+        if self._series > MAX_REPLACEMENTS:
             raise GivingUp(
-                f"rank {rank}: {how_it_ended(status)}. That is the {len(self._ended_at)}th time within "
-                f"{WINDOW_S / 60:.0f} minutes that a rank ended, so the program ends; the lines above say why",
+                f"rank {rank}: {how_it_ended(status)}. That is the {self._series}th end of a rank in a row without a "
+                "prompt that succeeded, so the program ends; the lines above say why",
                 status if status > 0 else 1,
             )
 
+    def _request_end(self, rank: int, why: str) -> None:
+        """Called by a thread of the hub."""
+        self._requests.put((rank, why))
+        wake = self._wake
+        if wake is not None:
+            with contextlib.suppress(OSError):
+                wake.send(b"\0")
+
     def _obey_requests(self) -> None:
         """End the ranks whose end was requested; this is then handled like any other end."""
-        for rank, process in self._processes.items():
-            key = end_request_key(rank)
-            if self._store.check([key]):
-                why = self._store.get(key).decode()
-                _say(f"rank {rank} is ended: {why}")
-                self._store.delete_key(key)
-                if why == RANK_0_RESTARTED:
-                    self._renewed.add(rank)
-                process.kill()
+        while not self._requests.empty():
+            rank, why = self._requests.get()
+            process = self._processes.get(rank)
+            if process is None:
+                continue
+            _say(f"rank {rank} is ended: {why}")
+            if why == RANK_0_RESTARTED:
+                self._renewed.add(rank)
+            process.kill()
 
     def _end_all(self, number: int) -> None:
         for process in self._processes.values():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 
+from comfy.taco_dit.core.control_hub import Hub
+from comfy.taco_dit.core.control_plane import DOOR
 from comfy.taco_dit.core.data_plane import Group
 from comfy.taco_dit.core.distributed_manager import RankInfo, TACODiTDistributedManager, rank_device
 from comfy.taco_dit.core.plan import ParallelDims
@@ -69,8 +70,11 @@ class Rank:
     def together(self, what: str) -> None:
         """Wait for all ranks."""
         self.doing(f"waiting for the others before {what}")
-        self.manager.store.set(f"doctor/{what}/{self.manager.rank}", b"1")
-        self.manager.store.wait([f"doctor/{what}/{rank}" for rank in range(self.manager.world_size)])
+        control = self.manager.control
+        assert control is not None, "the doctor starts several ranks"
+        control.set(f"doctor/{what}/{self.manager.rank}", b"1")
+        for rank in range(self.manager.world_size):
+            control.get(f"doctor/{what}/{rank}")
 
     def note(self, level: str, subject: str, text: str, cure: str = "") -> None:
         """Report a finding."""
@@ -165,18 +169,20 @@ def run_ranks(ranks: int, cpu: bool, environ: dict[str, str], limit: float = TIM
 
 
 def _supervise(folder: str, ranks: int, cpu: bool, environ: dict[str, str], limit: float) -> Iterator[Finding]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    hub = Hub()
     command = [sys.executable, "-m", "comfy.taco_dit.doctor.ranks", folder, *(["--cpu"] if cpu else [])]
     processes = []
     for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-        more = {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        with open(os.path.join(folder, f"{rank}.log"), "wb") as log:
+        door = hub.make_door()
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, DOOR: door.fileno()}
+        own = {key: str(value) for key, value in place.items()}
+        with door, open(os.path.join(folder, f"{rank}.log"), "wb") as log:
             processes.append(
-                subprocess.Popen(command, env={**environ, **more}, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-            )
+                subprocess.Popen(
+                    command, env={**environ, **own}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                    pass_fds=[door.fileno()],
+                )
+            )  # fmt: skip
     end = time.monotonic() + limit
     try:
         while any(p.poll() is None for p in processes) and time.monotonic() < end:
@@ -189,6 +195,7 @@ def _supervise(folder: str, ranks: int, cpu: bool, environ: dict[str, str], limi
         for process in processes:
             process.kill()
             process.wait()
+        hub.close()
     # A rank that died is the cause; those still waiting for it are not.
     died = any(state not in (None, 0) for state in states)
     for rank, state in enumerate(states):

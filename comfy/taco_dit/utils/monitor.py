@@ -1,8 +1,8 @@
 """What every rank reports of itself while the program runs, gathered on rank 0.
 
 A thread on each rank reads the device and the clock, once a second when idle and twice a second while sampling, and
-writes the report to the control store over a connection of its own; rank 0's thread reads the others'. The main threads
-take no part, so sampling does not wait for it.
+writes the report to the control plane; rank 0's thread reads the others'. The main threads take no part, so sampling does
+not wait for it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Monitor:
         self.on_tick: Callable[[], None] = lambda: None
         self._engine = engine
         self._sampler = RankSampler(manager.device)
-        self._store: Any = manager.another_store() if manager.world_size > 1 else None
+        self._control: Any = manager.control
         self._reports: dict[int, dict[str, Any]] = {}
         self._arrived: dict[int, float] = {}
         self._seen_events: dict[int, int] = {}
@@ -90,7 +90,7 @@ class Monitor:
         while True:
             try:
                 self._tick()
-            except (RuntimeError, ValueError) as error:  # the store is gone: the job is ending
+            except ConnectionError as error:  # the control plane is gone: the job is ending
                 logging.debug("monitor ends: %s", error)
                 return
             time.sleep(SPACING_S)
@@ -101,13 +101,13 @@ class Monitor:
         mine = self.report()
         if self.rank:
             message = {**mine, "events": self.events.as_list()[-20:]}
-            self._store.set(f"monitor/{self.rank}", json.dumps(message))
+            self._control.set(f"monitor/{self.rank}", json.dumps(message).encode())
             return
         self._take(mine)
         for rank in range(1, self.world_size):
-            key = f"monitor/{rank}"
-            if rank in self._reports or self._store.check([key]):  # reading a key that does not exist yet would block
-                self._take(json.loads(self._store.get(key)))
+            report = self._control.peek(f"monitor/{rank}")
+            if report:
+                self._take(json.loads(report))
         try:
             self.on_tick()
         except Exception:  # noqa: BLE001 - what cannot be shown must not end the reports

@@ -33,6 +33,21 @@ class _Node:
     FUNCTION = "run"
 
 
+class TestRaise(_Node):
+    """Fails on every rank, with a message of so many characters."""
+
+    RETURN_TYPES = ("INT",)
+    OUTPUT_NODE = True
+    TACO_RANKS = "all"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"length": ("INT", {"max": 2**40})}}
+
+    def run(self, length):
+        raise ValueError(f"rank {rank()} " + "x" * length)
+
+
 class TestRecord(_Node):
     """Writes a text down on every rank, when its turn comes."""
 
