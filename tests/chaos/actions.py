@@ -157,7 +157,7 @@ class Actions:
         rank, seconds = rng.randrange(1, max(2, self._run.settings.ranks)), rng.uniform(1.0, STOP_AT_MOST_S)
         if rank >= self._run.settings.ranks:
             return
-        pid = (await self._run.pids())[rank]
+        pid = await self._run.pid(rank)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
             try:

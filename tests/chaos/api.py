@@ -11,7 +11,11 @@ CALL_S = 30.0
 
 
 class Away(Exception):
-    """The server could not be reached, or did not answer in time."""
+    """The server could not be reached, or did not answer in time. `sent`: whether it may have got the request."""
+
+    def __init__(self, message: str, sent: bool = True) -> None:
+        super().__init__(message)
+        self.sent = sent
 
 
 class Api:
@@ -33,7 +37,8 @@ class Api:
             async with self.session.request(method, self.url + path, timeout=limit, **content) as answer:
                 return answer.status, await answer.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise Away(f"{method} {path}: {type(error).__name__}: {error}") from error
+            sent = not isinstance(error, aiohttp.ClientConnectorError)
+            raise Away(f"{method} {path}: {type(error).__name__}: {error}", sent) from error
 
     async def get(self, path: str, timeout: float = CALL_S) -> Any:
         """JSON of an answer 200. Raises Away; RuntimeError for another status."""

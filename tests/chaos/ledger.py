@@ -152,7 +152,8 @@ def repeated(ledger: Ledger, entry: Entry) -> str | None:
     kinds = [kind for _, kind in entry.messages]
     if len(kinds) > 1 and not ledger.forgotten(entry.messages[0][0], entry.messages[-1][0]):
         return f"ended {len(kinds)} times: {kinds}"
-    if kinds and entry.outcome in (SUCCESS, ERROR, INTERRUPTED) and kinds[-1] != entry.outcome:
+    known = entry.outcome in (SUCCESS, ERROR, INTERRUPTED)
+    if known and kinds and kinds[-1] != entry.outcome and not ledger.forgotten(*[entry.messages[-1][0]] * 2):
         return f"its page was told {kinds[-1]}, the history says {entry.outcome}"
     if kinds and entry.outcome == REMOVED:
         return f"was taken out of the queue, but its page was told {kinds[-1]}"

@@ -51,22 +51,27 @@ class Measurements:
 
     async def _take(self) -> None:
         at = time.time() - self._run.report.begun
-        try:
-            status = await self._run.api.get("/taco_dit/status")
-        except (Away, RuntimeError):
-            return
-        processes = {f"rank {rank['rank']}": rank["pid"] for rank in status["ranks"] if rank.get("pid")}
+        processes = {f"rank {rank}": pid for rank, pid in sorted(self._run.program.rank_pids().items())}
         processes["supervisor"] = self._run.program.pid
         for name, pid in processes.items():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 sample = await asyncio.to_thread(_sample, at, name, pid)
                 self.samples.append(sample)
                 self._run.report.record("process", **{k: v for k, v in vars(sample).items() if k != "at"})
-        keys = (status.get("control") or {}).get("keys")
+        keys = await self._count_keys()
         if keys is not None:
             self.keys.append((at, keys))
         load = os.getloadavg()[0]
         self._run.report.record("machine", load=load, store_keys=keys, open_prompts=len(self._run.ledger.open))
+
+    async def _count_keys(self) -> int | None:
+        """Keys of the control store, where the status names them."""
+        try:
+            status = await self._run.api.get("/taco_dit/status")
+        except (Away, RuntimeError):
+            return None
+        keys = (status.get("control") or {}).get("keys")
+        return None if keys is None else int(keys)
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Growth in the second half of a run of `seconds`, by process; and the store's keys."""

@@ -56,8 +56,8 @@ class Probe:
         return self._away_since
 
     def absence_after(self, moment: float) -> float:
-        """Longest time in s without HTTP that began after `moment` (or was on then)."""
-        spans = [a.seconds for a in self.absences if a.end > moment]
+        """Longest time in s without HTTP that ended after `moment`, but for stalls of the whole machine."""
+        spans = [a.seconds for a in self.absences if a.end > moment and a.stalled <= a.seconds / 2]
         if self._away_since is not None:
             spans.append(time.time() - self._away_since)
         return max(spans, default=0.0)

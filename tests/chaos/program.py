@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from tests import tiny_models
@@ -82,6 +84,16 @@ class Program:
         assert self._process is not None
         return self._process.pid
 
+    def rank_pids(self) -> dict[int, int]:
+        """Rank -> process id, of the ranks that have a process now: children of the supervisor that have a RANK."""
+        found = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    if child.status() != psutil.STATUS_ZOMBIE and "RANK" in (own := child.environ()):
+                        found[int(own["RANK"])] = child.pid
+        return found
+
     def poll(self) -> int | None:
         """Exit status, None while it runs."""
         return None if self._process is None else self._process.poll()
@@ -99,6 +111,11 @@ class Program:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
             return False
+
+    def last_words(self) -> str:
+        """The supervisor's last line on the console."""
+        lines = [line for line in self.tail(60).splitlines() if line.startswith("TACO-DiT:")]
+        return lines[-1] if lines else self.tail(1)
 
     def tail(self, lines: int = 30) -> str:
         """The last lines of its console."""

@@ -62,7 +62,6 @@ class Run:
         self.probe = Probe(self.program.port, settings.probe_s)
         self.pictures = Pictures(self.program.output, settings.tolerance)
         self.disk = Disk(self.program.output)
-        self.last_pids: list[int] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._late: deque[tuple[float, Entry]] = deque()
         self._last_end = time.time()
@@ -144,14 +143,15 @@ class Run:
             await asyncio.sleep(0.1)
         raise RuntimeError(f"no answer within {self.settings.start_s} s of the start\n{self.program.tail()}")
 
-    async def pids(self) -> list[int]:
-        """Process ids by rank. Raises Away; RuntimeError when the status does not name them."""
-        ranks = (await self.api.get("/taco_dit/status"))["ranks"]
-        found = {rank["rank"]: rank["pid"] for rank in ranks if rank.get("pid")}
-        if len(found) != self.settings.ranks:
-            raise RuntimeError(f"/taco_dit/status names the processes of {len(found)} ranks, not {self.settings.ranks}")
-        self.last_pids = [found[rank] for rank in range(self.settings.ranks)]
-        return self.last_pids
+    async def pid(self, rank: int, seconds: float = 60.0) -> int:
+        """Process id of a rank, waiting for it while it is being replaced. Raises RuntimeError after `seconds`."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            found = self.program.rank_pids()
+            if rank in found:
+                return found[rank]
+            await asyncio.sleep(0.05)
+        raise RuntimeError(f"rank {rank} has had no process for {seconds:.0f} s")
 
     # --- prompts ---------------------------------------------------------------------------------------------------
 
@@ -171,8 +171,11 @@ class Run:
         try:
             status, content = await self.api.call("POST", "/prompt", body)
         except Away as away:
-            entry.unanswered = True
-            self.ledger.open[entry.id] = entry
+            if away.sent:
+                entry.unanswered = True
+                self.ledger.open[entry.id] = entry
+            else:
+                self._close(entry, "no connection")
             if self.ledger.forgotten(entry.posted, time.time()) is None:
                 self.report.finding("http", f"POST of {entry} had no answer: {away}")
             return None
@@ -281,12 +284,16 @@ class Run:
         if now - entry.missing_since < MISSING_S:
             return
         forgotten = None if entry.accepted is None else self.ledger.forgotten(entry.accepted, now)
-        if entry.removed is not None:
+        lost = forgotten is not None and not self.settings.persistence
+        if lost and entry.messages:  # it ended, and the history was lost
+            entry.files = self.pictures.of(entry)
+            self._close(entry, entry.messages[-1][1])
+        elif entry.removed is not None:
             self._close(entry, rules.REMOVED)
         elif entry.unanswered:
             self._close(entry, "never accepted")
-        elif forgotten is not None and not self.settings.persistence:
-            self._close(entry, entry.messages[-1][1] if entry.messages else rules.LOST)
+        elif lost:
+            self._close(entry, rules.LOST)
         else:
             self._close(entry, "gone")
             cause = f" after {forgotten.kind}" if forgotten else ""
@@ -337,7 +344,7 @@ class Run:
         while True:
             await asyncio.sleep(0.2)
             if self.program.poll() is not None and not self.program.expected_to_end:
-                self.report.finding("program ended", f"status {self.program.poll()}: {self.program.tail(3)}")
+                self.report.finding("program ended", f"status {self.program.poll()}: {self.program.last_words()}")
                 self.report.record("console", text=self.program.tail(60))
                 fault = self.ledger.fault("end of the program", ends_prompts=True, forgets=True)
                 self.program.start()
@@ -348,7 +355,7 @@ class Run:
 
     async def kill(self, rank: int) -> Fault:
         """SIGKILL to a rank; the fault is over when the next process answers (rank 0) or at once (followers)."""
-        pid = (await self.pids())[rank]
+        pid = await self.pid(rank)
         fault = self.ledger.fault(f"kill of rank {rank}", ends_prompts=True, forgets=rank == 0, rank=rank)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -362,7 +369,8 @@ class Run:
     async def _until_back(self, fault: Fault, pid: int) -> None:
         while True:
             with contextlib.suppress(Away, RuntimeError):
-                if (await self.pids())[0] != pid:
+                await self.api.get("/prompt", timeout=2)
+                if self.program.rank_pids().get(0, pid) != pid:
                     fault.end = time.time()
                     return
             await asyncio.sleep(0.1)
