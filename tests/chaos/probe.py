@@ -1,10 +1,13 @@
-"""Whether HTTP answers: a thread that asks for /prompt all the time, and one that notices when the machine stalls."""
+"""Whether HTTP answers: a thread that asks for /prompt all the time, and notices when processors were too busy for it."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 TIMEOUT_S = 10.0
@@ -17,26 +20,42 @@ class Absence:
 
     start: float
     end: float
-    stalled: float  # longest stall of this very process in that time, s: the machine was busy, not the server
+    stalled: float  # s in that time for which this process or a thread of rank 0 was ready, but had no processor
 
     @property
     def seconds(self) -> float:
         return self.end - self.start
 
+    @property
+    def busy(self) -> bool:
+        """Whether other processes on the machine explain it."""
+        return self.stalled > self.seconds / 2
+
+
+def waits_for_processor(pid: int) -> dict[int, float]:
+    """Thread id -> seconds for which it was ready to run without a processor, since its start; Linux only."""
+    waits = {}
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/schedstat", encoding="utf-8") as file:
+                waits[int(thread)] = int(file.read().split()[1]) / 1e9
+    return waits
+
 
 class Probe:
-    """Asks every `interval` seconds; an answer later than `limit` seconds counts as none.
+    """Asks every `interval` seconds; an answer later than `limit` seconds counts as none. `pid()`: rank 0's process.
 
     `absences`: those that ended. `longest`: the slowest good answer in s.
     """
 
-    def __init__(self, port: int, interval: float = 0.5, limit: float = 1.0) -> None:
-        self.port, self.interval, self.limit = port, interval, limit
+    def __init__(self, port: int, pid: Callable[[], int | None], interval: float = 0.5, limit: float = 1.0) -> None:
+        self.port, self.pid, self.interval, self.limit = port, pid, interval, limit
         self.absences: list[Absence] = []
         self.longest = 0.0
         self.answers = 0
         self._away_since: float | None = None
         self._stalls: list[tuple[float, float]] = []
+        self._before: tuple[int, dict[int, float]] | None = None  # rank 0's process and waits before the last question
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._ask, self._tick)]
 
@@ -51,38 +70,40 @@ class Probe:
         for thread in self._threads:
             thread.join(TIMEOUT_S + 1)
 
-    def away_since(self) -> float | None:
-        """Start of the absence that is on."""
-        return self._away_since
-
     def absence_after(self, moment: float) -> float:
         """Longest time in s without HTTP that ended after `moment`, but for stalls of the whole machine."""
-        spans = [a.seconds for a in self.absences if a.end > moment and a.stalled <= a.seconds / 2]
+        spans = [a.seconds for a in self.absences if a.end > moment and not a.busy]
         if self._away_since is not None:
             spans.append(time.time() - self._away_since)
         return max(spans, default=0.0)
 
-    def stalled(self, start: float, end: float) -> float:
-        """Longest stall of this process between two times, s."""
-        return max((late for at, late in self._stalls if start - 1 <= at <= end + 1), default=0.0)
+    def _stalled(self, start: float, end: float) -> float:
+        """Longest time in s for which this process or a thread of rank 0 had no processor between two times."""
+        own = max((late for at, late in self._stalls if start - 1 <= at <= end + 1), default=0.0)
+        if self._before is None or self._before[0] != self.pid():
+            return own
+        before = self._before[1]
+        waits = waits_for_processor(self._before[0])
+        return max([own, *(wait - before.get(thread, 0.0) for thread, wait in waits.items())])
 
     def _ask(self) -> None:
         while not self._stop.wait(self.interval):
             begun = time.time()
+            if self._away_since is None:
+                pid = self.pid()
+                self._before = None if pid is None else (pid, waits_for_processor(pid))
             good = self._once()
             now = time.time()
-            if good and now - begun <= self.limit:
+            if good:
                 self.answers += 1
-                self.longest = max(self.longest, now - begun)
-                if self._away_since is not None:
-                    self.absences.append(Absence(self._away_since, now, self.stalled(self._away_since, now)))
-                    self._away_since = None
-            elif good:  # late: the absence lasted as long as the answer took
-                since = begun if self._away_since is None else self._away_since
-                self.absences.append(Absence(since, now, self.stalled(since, now)))
+            since = begun if self._away_since is None else self._away_since
+            if good and (self._away_since is not None or now - begun > self.limit):
+                self.absences.append(Absence(since, now, self._stalled(since, now)))
                 self._away_since = None
-            elif self._away_since is None:
-                self._away_since = begun
+            elif good:
+                self.longest = max(self.longest, now - begun)
+            else:
+                self._away_since = since
 
     def _once(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)

@@ -59,13 +59,14 @@ class Run:
         self.base = os.path.join(self._scratch, "base")
         self.program = Program(self.base, settings.ranks, os.path.join(report.folder, "server.log"), settings.gpu)
         self.api: Api
-        self.probe = Probe(self.program.port, settings.probe_s)
+        self.probe = Probe(self.program.port, lambda: self._rank_0, settings.probe_s)
         self.pictures = Pictures(self.program.output, settings.tolerance)
         self.disk = Disk(self.program.output)
         self._tasks: list[asyncio.Task[None]] = []
         self._late: deque[tuple[float, Entry]] = deque()
         self._last_end = time.time()
         self._judged_absences = 0
+        self._rank_0: int | None = None
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -326,8 +327,8 @@ class Run:
             self.report.record("http absence", seconds=round(absence.seconds, 3), stalled=round(absence.stalled, 3))
             if self.ledger.forgotten(absence.start, absence.end) is not None:
                 continue
-            if absence.stalled > absence.seconds / 2:
-                self.report.counts["HTTP late while the whole machine stalled"] += 1
+            if absence.busy:
+                self.report.counts["HTTP late because processors were busy"] += 1
             else:
                 self.report.finding("http", f"no answer for {absence.seconds:.2f} s while rank 0 lived")
 
@@ -342,7 +343,8 @@ class Run:
 
     async def _watch_program(self) -> None:
         while True:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.5)
+            self._rank_0 = (await asyncio.to_thread(self.program.rank_pids)).get(0)
             if self.program.poll() is not None and not self.program.expected_to_end:
                 self.report.finding("program ended", f"status {self.program.poll()}: {self.program.last_words()}")
                 self.report.record("console", text=self.program.tail(60))
