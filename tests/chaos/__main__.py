@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -77,10 +78,10 @@ def conduct(settings: Settings, seed: int, work: Work, text: Callable[[dict[str,
     try:
         asyncio.run(whole())
     except asyncio.CancelledError:
-        report.say("ended by a signal")
         report.finding("tool", "ended by a signal before its time")
-    except (RuntimeError, TimeoutError) as error:
-        report.finding("start", f"{type(error).__name__}: {error}")
+    except Exception as error:  # noqa: BLE001 - what is known by now is still written down
+        report.finding("tool", f"{type(error).__name__}: {error}")
+        report.record("traceback", text=traceback.format_exc())
     lines = text(summary) if summary else []
     return report.finish({"seed": seed, "command": sys.argv[1:], **summary}, lines)
 
@@ -101,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return conduct(settings, seed, mode.work_of(arguments, seed), mode.lines)
         if arguments.workflow is not None:
             raise ValueError("random prompts need the tiny models; --workflow is for kills and clients")
-        settings, without = settings_of(arguments, small_disk="disk" not in arguments.without.split(","))
+        settings, without = settings_of(
+            arguments, small_disk="disk" not in arguments.without.split(","), keep_history=200
+        )
     except ValueError as error:
         parser.error(str(error))
 

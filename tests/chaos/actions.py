@@ -268,3 +268,5 @@ async def perform(run: Run, number: int, actions: Actions) -> None:
     except RuntimeError as error:
         if run.ledger.excuse(begun, time.time()) is None:
             run.report.finding("action", f"{name}: {error}")
+    except Exception as error:  # noqa: BLE001 - one action that fails must not end a run of hours
+        run.report.finding("tool", f"{name}: {type(error).__name__}: {error}")

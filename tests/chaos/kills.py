@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tests.chaos.ledger import LOST, Entry
-from tests.chaos.prompts import SUCCESS
+from tests.chaos.ledger import LOST, Entry, Fault
+from tests.chaos.prompts import ERROR, SUCCESS
 from tests.chaos.report import Report, table
 from tests.chaos.run import Run, Settings
 
@@ -101,7 +102,7 @@ async def _one(run: Run, rank: int, phase: str, limits: argparse.Namespace) -> K
     run.report.record("killed", **asdict(row))
     shown = "none" if row.picture is None else f"{row.picture:.1f} s"
     run.report.say(f"rank {rank}, {phase}: HTTP away {row.http_away:.1f} s, right picture after {shown}")
-    _judge(run, row, pending, limits)
+    _judge(run, row, fault, pending, limits)
     return row
 
 
@@ -131,7 +132,7 @@ async def _ended(run: Run, entries: list[Entry], seconds: float) -> None:
             run.report.finding("lost", f"{entry} has not ended {seconds:.0f} s after the kill")
 
 
-def _judge(run: Run, row: Killed, pending: list[Entry], limits: argparse.Namespace) -> None:
+def _judge(run: Run, row: Killed, fault: Fault, pending: list[Entry], limits: argparse.Namespace) -> None:
     http, picture = (
         (limits.http_follower, limits.picture_follower) if row.rank else (limits.http_rank0, limits.picture_rank0)
     )
@@ -140,8 +141,10 @@ def _judge(run: Run, row: Killed, pending: list[Entry], limits: argparse.Namespa
         run.report.finding("limit", f"{where}: HTTP was away for {row.http_away:.1f} s, not at most {http:g} s")
     if row.picture is not None and row.picture > picture:
         run.report.finding("limit", f"{where}: right picture after {row.picture:.1f} s, not at most {picture:g} s")
-    for entry in pending:
-        allowed = {SUCCESS} if run.settings.persistence or row.rank else {SUCCESS, LOST}
+    lost = {LOST} if not run.settings.persistence and run.ledger.forgotten(fault.start, time.time()) else set()
+    for index, entry in enumerate(pending):
+        # the first one ran already when the kill came after the end of the prompt before it
+        allowed = {SUCCESS, *lost, *([] if row.hit or index else [ERROR])}
         if entry.outcome not in allowed:
             run.report.finding("pending", f"{where}: {entry}, which waited, ended with {entry.outcome}")
     if not row.hit:

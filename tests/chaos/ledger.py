@@ -31,6 +31,7 @@ class Fault:
     rank: int | None = None
     end: float | None = None
     http_away: float | None = None  # s
+    waiting: frozenset[str] = frozenset()  # ids of prompts that surely waited when it began
     right_picture: float | None = None  # s from its start to the end of the next prompt with the right picture
 
     def overlaps(self, start: float, end: float) -> bool:
@@ -78,12 +79,18 @@ class Ledger:
         self.entries: dict[str, Entry] = {}
         self.open: dict[str, Entry] = {}
         self.faults: list[Fault] = []
+        self._numbers = 0
 
     def new(self, made: Made, client: str) -> Entry:
         """A prompt about to be posted."""
-        entry = Entry(len(self.entries), made, client)
+        self._numbers += 1
+        entry = Entry(self._numbers, made, client)
         self.entries[entry.id] = entry
         return entry
+
+    def forget(self, entry: Entry) -> None:
+        """It never reached the server."""
+        self.entries.pop(entry.id)
 
     def settle(self, entry: Entry, outcome: str) -> None:
         """Its end is known."""
@@ -121,6 +128,10 @@ def judge(ledger: Ledger, entry: Entry, status: dict[str, Any]) -> tuple[str, st
     elif outcome == ERROR:
         text = str(messages.get("execution_error", {}).get("exception_message", ""))
     fault = ledger.excuse(entry.started, entry.ended)
+    if outcome in (ERROR, INTERRUPTED) and "execution_start" not in messages and entry.cancelled is None:
+        waited = next((f for f in ledger.faults if entry.id in f.waiting), None)
+        if waited is not None:
+            return outcome, f"waited at the {waited.kind} and never ran: it ended with {outcome}: {text.strip()[:200]}"
     if entry.surely_removed and entry.removed and entry.started > entry.removed + SLACK_S:
         return outcome, "ran although it had been taken out of the queue"
     if outcome == INTERRUPTED:

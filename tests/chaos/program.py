@@ -114,8 +114,10 @@ class Program:
 
     def last_words(self) -> str:
         """The supervisor's last line on the console."""
-        lines = [line for line in self.tail(60).splitlines() if line.startswith("TACO-DiT:")]
-        return lines[-1] if lines else self.tail(1)
+        lines = self.tail(60).splitlines()
+        own = [line[line.index("TACO-DiT:") :] for line in lines if "TACO-DiT:" in line]
+        final = [line for line in own if "program ends" in line]
+        return (final or own or lines or [""])[-1]
 
     def tail(self, lines: int = 30) -> str:
         """The last lines of its console."""

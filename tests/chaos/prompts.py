@@ -11,7 +11,7 @@ from typing import Any
 from tests.e2e.workflows import Prompt, flux, insert, node, picture_to_picture, with_lora
 
 SUCCESS, ERROR, INTERRUPTED, REFUSED = "success", "error", "interrupted", "refused"
-REFERENCE = "reference"
+REFERENCE, BIG = "reference", "2 MB text"
 REPLACED_LORA = "replaced.safetensors"
 BIG_TEXT = "a fox jumps over the lazy dog while it snows, "
 
@@ -144,7 +144,7 @@ class Prompts:
         text = (BIG_TEXT * (length // len(BIG_TEXT) + 1))[:length]
         prompt = flux(seed=15)
         prompt["note"] = node("TestOutput", label="big", text=text)
-        return Made("2 MB text", renewed(prompt, self._label()), "big")
+        return Made(BIG, renewed(prompt, self._label()), "big")
 
     def _bad_picture(self, rng: random.Random) -> Made:
         prompt = picture_to_picture("bad.png", seed=1)

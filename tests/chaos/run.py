@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.chaos import ledger as rules
@@ -22,17 +22,22 @@ from tests.chaos.pages import Page
 from tests.chaos.pictures import Pictures
 from tests.chaos.probe import Probe
 from tests.chaos.program import Program, make_base
-from tests.chaos.prompts import REFUSED, SUCCESS, Made, Prompts, named
+from tests.chaos.prompts import BIG, REFUSED, SUCCESS, Made, Prompts, named
 from tests.chaos.report import Report
 
 MISSING_S = 4.0  # how long a prompt may be neither in the queue nor in the history before it counts as gone
 LATE_S = 10.0  # how long after its end the messages of a prompt are looked at
+TRIM = 20  # old entries of the history are deleted so many at a time
 HANG_S = 150.0  # nothing ended for so long although prompts wait
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all kinds of runs share. `persistence`: whether the queue must survive the end of rank 0."""
+    """What all kinds of runs share.
+
+    `persistence`: whether the queue must survive the end of rank 0; `keep_history`: entries that the server's history
+    keeps, None: all.
+    """
 
     ranks: int
     out: str
@@ -45,6 +50,7 @@ class Settings:
     sweep_s: float = 1.0
     probe_s: float = 0.5
     small_disk: bool = False
+    keep_history: int | None = None
 
 
 class Run:
@@ -66,6 +72,7 @@ class Run:
         self._late: deque[tuple[float, Entry]] = deque()
         self._last_end = time.time()
         self._judged_absences = 0
+        self._kept: list[Entry] = []  # ended ones that the history of the server may still have
         self._rank_0: int | None = None
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -167,19 +174,20 @@ class Run:
         body: dict[str, Any] = {"prompt": named(made.prompt, entry.prefix), "client_id": client, "prompt_id": entry.id}
         if front:
             body["front"] = True
-        self.report.record("post", number=entry.number, id=entry.id, kind=made.kind, client=client)
-        self.report.counts[f"posted: {made.kind}"] += 1
         try:
             status, content = await self.api.call("POST", "/prompt", body)
         except Away as away:
+            self.report.counts["POST without an answer" if away.sent else "POST without a connection"] += 1
             if away.sent:
                 entry.unanswered = True
                 self.ledger.open[entry.id] = entry
             else:
-                self._close(entry, "no connection")
+                self.ledger.forget(entry)
             if self.ledger.forgotten(entry.posted, time.time()) is None:
                 self.report.finding("http", f"POST of {entry} had no answer: {away}")
             return None
+        self.report.record("post", number=entry.number, id=entry.id, kind=made.kind, client=client, status=status)
+        self.report.counts[f"posted: {made.kind}"] += 1
         if status == 200:
             entry.accepted = time.time()
             self.ledger.open[entry.id] = entry
@@ -235,6 +243,7 @@ class Run:
             await asyncio.sleep(self.settings.sweep_s)
             with contextlib.suppress(Away):
                 await self._sweep()
+                await self._trim_history()
             self._look_at_late_messages()
             self._judge_absences()
             await self._look_for_hang()
@@ -305,6 +314,8 @@ class Run:
         self.ledger.settle(entry, outcome)
         self._last_end = time.time()
         self._late.append((time.time() + LATE_S, entry))
+        self._kept.append(entry)
+        entry.made = replace(entry.made, prompt={})  # of two hours, among them big ones
         self.report.counts[f"ended: {outcome}"] += 1
         seconds = round(entry.ended - entry.posted, 3) if entry.ended else None
         self.report.record("ended", number=entry.number, kind=entry.made.kind, outcome=outcome, seconds=seconds)
@@ -339,7 +350,10 @@ class Run:
         self._last_end = time.time()
         self.report.finding("hang", f"nothing ended for {HANG_S:.0f} s, {len(self.ledger.open)} prompts are open")
         self.report.record("console", text=self.program.tail(60))
-        await self.restart("restart because nothing ended")
+        try:
+            await self.restart("restart because nothing ended")
+        except RuntimeError as error:
+            self.report.finding("start", str(error))
 
     async def _watch_program(self) -> None:
         while True:
@@ -350,15 +364,33 @@ class Run:
                 self.report.record("console", text=self.program.tail(60))
                 fault = self.ledger.fault("end of the program", ends_prompts=True, forgets=True)
                 self.program.start()
-                await self.wait_ready()
+                try:
+                    await self.wait_ready()
+                except RuntimeError as error:
+                    self.report.finding("start", str(error))
+                    await asyncio.sleep(5)
                 fault.end = time.time()
+
+    async def _trim_history(self) -> None:
+        """Delete old entries, and big ones at once: rank 0's memory must not grow with what a history keeps."""
+        self._kept = [entry for entry in self._kept if entry.outcome != rules.REMOVED]
+        keep = self.settings.keep_history
+        if keep is None:
+            return
+        old = self._kept[: max(0, len(self._kept) - keep)]
+        old += [entry for entry in self._kept[len(old) :] if entry.made.kind == BIG]
+        if len(old) >= TRIM or any(entry.made.kind == BIG for entry in old):
+            await self.api.post("/history", {"delete": [entry.id for entry in old]})
+            self._kept = [entry for entry in self._kept if entry not in old]
 
     # --- faults ----------------------------------------------------------------------------------------------------
 
     async def kill(self, rank: int) -> Fault:
         """SIGKILL to a rank; the fault is over when the next process answers (rank 0) or at once (followers)."""
         pid = await self.pid(rank)
+        waiting = await self._surely_waiting()
         fault = self.ledger.fault(f"kill of rank {rank}", ends_prompts=True, forgets=rank == 0, rank=rank)
+        fault.waiting = waiting
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         self.report.counts[fault.kind] += 1
@@ -367,6 +399,13 @@ class Run:
         else:
             self.background(self._until_back(fault, pid))
         return fault
+
+    async def _surely_waiting(self) -> frozenset[str]:
+        """Ids of prompts that wait, but for the next one, which may begin at any moment."""
+        with contextlib.suppress(Away, RuntimeError):
+            queue = await self.api.get("/queue", timeout=2)
+            return frozenset(item[1] for item in sorted(queue["queue_pending"], key=lambda item: item[0])[1:])
+        return frozenset()
 
     async def _until_back(self, fault: Fault, pid: int) -> None:
         while True:
@@ -379,7 +418,9 @@ class Run:
 
     async def restart(self, kind: str = "restart") -> Fault:
         """SIGTERM, and start again; returns when it answers."""
+        waiting = await self._surely_waiting()
         fault = self.ledger.fault(kind, ends_prompts=True, forgets=True)
+        fault.waiting = waiting
         self.report.counts[kind] += 1
         if not await self.program.stop():
             self.report.finding("end", "the server did not end within 30 s of SIGTERM and was killed")

@@ -46,16 +46,18 @@ async def soak(
                 over = kills_until is not None and time.time() - begun > kills_until * 60
                 await perform(run, number, calm if over else wild)
                 number += 1
-                if len(run.ledger.entries) >= next_reference:
+                if run.report.counts["accepted"] >= next_reference:
                     next_reference += reference_every
                     await run.post(run.pages[0].id, run.prompts.reference())
                 await asyncio.sleep(random.Random(f"{seed}/pace/{number}").expovariate(1 / pace))
                 await _backlog(run, begun + minutes * 60)
+            report.say(f"{number} actions are done; waiting for the prompts that are left")
+            await run.finish(RECOVER_S)
+        except asyncio.CancelledError:
+            report.finding("tool", "ended by a signal before its time; the figures are those until then")
         finally:
             wild.close()
             calm.close()
-        report.say(f"{number} actions are done; waiting for the prompts that are left")
-        await run.finish(RECOVER_S)
         return {"actions": number, **_summary(run, measurements, time.time() - report.begun)}
 
 
