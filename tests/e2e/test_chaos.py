@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from tests.chaos.__main__ import main
 from tests.chaos.actions import Actions
 from tests.chaos.ledger import REMOVED, Ledger, judge, repeated
 from tests.chaos.measure import growth
@@ -78,6 +79,16 @@ class TestRules:
         fault.end = fault.start
         assert repeated(ledger, entry) is None
 
+    def test_what_waited_when_rank_0_ended_must_run(self):
+        ledger, now = Ledger(), time.time()
+        entry = ledger.new(MADE, "a")
+        never_ran = {"status_str": "error", "messages": []}
+        fault = ledger.fault("kill of rank 0", ends_prompts=True, forgets=True)
+        assert judge(ledger, entry, never_ran) == (ERROR, None)  # it may have been the one that ran
+        fault.waiting = frozenset({entry.id})
+        assert "never ran" in judge(ledger, entry, never_ran)[1]
+        assert judge(ledger, entry, history(SUCCESS, now, now + 1)) == (SUCCESS, None)
+
     def test_a_removed_prompt_must_not_end(self):
         ledger = Ledger()
         entry = ledger.new(MADE, "a")
@@ -90,6 +101,21 @@ def test_growth_ignores_single_peaks():
     assert growth(flat) == pytest.approx(0, abs=1e-6)
     assert growth([(float(t), 100 + t / 2) for t in range(21)]) == pytest.approx(10)
     assert growth(flat[:3]) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--ranks", "1"], "use 2 or more"),
+        (["--models", "here"], "--models and --workflow belong together"),
+        (["kills", "--phases", "asleep"], "use some of idle, loading"),
+        (["clients", "--clients", "5", "--prompts", "2"], "must be at least --clients 5"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_starts(flags, reason, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(flags)
+    assert end.value.code == 2 and reason in capsys.readouterr().err
 
 
 def test_the_seed_gives_the_actions():
@@ -124,7 +150,8 @@ async def fixed_actions(settings: Settings, report: Report) -> Run:
         actions = Actions(run, 3, frozenset())
         rng = random.Random(3)
         for action in (
-            actions.burst, actions.cancel_running, actions.delete_queued, actions.bad_upload, actions.deaf_page,
+            actions.prompt, actions.prompt, actions.cancel_running, actions.delete_queued, actions.bad_upload,
+            actions.deaf_page,
             actions.vanishing_page, actions.replace_lora, actions.stop_follower, actions.full_disk, actions.free,
             actions.delete_history,
         ):  # fmt: skip
