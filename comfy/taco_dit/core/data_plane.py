@@ -51,8 +51,9 @@ class Group(Protocol):
 class NcclGroup:
     """A group on GPUs. Collectives run on the caller's stream."""
 
-    def __init__(self, backend: Any, ranks: tuple[int, ...], rank: int) -> None:
+    def __init__(self, backend: Any, ranks: tuple[int, ...], rank: int, store: Any = None) -> None:
         self._backend = backend
+        self._store = store  # torch does not keep the Python part of a store, which it needs at the first collective
         self.ranks = ranks
         self.size = len(ranks)
         self.index = ranks.index(rank)
@@ -193,7 +194,7 @@ class DataPlane:
         store.wait([f"here/{i}" for i in range(len(members))])
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = datetime.timedelta(hours=1)
-        return NcclGroup(dist.ProcessGroupNCCL(store, index, len(members), options), members, self.rank)
+        return NcclGroup(dist.ProcessGroupNCCL(store, index, len(members), options), members, self.rank, store)
 
     def abort(self, deadline_s: float = ABORT_DEADLINE_S) -> bool:
         """Leave every collective and refuse new ones until `renew`. May be called from any thread.
