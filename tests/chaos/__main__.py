@@ -71,8 +71,17 @@ def conduct(settings: Settings, seed: int, work: Work, text: Callable[[dict[str,
     async def whole() -> None:
         task = asyncio.current_task()
         assert task is not None
+        told = False
+
+        def end() -> None:
+            """The first signal ends the run; further ones must not break its cleaning up."""
+            nonlocal told
+            if not told:
+                task.cancel()
+            told = True
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, end)
         summary.update(await work(settings, report))
 
     try:

@@ -13,10 +13,11 @@ import pytest
 from tests.chaos.__main__ import main
 from tests.chaos.actions import Actions
 from tests.chaos.ledger import REMOVED, Ledger, judge, repeated
-from tests.chaos.measure import growth
+from tests.chaos.measure import Measurements, Sample, growth
 from tests.chaos.prompts import ERROR, INTERRUPTED, SUCCESS, Made, Prompts
 from tests.chaos.report import Report
 from tests.chaos.run import Run, Settings
+from tests.chaos.soak import lines
 
 MADE = Made("plain", {})
 
@@ -101,6 +102,31 @@ def test_growth_ignores_single_peaks():
     assert growth(flat) == pytest.approx(0, abs=1e-6)
     assert growth([(float(t), 100 + t / 2) for t in range(21)]) == pytest.approx(10)
     assert growth(flat[:3]) is None
+
+
+def test_growth_is_told_by_process_and_by_age():
+    class NoRun:
+        pass
+
+    measurements = Measurements(NoRun())
+    for minute in range(120):
+        at = minute * 60.0
+        size = int(2**30 * (1 + 0.0005 * max(0, minute - 60)))
+        measurements.samples.append(Sample(at, "supervisor", 1, at + 5, size, size, 20, 3))
+        # a rank that is replaced every ten minutes, by one that is a tenth bigger in the last quarter
+        size = 2**30 if minute < 90 else int(1.1 * 2**30)
+        measurements.samples.append(Sample(at, "rank 1", 100 + minute // 10, at % 600, size, size, 20, 3))
+        measurements.keys.append((at, 40))
+    summary = measurements.summary(7200.0)
+    supervisor = next(row for row in summary["same_process"] if row["process"] == "supervisor")
+    assert supervisor["minutes"] == 59 and supervisor["rss_growth_percent"] == pytest.approx(2.95, abs=0.01)
+    assert supervisor["files_growth_percent"] == 0
+    by_age = {row["age_s"]: row["rss_growth_percent"] for row in summary["same_age"]}
+    assert by_age["120-300"] == pytest.approx(10) and by_age["300-900"] == pytest.approx(10)
+    assert summary["store_keys"]["growth_percent_second_half"] == 0
+    text = lines({"actions": 1, "pictures_compared": 2, "furthest_picture": 0, "slowest_http_answer_s": 0.1,
+                  "faults": {"kill": {"times": 1, "right_picture_s": None, "http_away_s": None}}, **summary})  # fmt: skip
+    assert any("supervisor" in line and "2.95" in line for line in text)
 
 
 @pytest.mark.parametrize(
