@@ -134,6 +134,7 @@ def test_growth_is_told_by_process_and_by_age():
     [
         (["--ranks", "1"], "use 2 or more"),
         (["--models", "here"], "--models and --workflow belong together"),
+        (["kills", "--models", "docs", "--workflow", "demo/nothing.json"], "nothing.json"),
         (["kills", "--phases", "asleep"], "use some of idle, loading"),
         (["clients", "--clients", "5", "--prompts", "2"], "must be at least --clients 5"),
     ],
