@@ -8,12 +8,15 @@ import os
 import random
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.chaos.__main__ import main
 from tests.chaos.actions import Actions
 from tests.chaos.ledger import REMOVED, Ledger, judge, repeated
 from tests.chaos.measure import Measurements, Sample, growth
+from tests.chaos.pictures import Pictures
 from tests.chaos.prompts import ERROR, INTERRUPTED, SUCCESS, Made, Prompts
 from tests.chaos.report import Report
 from tests.chaos.run import Run, Settings
@@ -95,6 +98,32 @@ class TestRules:
         entry = ledger.new(MADE, "a")
         entry.outcome, entry.messages = REMOVED, [(time.time(), SUCCESS)]
         assert "taken out" in repeated(ledger, entry)
+
+
+class TestPictures:
+    @staticmethod
+    def saved(folder, ledger, pixels, name=None):
+        """A prompt and the outputs of its history, with a picture in the folder."""
+        entry = ledger.new(Made("plain", {}, "key"), "a")
+        name = name or f"{entry.prefix}_00001_.png"
+        Image.fromarray(pixels).save(folder / name)
+        return entry, {"save": {"images": [{"filename": name, "subfolder": "", "type": "output"}]}}
+
+    def test_another_picture_and_a_broken_and_a_foreign_file_are_wrong(self, tmp_path):
+        pictures, ledger = Pictures(str(tmp_path), tolerance=1), Ledger()
+        pixels = np.full((8, 8, 3), 100, np.uint8)
+        assert pictures.check(*self.saved(tmp_path, ledger, pixels)) == []
+        assert pictures.check(*self.saved(tmp_path, ledger, pixels + np.uint8(1))) == []
+        assert "differs by 2/255" in pictures.check(*self.saved(tmp_path, ledger, pixels + np.uint8(2)))[0]
+        assert "shape" in pictures.check(*self.saved(tmp_path, ledger, pixels[:4]))[0]
+        assert "another prompt" in pictures.check(*self.saved(tmp_path, ledger, pixels, "other_00001_.png"))[0]
+        entry, outputs = self.saved(tmp_path, ledger, pixels)
+        (tmp_path / f"{entry.prefix}_00001_.png").write_bytes(b"")
+        assert "cannot be read" in pictures.check(entry, outputs)[0]
+        assert pictures.check(entry, {}) == ["succeeded without a picture"]
+        assert pictures.compared == 3 and pictures.furthest == 2
+        pictures.delete(entry)
+        assert pictures.of(entry) == []
 
 
 def test_growth_ignores_single_peaks():
