@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from tests.chaos import soak
+from tests.chaos.prompts import Prompts
 from tests.chaos.report import Report
 from tests.chaos.run import Settings
 
@@ -54,6 +55,9 @@ def settings_of(arguments: argparse.Namespace, **more: Any) -> tuple[Settings, f
         raise ValueError(f"--ranks {arguments.ranks}: one rank has no supervisor that replaces it; use 2 or more")
     if (arguments.models is None) != (arguments.workflow is None):
         raise ValueError("--models and --workflow belong together: give both, or neither for tiny models")
+    if arguments.models is not None and not os.path.isdir(arguments.models):
+        raise ValueError(f"--models {arguments.models} is not a folder")
+    Prompts(arguments.workflow)  # a wrong file is told before anything starts
     out = arguments.out or time.strftime("chaos_%Y%m%d_%H%M%S")
     settings = Settings(
         arguments.ranks, out, arguments.gpu, arguments.models, arguments.workflow, "persistence" not in without,
@@ -71,8 +75,17 @@ def conduct(settings: Settings, seed: int, work: Work, text: Callable[[dict[str,
     async def whole() -> None:
         task = asyncio.current_task()
         assert task is not None
+        told = False
+
+        def end() -> None:
+            """The first signal ends the run; further ones must not break its cleaning up."""
+            nonlocal told
+            if not told:
+                task.cancel()
+            told = True
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, end)
         summary.update(await work(settings, report))
 
     try:
@@ -105,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, without = settings_of(
             arguments, small_disk="disk" not in arguments.without.split(","), keep_history=200
         )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
     async def work(settings: Settings, report: Report) -> dict[str, Any]:

@@ -48,16 +48,21 @@ def renewed(prompt: Prompt, label: str) -> Prompt:
 
 
 class Prompts:
-    """Makes prompts; from the tiny checkpoints, or variants of one workflow file in API form."""
+    """Makes prompts; from the tiny checkpoints, or variants of one workflow file in API form.
+
+    Raises OSError when the file cannot be read, ValueError when it is no workflow that saves a picture.
+    """
 
     def __init__(self, workflow: str | None = None) -> None:
         self._count = 0
         self._own: Prompt | None = None
         if workflow is not None:
             with open(workflow, encoding="utf-8") as file:
-                self._own = json.load(file)
-            if not any(entry.get("class_type") == "SaveImage" for entry in self._own.values()):
-                raise ValueError(f"{workflow} has no SaveImage node at its top level; export it in API form, with one")
+                content = json.load(file)
+            own = content.get("prompt", content)  # as it is exported, or the body of POST /prompt
+            if not any(isinstance(entry, dict) and entry.get("class_type") == "SaveImage" for entry in own.values()):
+                raise ValueError(f"{workflow} has no SaveImage node; export a workflow with one in API form")
+            self._own = own
 
     def _label(self) -> str:
         self._count += 1
@@ -82,7 +87,9 @@ class Prompts:
         return Made("long", renewed(prompt, label), f"long {steps} {side}")
 
     def smallest(self, seed: int) -> Made:
-        """One step, 32x32."""
+        """One step, 32x32 (with a workflow file: that)."""
+        if self._own is not None:
+            return Made("smallest", renewed(self._own, self._label()), REFERENCE)
         return Made("smallest", flux(seed=seed, steps=1, width=32, height=32), f"smallest {seed}")
 
     def random(self, rng: random.Random) -> Made:

@@ -8,15 +8,19 @@ import os
 import random
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.chaos.__main__ import main
 from tests.chaos.actions import Actions
 from tests.chaos.ledger import REMOVED, Ledger, judge, repeated
-from tests.chaos.measure import growth
+from tests.chaos.measure import Measurements, Sample, growth
+from tests.chaos.pictures import Pictures
 from tests.chaos.prompts import ERROR, INTERRUPTED, SUCCESS, Made, Prompts
 from tests.chaos.report import Report
 from tests.chaos.run import Run, Settings
+from tests.chaos.soak import lines
 
 MADE = Made("plain", {})
 
@@ -96,6 +100,32 @@ class TestRules:
         assert "taken out" in repeated(ledger, entry)
 
 
+class TestPictures:
+    @staticmethod
+    def saved(folder, ledger, pixels, name=None):
+        """A prompt and the outputs of its history, with a picture in the folder."""
+        entry = ledger.new(Made("plain", {}, "key"), "a")
+        name = name or f"{entry.prefix}_00001_.png"
+        Image.fromarray(pixels).save(folder / name)
+        return entry, {"save": {"images": [{"filename": name, "subfolder": "", "type": "output"}]}}
+
+    def test_another_picture_and_a_broken_and_a_foreign_file_are_wrong(self, tmp_path):
+        pictures, ledger = Pictures(str(tmp_path), tolerance=1), Ledger()
+        pixels = np.full((8, 8, 3), 100, np.uint8)
+        assert pictures.check(*self.saved(tmp_path, ledger, pixels)) == []
+        assert pictures.check(*self.saved(tmp_path, ledger, pixels + np.uint8(1))) == []
+        assert "differs by 2/255" in pictures.check(*self.saved(tmp_path, ledger, pixels + np.uint8(2)))[0]
+        assert "shape" in pictures.check(*self.saved(tmp_path, ledger, pixels[:4]))[0]
+        assert "another prompt" in pictures.check(*self.saved(tmp_path, ledger, pixels, "other_00001_.png"))[0]
+        entry, outputs = self.saved(tmp_path, ledger, pixels)
+        (tmp_path / f"{entry.prefix}_00001_.png").write_bytes(b"")
+        assert "cannot be read" in pictures.check(entry, outputs)[0]
+        assert pictures.check(entry, {}) == ["succeeded without a picture"]
+        assert pictures.compared == 3 and pictures.furthest == 2
+        pictures.delete(entry)
+        assert pictures.of(entry) == []
+
+
 def test_growth_ignores_single_peaks():
     flat = [(float(t), 100.0 + (50 if t == 7 else 0)) for t in range(20)]
     assert growth(flat) == pytest.approx(0, abs=1e-6)
@@ -103,11 +133,37 @@ def test_growth_ignores_single_peaks():
     assert growth(flat[:3]) is None
 
 
+def test_growth_is_told_by_process_and_by_age():
+    class NoRun:
+        pass
+
+    measurements = Measurements(NoRun())
+    for minute in range(120):
+        at = minute * 60.0
+        size = int(2**30 * (1 + 0.0005 * max(0, minute - 60)))
+        measurements.samples.append(Sample(at, "supervisor", 1, at + 5, size, size, 20, 3))
+        # a rank that is replaced every ten minutes, by one that is a tenth bigger in the last quarter
+        size = 2**30 if minute < 90 else int(1.1 * 2**30)
+        measurements.samples.append(Sample(at, "rank 1", 100 + minute // 10, at % 600, size, size, 20, 3))
+        measurements.keys.append((at, 40))
+    summary = measurements.summary(7200.0)
+    supervisor = next(row for row in summary["same_process"] if row["process"] == "supervisor")
+    assert supervisor["minutes"] == 59 and supervisor["rss_growth_percent"] == pytest.approx(2.95, abs=0.01)
+    assert supervisor["files_growth_percent"] == 0
+    by_age = {row["age_s"]: row["rss_growth_percent"] for row in summary["same_age"]}
+    assert by_age["120-300"] == pytest.approx(10) and by_age["300-900"] == pytest.approx(10)
+    assert summary["store_keys"]["growth_percent_second_half"] == 0
+    text = lines({"actions": 1, "pictures_compared": 2, "furthest_picture": 0, "slowest_http_answer_s": 0.1,
+                  "faults": {"kill": {"times": 1, "right_picture_s": None, "http_away_s": None}}, **summary})  # fmt: skip
+    assert any("supervisor" in line and "2.95" in line for line in text)
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
         (["--ranks", "1"], "use 2 or more"),
         (["--models", "here"], "--models and --workflow belong together"),
+        (["kills", "--models", "docs", "--workflow", "demo/nothing.json"], "nothing.json"),
         (["kills", "--phases", "asleep"], "use some of idle, loading"),
         (["clients", "--clients", "5", "--prompts", "2"], "must be at least --clients 5"),
     ],
