@@ -241,8 +241,12 @@ class ProgressRegistry:
         self._tell("finish_handler", node_id, entry, self.prompt_id)
 
     def reset_handlers(self) -> None:
-        for handler in self.handlers.values():
-            handler.reset()
+        """The prompt is over. A handler that fails is logged: it must not fail the next prompt, which resets it again."""
+        for handler in list(self.handlers.values()):
+            try:
+                handler.reset()
+            except Exception:  # noqa: BLE001 - packs add handlers
+                logging.exception("progress handler %r failed at the end of prompt %s", handler.name, self.prompt_id)
 
 
 class _NoPrompt:
