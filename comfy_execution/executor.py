@@ -159,7 +159,10 @@ class PromptRun(ExecutionList):
         """With --cache-ram: drop results when memory is short, the same ones on every rank."""
         cache = self.output_cache
         if isinstance(cache, RamCache):
-            needed = {*self.pendingNodes, *(node_id for node_id, count in self._needed.items() if count)}
+
+            def needed() -> set[str]:
+                return {*self.pendingNodes, *(node_id for node_id, count in self._needed.items() if count)}
+
             cache.drop(await self.ranks.decide("results to drop", lambda: cache.relieve(needed)))
 
     def keep_ui(self, node_id: str, entry: Any) -> None:

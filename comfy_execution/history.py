@@ -123,7 +123,11 @@ class History(dict[str, Any]):
         return ValuesView(self)
 
     def pop(self, prompt_id: str, *default: Any) -> Any:
-        return MutableMapping.pop(self, prompt_id, *default)
+        if prompt_id not in self:
+            return super().pop(prompt_id, *default)
+        entry = self[prompt_id]
+        del self[prompt_id]
+        return entry
 
     def popitem(self) -> tuple[str, Entry]:
         last = next(reversed(self))

@@ -32,6 +32,7 @@ _COLUMNS = {
     "counters": ("name", "value"),
 }
 _TYPES = {"arrival": "INTEGER PRIMARY KEY", "place": "INTEGER PRIMARY KEY", "name": "TEXT PRIMARY KEY"}
+_UNREADABLE = (zlib.error, ValueError, TypeError)
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 Key = tuple[str, int | str]
 # values of the columns after the key; None deletes the row
@@ -93,7 +94,7 @@ class PromptStore:
             self.found = _read(connection)
         except BaseException as error:
             connection.close()
-            if _is_damage(error) or isinstance(error, zlib.error | ValueError | TypeError):
+            if _is_damage(error):
                 raise Damaged(str(error)) from error
             raise
         self._connection = connection
@@ -111,7 +112,7 @@ class PromptStore:
             self._unwritten.update(changes)
             try:
                 _write(connection, self._unwritten, durable)
-            except (sqlite3.Error, OSError) as error:
+            except (sqlite3.Error, OSError, OverflowError) as error:
                 self._not_written(error, changes, waited)
                 return
             self._unwritten.clear()
@@ -140,12 +141,16 @@ class PromptStore:
         self._connection.close()
         self._connection = None
         self._unwritten.clear()
+        try:
+            where = f"was set aside as {set_aside(self.path)}"
+        except OSError as failed:
+            where = f"could not be renamed ({failed}); remove it"
         logging.error(
-            "%s is damaged (%s) and was set aside as %s: from now on queue and history are in memory only, "
-            "until the server is started again",
+            "%s is damaged (%s) and %s: from now on queue and history are in memory only, until the server is started "
+            "again",
             self.path,
             error,
-            set_aside(self.path),
+            where,
         )
 
     def entry_text(self, place: int) -> str | None:
@@ -159,7 +164,7 @@ class PromptStore:
             try:
                 found = self._connection.execute("SELECT entry FROM entries WHERE place = ?", (place,)).fetchone()
                 return None if found is None else zlib.decompress(found[0]).decode()
-            except (sqlite3.Error, zlib.error, ValueError, TypeError) as error:
+            except (sqlite3.Error, *_UNREADABLE) as error:
                 if _is_damage(error):
                     self._leave(error)
                 else:
@@ -191,20 +196,28 @@ def _prepare(connection: sqlite3.Connection) -> None:
 
 
 def _read(connection: sqlite3.Connection) -> Found:
-    starts = dict(connection.execute("SELECT arrival, count FROM starts"))
-    return Found(
-        [
-            StoredPrompt(arrival, unpack(item), starts.get(arrival, 0), json.loads(withheld))
-            for arrival, withheld, item in connection.execute(
-                "SELECT arrival, withheld, item FROM prompts ORDER BY arrival"
-            )
-        ],
-        [
-            (place, json.loads(prompt_id), job)
-            for place, prompt_id, job in connection.execute("SELECT place, id, job FROM history ORDER BY place")
-        ],
-        dict(connection.execute("SELECT name, value FROM counters")),
-    )
+    """What the file has; rows that cannot be read are left out and deleted."""
+    found = Found(counters=dict(connection.execute("SELECT name, value FROM counters").fetchall()))
+    starts = dict(connection.execute("SELECT arrival, count FROM starts").fetchall())
+    waiting = connection.execute("SELECT arrival, withheld, item FROM prompts ORDER BY arrival").fetchall()
+    done = connection.execute("SELECT place, id, job FROM history ORDER BY place").fetchall()
+    bad: dict[Key, None] = {}
+    for arrival, withheld, item in waiting:
+        try:
+            found.prompts.append(StoredPrompt(arrival, unpack(item), starts.get(arrival, 0), json.loads(withheld)))
+        except _UNREADABLE:
+            bad["prompts", arrival] = None
+    for place, prompt_id, job in done:
+        try:
+            found.history.append((place, json.loads(prompt_id), job))
+        except _UNREADABLE:
+            bad["history", place] = None
+    if bad:
+        logging.warning(
+            "%d prompts of the queue or history cannot be read and are lost; the others are there", len(bad)
+        )
+        _write(connection, bad, durable=True)
+    return found
 
 
 def _write(connection: sqlite3.Connection, changes: Changes, durable: bool) -> None:
