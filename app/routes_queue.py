@@ -15,6 +15,8 @@ from app.responses import bad_request, dumps, json_body, json_object, json_respo
 from comfy_execution import jobs
 from comfy_execution.prompt_queue import DuplicatePromptError, QueueItem, without_secrets
 
+DEEPEST = 200  # levels of nested values in a prompt
+
 
 def _number(value: str | None, name: str, default: int | None) -> int | None:
     if value is None:
@@ -37,6 +39,17 @@ def _priority(server: Any, body: dict[str, Any]) -> float:
     if not math.isfinite(number):
         raise bad_request("invalid_prompt", f"number must be a finite number, not {str(body['number'])[:50]!r}")
     return number
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether lists and objects are nested in a value more deeply than can be encoded, copied and compared everywhere."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        parts = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [child for part in parts for child in part if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _conflict(error: DuplicatePromptError) -> web.Response:
@@ -66,6 +79,8 @@ async def _queue_prompt(server: Any, body: Any) -> web.Response:
     extra_data = body.get("extra_data") or {}
     if not isinstance(extra_data, dict):
         raise bad_request("invalid_prompt", f"extra_data must be an object, not {type(extra_data).__name__}")
+    if _too_deep(body["prompt"]) or _too_deep(extra_data):
+        raise bad_request("invalid_prompt", f"the prompt's values are nested more than {DEEPEST} levels deep")
     number = _priority(server, body)
     prompt_id = str(body.get("prompt_id") or uuid.uuid4())
     if server.prompt_queue.knows(prompt_id):
