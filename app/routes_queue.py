@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -12,7 +13,9 @@ from aiohttp import web
 
 from app.responses import bad_request, dumps, json_body, json_object, json_response, listed
 from comfy_execution import jobs
-from comfy_execution.prompt_queue import QueueItem, without_secrets
+from comfy_execution.prompt_queue import DuplicatePromptError, QueueItem, without_secrets
+
+DEEPEST = 200  # levels of nested values in a prompt
 
 
 def _number(value: str | None, name: str, default: int | None) -> int | None:
@@ -38,6 +41,27 @@ def _priority(server: Any, body: dict[str, Any]) -> float:
     return number
 
 
+def _too_deep(value: Any) -> bool:
+    """Whether lists and objects are nested in a value more deeply than can be encoded, copied and compared everywhere."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        parts = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [child for part in parts for child in part if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _conflict(error: DuplicatePromptError) -> web.Response:
+    problem = {
+        "type": "duplicate_prompt_id",
+        "message": str(error),
+        "details": "It waits, runs or is in the history; send another prompt_id, or none",
+        "extra_info": {},
+    }
+    return json_response({"error": problem, "node_errors": {}}, 409)
+
+
 async def _queue_prompt(server: Any, body: Any) -> web.Response:
     import execution
 
@@ -55,8 +79,12 @@ async def _queue_prompt(server: Any, body: Any) -> web.Response:
     extra_data = body.get("extra_data") or {}
     if not isinstance(extra_data, dict):
         raise bad_request("invalid_prompt", f"extra_data must be an object, not {type(extra_data).__name__}")
+    if _too_deep(body["prompt"]) or _too_deep(extra_data):
+        raise bad_request("invalid_prompt", f"the prompt's values are nested more than {DEEPEST} levels deep")
     number = _priority(server, body)
     prompt_id = str(body.get("prompt_id") or uuid.uuid4())
+    if server.prompt_queue.knows(prompt_id):
+        return _conflict(DuplicatePromptError(prompt_id))
     targets = None if body.get("partial_execution_targets") is None else listed(body, "partial_execution_targets")
     valid, problem, outputs, node_errors = await execution.validate_prompt(
         prompt_id, body["prompt"], targets if targets is None else [str(target) for target in targets]
@@ -68,7 +96,11 @@ async def _queue_prompt(server: Any, body: Any) -> web.Response:
     if body.get("client_id") is not None:
         extra_data["client_id"] = str(body["client_id"])
     extra_data["create_time"] = int(time.time() * 1000)
-    server.prompt_queue.put((number, prompt_id, body["prompt"], extra_data, outputs))
+    item = (number, prompt_id, body["prompt"], extra_data, outputs)
+    try:
+        await asyncio.to_thread(server.prompt_queue.accept, item)  # it is on disk before the client is answered
+    except DuplicatePromptError as error:
+        return _conflict(error)
     return json_response({"prompt_id": prompt_id, "number": number, "node_errors": node_errors})
 
 
@@ -113,35 +145,39 @@ def _add_queue(routes: web.RouteTableDef, server: Any) -> None:
     @routes.post("/queue")
     async def post_queue(request: web.Request) -> web.Response:
         body = await json_object(request)
+        deleted = listed(body, "delete")
         if body.get("clear"):
-            server.prompt_queue.wipe_queue()
-        for prompt_id in listed(body, "delete"):
-            server.prompt_queue.delete_queue_item(lambda item, wanted=prompt_id: item[1] == wanted)
+            await asyncio.to_thread(server.prompt_queue.wipe_queue)
+        for prompt_id in deleted:
+            await asyncio.to_thread(
+                server.prompt_queue.delete_queue_item, lambda item, wanted=prompt_id: item[1] == wanted
+            )
         return web.Response()
 
 
 def _add_history(routes: web.RouteTableDef, server: Any) -> None:
-    def same(entry: dict[str, Any]) -> dict[str, Any]:
-        return entry
+    async def answer(**which: Any) -> web.Response:
+        text = await asyncio.to_thread(server.prompt_queue.history_json, **which)
+        return web.Response(text=text, content_type="application/json")
 
     @routes.get("/history")
     async def get_history(request: web.Request) -> web.Response:
         max_items = _number(request.query.get("max_items"), "max_items", None)
         offset = _number(request.query.get("offset"), "offset", -1)
-        return json_response(server.prompt_queue.get_history(max_items=max_items, offset=offset, map_function=same))
+        return await answer(max_items=max_items, offset=offset)
 
     @routes.get("/history/{prompt_id}")
     async def get_history_item(request: web.Request) -> web.Response:
-        prompt_id = request.match_info["prompt_id"]
-        return json_response(server.prompt_queue.get_history(prompt_id=prompt_id, map_function=same))
+        return await answer(prompt_id=request.match_info["prompt_id"])
 
     @routes.post("/history")
     async def post_history(request: web.Request) -> web.Response:
         body = await json_object(request)
+        deleted = listed(body, "delete")
         if body.get("clear"):
-            server.prompt_queue.wipe_history()
-        for prompt_id in listed(body, "delete"):
-            server.prompt_queue.delete_history_item(str(prompt_id))
+            await asyncio.to_thread(server.prompt_queue.wipe_history)
+        for prompt_id in deleted:
+            await asyncio.to_thread(server.prompt_queue.delete_history_item, str(prompt_id))
         return web.Response()
 
 
@@ -178,8 +214,19 @@ def _cancel(server: Any, prompt_id: str) -> bool:
 
 def _add_jobs(routes: web.RouteTableDef, server: Any) -> None:
     def every_job() -> list[dict[str, Any]]:
-        running, waiting = server.prompt_queue.get_current_queue_volatile()
-        return jobs.all_jobs(running, waiting, server.prompt_queue.get_history(map_function=lambda entry: entry))
+        with server.prompt_queue.mutex:
+            running, waiting = server.prompt_queue.get_current_queue_volatile()
+            return jobs.all_jobs(running, waiting, server.prompt_queue.history_jobs())
+
+    def find(job_id: str) -> dict[str, Any] | None:
+        with server.prompt_queue.mutex:
+            running, waiting = server.prompt_queue.get_current_queue_volatile()
+        for items, status in ((running, jobs.IN_PROGRESS), (waiting, jobs.PENDING)):
+            for item in items:
+                if item[1] == job_id:
+                    return jobs.detailed(jobs.from_item(item, status), item)
+        entry = server.prompt_queue.history.get(job_id)
+        return None if entry is None else jobs.detailed(jobs.from_history(entry), entry["prompt"], entry)
 
     @routes.get("/jobs")
     async def get_jobs(request: web.Request) -> web.Response:
@@ -201,20 +248,22 @@ def _add_jobs(routes: web.RouteTableDef, server: Any) -> None:
 
     @routes.get("/jobs/{job_id}")
     async def get_job(request: web.Request) -> web.Response:
-        job = next((job for job in every_job() if job["id"] == request.match_info["job_id"]), None)
+        job = await asyncio.to_thread(find, request.match_info["job_id"])
         if job is None:
             return json_response({"error": "Job not found"}, 404)
-        return json_response(jobs.detailed(job))
+        return json_response(job)
 
     @routes.post("/jobs/{job_id}/cancel")
     async def cancel_job(request: web.Request) -> web.Response:
         job_id = request.match_info["job_id"]
-        return json_response({"id": job_id, "cancelled": _cancel(server, job_id)})
+        return json_response({"id": job_id, "cancelled": await asyncio.to_thread(_cancel, server, job_id)})
 
     @routes.post("/jobs/cancel")
     async def cancel_jobs(request: web.Request) -> web.Response:
         body = await json_object(request)
-        return json_response({"cancelled": [job_id for job_id in listed(body, "job_ids") if _cancel(server, job_id)]})
+        job_ids = listed(body, "job_ids")
+        cancelled = [job_id for job_id in job_ids if await asyncio.to_thread(_cancel, server, job_id)]
+        return json_response({"cancelled": cancelled})
 
 
 def add_routes(routes: web.RouteTableDef, server: Any) -> None:

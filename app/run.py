@@ -135,7 +135,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     server = PromptServer(loop)
     panel = _make_panel(server, current)
     demo.add_workflows()
-    queue = PromptQueue(server)
+    queue = PromptQueue(server, _open_store(args))
     _load_nodes(args, server, loop)
     announce = getattr(current.lockstep, "announce", None)
     cache_type, cache_args = cache_choice(args)
@@ -176,12 +176,23 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         logging.error("%s", error)
         return 2
     finally:
+        queue.close()  # a prompt that runs is not over: after the next start it runs again
         management.interrupt_current_processing()
         if announce is not None and not queue.currently_running:
             announce({"kind": "stop"})
         _clean_temp()
     _exit_soon()
     return 0
+
+
+def _open_store(args: argparse.Namespace) -> Any:
+    """Where queue and history are kept; None when they are in memory only."""
+    import folder_paths
+    from comfy_execution.prompt_store import open_store
+
+    if args.no_persist or args.quick_test_for_ci:
+        return None
+    return open_store(os.path.join(folder_paths.get_user_directory(), "taco_dit", "prompts.sqlite3"))
 
 
 def _join(current: Any, panel: Any = None) -> list[dict[str, Any]]:

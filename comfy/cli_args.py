@@ -117,6 +117,8 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--temp-directory", {"help": "folder for temporary files"}),
         ("--input-directory", {"help": "folder for input pictures"}),
         ("--user-directory", {"type": existing_directory, "help": "folder for settings and workflows"}),
+        ("--no-persist", {"action": "store_true",
+                          "help": "keep queue and history in memory only, not in the user folder"}),
         ("--database-url", {"default": None, "help": "database; default: sqlite in the user folder"}),
     ],
     "front end": [

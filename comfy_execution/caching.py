@@ -333,14 +333,17 @@ class RamCache(OutputCache):
     def _weight(self, entry: CacheEntry) -> float:
         return self.AGE ** (self._generation - entry.used) * (self.SMALLEST + _host_bytes(entry.outputs))
 
-    def relieve(self, needed: Collection[str]) -> list[tuple[int, int]]:
-        """Drop results until the headroom is available, never those of nodes in `needed`; returns what was dropped."""
+    def relieve(self, needed: Callable[[], Collection[str]]) -> list[tuple[int, int]]:
+        """Drop results until the headroom is available, never those of nodes in `needed()`; returns what was dropped.
+
+        While there is room, `needed` is not asked: it is as large as the prompt, and this is called after every node.
+        """
         if self._available() >= self.headroom:
             return []
         if time.monotonic() - self._collected >= self.COLLECT_INTERVAL_S:
             gc.collect()
             self._collected = time.monotonic()
-        kept = {id(self._current[node_id]) for node_id in needed if node_id in self._current}
+        kept = {id(self._current[node_id]) for node_id in needed() if node_id in self._current}
         loose = [entry for entry in self._entries.values() if id(entry) not in kept]
         loose.sort(key=lambda entry: (self._weight(entry), -entry.used))
         dropped: list[tuple[int, int]] = []
@@ -351,6 +354,8 @@ class RamCache(OutputCache):
 
     def drop(self, made: Collection[tuple[int, int]]) -> None:
         """Forget results; those this rank does not have are ignored."""
+        if not made:
+            return
         stores: list[dict[Any, CacheEntry]] = [self._entries, self._current]
         for held in stores:
             for key in [key for key, entry in held.items() if entry.made in made]:

@@ -63,9 +63,16 @@ class IsChangedCache:
             )
             answers = await seams.replaceable().resolve_map_node_over_list_results(answers)
             return [None if isinstance(answer, ExecutionBlocker) else answer for answer in answers]
-        except Exception as error:  # noqa: BLE001 - a node that cannot say is run again
+        except BaseException as error:  # noqa: BLE001 - a node that cannot say is run again
+            if ends_program(error):
+                raise
             logging.warning(
-                "node %s (%s): %s failed, so it counts as changed: %s", node_id, node["class_type"], name, error
+                "node %s (%s): %s failed, so it counts as changed: %s: %s",
+                node_id,
+                node["class_type"],
+                name,
+                type(error).__name__,
+                error,
             )
             return float("nan")
 
@@ -152,7 +159,10 @@ class PromptRun(ExecutionList):
         """With --cache-ram: drop results when memory is short, the same ones on every rank."""
         cache = self.output_cache
         if isinstance(cache, RamCache):
-            needed = {*self.pendingNodes, *(node_id for node_id, count in self._needed.items() if count)}
+
+            def needed() -> set[str]:
+                return {*self.pendingNodes, *(node_id for node_id, count in self._needed.items() if count)}
+
             cache.drop(await self.ranks.decide("results to drop", lambda: cache.relieve(needed)))
 
     def keep_ui(self, node_id: str, entry: Any) -> None:
@@ -219,8 +229,12 @@ class PromptExecutor:
         """Send an event to the client (or to all when there is none and `broadcast`) and note it for the history."""
         data = {**data, "timestamp": int(time.time() * 1000)}
         self.status_messages.append((event, data))
-        if self.server.client_id is not None or broadcast:
+        if self.server.client_id is None and not broadcast:
+            return
+        try:
             self.server.send_sync(event, data, self.server.client_id)
+        except Exception:  # noqa: BLE001 - packs replace send_sync; how the prompt ends does not depend on it
+            logging.exception("the message %s of prompt %s could not be sent", event, data.get("prompt_id"))
 
     def execute(
         self,
@@ -246,7 +260,7 @@ class PromptExecutor:
         extra_data = extra_data or {}
         if not self.cancels_kept:
             comfy.model_management.interrupt_current_processing(False)
-        self._open(prompt_id, extra_data)
+        self.open(prompt_id, extra_data)
         self.add_message("execution_start", {"prompt_id": prompt_id}, broadcast=False)
         dynprompt = DynamicPrompt(prompt)
         if self.lockstep.is_first:
@@ -270,20 +284,22 @@ class PromptExecutor:
         if comfy.model_management.DISABLE_SMART_MEMORY:
             comfy.model_management.unload_all_models()
 
-    def _open(self, prompt_id: str, extra_data: Mapping[str, Any]) -> None:
-        """Start the reports of a prompt."""
+    def open(self, prompt_id: str, extra_data: Mapping[str, Any] | None) -> None:
+        """Start the reports of a prompt: from here on nothing of the prompt before is left in them.
+
+        The worker calls it before anything of a prompt can fail, `execute` once more when the prompt begins.
+        """
         self.record = accounting.begin(prompt_id)
-        self.server.client_id = extra_data.get("client_id")
+        self.server.client_id = extra_data.get("client_id") if isinstance(extra_data, Mapping) else None
         self.server.last_prompt_id = prompt_id
+        self.server.last_node_id = None
         self.status_messages = []
         self.history_result = {"outputs": {}, "meta": {}}
         self.success = True
         self.failed_rank = None
 
-    def refuse(self, prompt_id: str, extra_data: Mapping[str, Any], error: BaseException) -> None:
-        """Report a prompt that failed outside of its nodes: before it could begin, or in the executor itself."""
-        if self.server.last_prompt_id != prompt_id or not self.status_messages:
-            self._open(prompt_id, extra_data)
+    def refuse(self, prompt_id: str, error: BaseException) -> None:
+        """Report an opened prompt that failed outside of its nodes: before it could begin, or in the executor itself."""
         self.record = accounting.finish()
         self.success = False
         self.handle_execution_error(prompt_id, {}, [], [], failure("", error, None) | {"node_id": None}, error)

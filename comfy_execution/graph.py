@@ -54,6 +54,21 @@ def node_class(class_type: str) -> type:
         ) from None
 
 
+def _last(node_id: str, following: Mapping[str, str], known: dict[str, str]) -> str:
+    """The end of the chain that begins with a node; each node of a chain is followed once, `known` keeps its end.
+
+    A chain that bites its tail (a node that is shown on itself) ends where it would begin again.
+    """
+    passed: dict[str, None] = {}
+    while node_id in following and node_id not in known and node_id not in passed:
+        passed[node_id] = None
+        node_id = following[node_id]
+    node_id = known.get(node_id, node_id)
+    for before in passed:
+        known[before] = node_id
+    return node_id
+
+
 class DynamicPrompt:
     """The prompt as sent, plus the ephemeral nodes that running nodes expand into."""
 
@@ -62,6 +77,8 @@ class DynamicPrompt:
         self.ephemeral_prompt: dict[str, dict[str, Any]] = {}
         self.ephemeral_parents: dict[str, str] = {}
         self.ephemeral_display: dict[str, str] = {}
+        self._real: dict[str, str] = {}
+        self._shown: dict[str, str] = {}
 
     def get_node(self, node_id: str) -> dict[str, Any]:
         node = self.ephemeral_prompt.get(node_id) or self.original_prompt.get(node_id)
@@ -80,17 +97,14 @@ class DynamicPrompt:
 
     def get_real_node_id(self, node_id: str) -> str:
         """The node of the original prompt that this one was expanded from."""
-        while node_id in self.ephemeral_parents:
-            node_id = self.ephemeral_parents[node_id]
-        return node_id
+        return _last(node_id, self.ephemeral_parents, self._real)
 
     def get_parent_node_id(self, node_id: str) -> str | None:
         return self.ephemeral_parents.get(node_id)
 
     def get_display_node_id(self, node_id: str) -> str:
-        while node_id in self.ephemeral_display:
-            node_id = self.ephemeral_display[node_id]
-        return node_id
+        """The node on which the progress of this one is shown."""
+        return _last(node_id, self.ephemeral_display, self._shown)
 
     def all_node_ids(self) -> list[str]:
         """Ids in the order of the prompt, ephemeral ones last, in the order they were added."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextvars import ContextVar
 from typing import Any
+
+_LONGEST_ROOT = 160  # characters
 
 
 def is_link(obj: object) -> bool:
@@ -74,6 +77,18 @@ class Node:
         return info
 
 
+def _shortened(root: str) -> str:
+    """A node's id, or a short stand-in for a long one.
+
+    An id repeats that of the node it was expanded from, so with the depth of expansion each id, and all that carries
+    ids, would grow. The stand-in is the same on every rank and in every run.
+    """
+    if len(root) <= _LONGEST_ROOT:
+        return root
+    digest = hashlib.blake2b(root.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return f"{root.partition('.')[0][:64]}.{digest}"
+
+
 class GraphBuilder:
     """Builds the sub-graph a node returns under `expand`.
 
@@ -99,7 +114,7 @@ class GraphBuilder:
         if default is None:
             default = _Prefix()
             _prefix.set(default)
-        root = default.root if root is None else root
+        root = _shortened(default.root if root is None else root)
         call_index = default.call_index if call_index is None else call_index
         graph_index = default.graph_index if graph_index is None else graph_index
         default.graph_index += 1

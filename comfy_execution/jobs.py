@@ -41,7 +41,8 @@ def _at(value: Any, *keys: str) -> Any:
     return value
 
 
-def _from_item(item: Sequence[Any], status: str) -> Job:
+def from_item(item: Sequence[Any], status: str) -> Job:
+    """A prompt that waits or runs."""
     extra = item[3] or {}
     return {
         "id": item[1],
@@ -51,22 +52,20 @@ def _from_item(item: Sequence[Any], status: str) -> Job:
         "workflow_id": _at(extra, "extra_pnginfo", "workflow", "id"),
         "outputs_count": 0,
         "previewable_outputs_count": 0,
-        "_item": item,
-        "_entry": None,
     }
 
 
-def _from_history(entry: Mapping[str, Any]) -> Job:
+def from_history(entry: Mapping[str, Any]) -> Job:
+    """A prompt that has ended, from its entry in the history."""
     status = entry.get("status") or {}
     messages = dict(status.get("messages", ()))
     if "execution_interrupted" in messages:
         state = CANCELLED
     else:
         state = COMPLETED if status.get("status_str", "success") == "success" else FAILED
-    job = _from_item(entry["prompt"], state)
+    job = from_item(entry["prompt"], state)
     outputs = entry.get("outputs", {})
     files = _files(outputs)
-    job["_entry"] = entry
     job["outputs_count"] = sum(
         len(value)
         for ui in outputs.values()
@@ -96,12 +95,12 @@ def _from_history(entry: Mapping[str, Any]) -> Job:
     return job
 
 
-def all_jobs(running: Sequence[Any], waiting: Sequence[Any], history: Mapping[str, Any]) -> list[Job]:
+def all_jobs(running: Sequence[Any], waiting: Sequence[Any], done: Sequence[Job]) -> list[Job]:
     """Every job: running, waiting, then done."""
     return [
-        *(_from_item(item, IN_PROGRESS) for item in running),
-        *(_from_item(item, PENDING) for item in waiting),
-        *(_from_history(entry) for entry in history.values()),
+        *(from_item(item, IN_PROGRESS) for item in running),
+        *(from_item(item, PENDING) for item in waiting),
+        *done,
     ]
 
 
@@ -127,22 +126,18 @@ def select(
     return sorted(chosen, key=key, reverse=sort_order != "asc")
 
 
-def _public(job: Job) -> Job:
-    return {key: value for key, value in job.items() if not key.startswith("_")}
-
-
 def page(jobs: Sequence[Job], limit: int | None, offset: int) -> dict[str, Any]:
     """One page of jobs, `{jobs, pagination}`."""
     part = jobs[offset:] if limit is None else jobs[offset : offset + max(limit, 0)]
     pagination = {"offset": offset, "limit": limit, "total": len(jobs), "has_more": offset + len(part) < len(jobs)}
-    return {"jobs": [_public(job) for job in part], "pagination": pagination}
+    return {"jobs": list(part), "pagination": pagination}
 
 
-def detailed(job: Job) -> Job:
-    """A job with its prompt, outputs and status."""
-    item, entry = job["_item"], job["_entry"] or {}
+def detailed(job: Job, item: Sequence[Any], entry: Mapping[str, Any] | None = None) -> Job:
+    """A job with its prompt and, where it has ended, its outputs and status."""
+    entry = entry or {}
     return {
-        **_public(job),
+        **job,
         "workflow": {"prompt": item[2], "extra_data": item[3]},
         "outputs": entry.get("outputs", {}),
         "update_time": job.get("execution_end_time", job.get("execution_start_time", job["create_time"])),

@@ -135,7 +135,10 @@ async def get_output_data(
 def ends_program(error: BaseException) -> bool:
     """Whether an exception is meant for the program rather than an accident of a node: Ctrl-C, or its cancel of the loop."""
     if isinstance(error, asyncio.CancelledError):
-        current = asyncio.current_task()
+        try:
+            current = asyncio.current_task()
+        except RuntimeError:  # outside of an event loop nothing can be cancelled
+            return False
         return current is not None and current.cancelling() > 0
     return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 

@@ -1,8 +1,8 @@
 """Progress of the running prompt: a registry of node states and the handlers that show them.
 
 A `progress_state` message carries every node that was started, so sending one per event would cost quadratic time.
-`WebUIProgressHandler` sends at once while that is cheap and else at most every `INTERVAL` seconds; a timer and `reset`
-send what was held back, so that the last state always arrives.
+`WebUIProgressHandler` sends at once while that is cheap and else at most every `INTERVAL` seconds, in proportion less
+often where there are very many nodes; a timer and `reset` send what was held back, so that the last state always arrives.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class WebUIProgressHandler(ProgressHandler):
 
     INTERVAL = 0.05
     SMALL = 24
+    LARGE = 500  # nodes from which on the interval grows with their number
 
     def __init__(self, server_instance: Any) -> None:
         super().__init__("webui")
@@ -110,7 +111,8 @@ class WebUIProgressHandler(ProgressHandler):
         if registry is None:
             return
         with self._lock:
-            wait = self._sent_at + self.INTERVAL - time.monotonic()
+            interval = self.INTERVAL * max(1.0, len(registry.nodes) / self.LARGE)
+            wait = self._sent_at + interval - time.monotonic()
             if len(registry.nodes) <= self.SMALL or wait <= 0:
                 self._send()
                 return
@@ -241,8 +243,12 @@ class ProgressRegistry:
         self._tell("finish_handler", node_id, entry, self.prompt_id)
 
     def reset_handlers(self) -> None:
-        for handler in self.handlers.values():
-            handler.reset()
+        """The prompt is over. A handler that fails is logged: it must not fail the next prompt, which resets it again."""
+        for handler in list(self.handlers.values()):
+            try:
+                handler.reset()
+            except Exception:  # noqa: BLE001 - packs add handlers
+                logging.exception("progress handler %r failed at the end of prompt %s", handler.name, self.prompt_id)
 
 
 class _NoPrompt:

@@ -1,20 +1,30 @@
-"""Prompts waiting, running and done."""
+"""Prompts waiting, running and done, in memory and, with a `PromptStore`, on disk."""
 
 from __future__ import annotations
 
 import copy
 import heapq
 import itertools
+import json
+import logging
+import math
 import threading
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import comfy.model_management
+from comfy_execution.history import Entry, History, Kept, Rows
+from comfy_execution.jobs import Job
+from comfy_execution.prompt_store import PromptStore, pack
 
 MAXIMUM_HISTORY_SIZE = 10000
 
 # given to nodes as hidden inputs, never shown
 SENSITIVE_EXTRA_DATA_KEYS = ("auth_token_comfy_org", "api_key_comfy_org")
+
+_LARGEST_NUMBER = 2**62  # SQLite's integers have 64 bits
 
 # (number, prompt_id, prompt, extra_data, ids of the output nodes to run)
 QueueItem = tuple[Any, ...]
@@ -24,6 +34,20 @@ class ExecutionStatus(NamedTuple):
     status_str: Literal["success", "error"]
     completed: bool
     messages: list[Any]
+
+
+class DuplicatePromptError(ValueError):
+    """A prompt of this id waits, runs or is in the history."""
+
+    def __init__(self, prompt_id: str) -> None:
+        super().__init__(f"prompt_id {prompt_id[:100]!r} is already used by another prompt")
+
+
+class Restored(NamedTuple):
+    """What is known of a prompt that was in the queue when the process before this one ended."""
+
+    starts: int  # how often it was begun
+    withheld: list[str]  # keys of extra_data it had, which are never written to disk
 
 
 def without_secrets(item: QueueItem) -> QueueItem:
@@ -38,19 +62,52 @@ class PromptQueue:
     """A queue ordered by number (lower first, equal ones in the order of arrival), with history. Thread-safe.
 
     `currently_running` maps a task id to the item being executed; `history` maps prompt ids to entries, oldest first.
+    With a `store` it begins with what the store has: what waited, in its order, behind what was running. Changes are
+    written before they show. The disk is never touched under `mutex`, so that readers do not wait for it.
     """
 
-    def __init__(self, server: Any) -> None:
+    def __init__(self, server: Any, store: PromptStore | None = None) -> None:
         self.server = server
         self.mutex = threading.RLock()
         self.not_empty = threading.Condition(self.mutex)
         self.task_counter = 0
         self._heap: list[tuple[float, int, QueueItem]] = []
         self._arrivals = itertools.count()
+        self._arrival_of: dict[int, int] = {}  # by task id
+        self._ids: Counter[str] = Counter()  # of prompts that wait, run or are being written
+        self._restored: dict[int, Restored] = {}  # by arrival
         self.currently_running: dict[int, QueueItem] = {}
-        self.history: dict[str, dict[str, Any]] = {}
+        self._store = store
+        self._history = History(store, self.mutex)
         self.flags: dict[str, Any] = {}
         server.prompt_queue = self
+        if store is not None:
+            self._restore(store)
+
+    def _restore(self, store: PromptStore) -> None:
+        found = store.found
+        for prompt in found.prompts:
+            item = tuple(prompt.item)
+            # what was running goes on first, whatever its number
+            entry = (-math.inf if prompt.starts else item[0], prompt.arrival, item)
+            heapq.heappush(self._heap, entry)
+            self._ids[item[1]] += 1
+            self._restored[prompt.arrival] = Restored(prompt.starts, prompt.withheld)
+        self._arrivals = itertools.count(max((prompt.arrival for prompt in found.prompts), default=0) + 1)
+        self.server.number = max(getattr(self.server, "number", 0), found.counters.get("number", 0))
+        if found.prompts:
+            logging.info("%d prompts that had not ended when the server did are queued again", len(found.prompts))
+
+    @property
+    def history(self) -> History:
+        """Entries by prompt id, oldest first; assigning a dict replaces them."""
+        return self._history
+
+    @history.setter
+    def history(self, entries: Mapping[str, Entry]) -> None:
+        entries = dict(entries)
+        self._history.clear()
+        self._history.update(entries)
 
     @property
     def queue(self) -> list[QueueItem]:
@@ -61,12 +118,48 @@ class PromptQueue:
     def _announce(self) -> None:
         self.server.queue_updated()
 
+    # ---- waiting ---------------------------------------------------------------------------------------------------
+
+    def knows(self, prompt_id: str) -> bool:
+        """Whether a prompt of this id waits, runs or is in the history."""
+        with self.mutex:
+            return self._ids[prompt_id] > 0 or prompt_id in self._history
+
+    def accept(self, item: QueueItem) -> None:
+        """Like `put`, once the prompt is on disk for good. Raises DuplicatePromptError for an id that is known."""
+        self._put(item, once=True)
+
     def put(self, item: QueueItem) -> None:
         """Add `(number, prompt_id, prompt, extra_data, outputs)`."""
+        self._put(item, once=False)
+
+    def _put(self, item: QueueItem, once: bool) -> None:
+        if len(item) < 5:
+            raise ValueError("a queue item is (number, prompt_id, prompt, extra_data, outputs)")
         with self.mutex:
-            heapq.heappush(self._heap, (item[0], next(self._arrivals), item))
+            if once and self.knows(item[1]):
+                raise DuplicatePromptError(item[1])
+            self._ids[item[1]] += 1
+            arrival = next(self._arrivals)
+        self._write(self._rows_of(arrival, item), durable=True)
+        with self.mutex:
+            heapq.heappush(self._heap, (item[0], arrival, item))
             self._announce()
             self.not_empty.notify()
+
+    def _rows_of(self, arrival: int, item: QueueItem) -> Rows:
+        """A waiting prompt as it is written: without secrets."""
+        if self._store is None:
+            return {}
+        shown = without_secrets(item)
+        withheld = [key for key in SENSITIVE_EXTRA_DATA_KEYS if isinstance(item[3], Mapping) and item[3].get(key)]
+        try:
+            row = (json.dumps(item[1]), json.dumps(withheld), pack(shown))
+        except (TypeError, ValueError, RecursionError) as error:
+            logging.warning("prompt %s would be lost by a restart, for it cannot be written: %s", item[1], error)
+            return {}
+        number = min(int(getattr(self.server, "number", 0)), _LARGEST_NUMBER)
+        return {("prompts", arrival): row, ("counters", "number"): (number,)}
 
     def get(self, timeout: float | None = None) -> tuple[QueueItem, int] | None:
         """The next item and its task id, waiting up to `timeout` seconds; None when there was none or a flag was set."""
@@ -75,13 +168,21 @@ class PromptQueue:
                 self.not_empty.wait(timeout=timeout)
                 if timeout is not None and not self._heap:
                     return None
-            item = heapq.heappop(self._heap)[2]
+            _, arrival, item = heapq.heappop(self._heap)
             task_id = self.task_counter
             self.task_counter += 1
             self.currently_running[task_id] = copy.copy(item)
+            self._arrival_of[task_id] = arrival
+            starts = self._restored[arrival].starts if arrival in self._restored else 0
             comfy.model_management.interrupt_current_processing(False)  # a cancel of the prompt before
             self._announce()
-            return item, task_id
+        self._write({("starts", arrival): (starts + 1,)})
+        return item, task_id
+
+    def restored(self, task_id: int) -> Restored | None:
+        """Of a running prompt that was in the queue when the process before this one ended: how far it had come."""
+        with self.mutex:
+            return self._restored.get(self._arrival_of.get(task_id, -1))
 
     def interrupt(self, prompt_id: str | None = None) -> bool:
         """Cancel the running prompt, if it is `prompt_id` (None: whichever runs); whether one was cancelled.
@@ -95,6 +196,8 @@ class PromptQueue:
             comfy.model_management.interrupt_current_processing()
             return True
 
+    # ---- done ------------------------------------------------------------------------------------------------------
+
     def task_done(
         self,
         item_id: int,
@@ -103,19 +206,57 @@ class PromptQueue:
         process_item: Callable[[QueueItem], QueueItem] | None = None,
     ) -> None:
         """Move a running item to the history, with its outputs and status."""
+        item = without_secrets(self.currently_running[item_id])
+        if process_item is not None:
+            item = process_item(item)
+        entry = {
+            "prompt": item,
+            "outputs": {},
+            "status": None if status is None else copy.deepcopy(status._asdict()),
+            **history_result,
+        }
+        kept, rows = self._history.prepare(item[1], entry)
+        old, old_rows = self._history.oldest(len(self._history) + 1 - MAXIMUM_HISTORY_SIZE)
+        self._write({**old_rows, **rows, **_forgotten([self._arrival_of.get(item_id, -1)])})
         with self.mutex:
-            item = without_secrets(self.currently_running.pop(item_id))
-            if process_item is not None:
-                item = process_item(item)
-            while len(self.history) >= MAXIMUM_HISTORY_SIZE:
-                self.history.pop(next(iter(self.history)))
-            self.history[item[1]] = {
-                "prompt": item,
-                "outputs": {},
-                "status": None if status is None else copy.deepcopy(status._asdict()),
-                **history_result,
-            }
-            self._announce()
+            self._history.drop(old)
+            self._history.insert(item[1], kept)
+            self._leave(item_id)
+
+    def give_up(self, item_id: int, error: BaseException) -> None:
+        """End a running item whose outputs or status cannot be kept: the history says so instead."""
+        item = self.currently_running.get(item_id)
+        if item is None:
+            return
+        message = {
+            "prompt_id": item[1],
+            "node_id": None,
+            "exception_type": type(error).__name__,
+            "exception_message": f"the prompt ended, but what it returned cannot be kept in the history: {error}\n",
+            "traceback": [],
+        }
+        status = ExecutionStatus("error", False, [("execution_error", message)])
+        try:
+            PromptQueue.task_done(self, item_id, {"outputs": {}, "meta": {}}, status)
+        except Exception:  # noqa: BLE001 - a prompt that stays among the running ones never ends
+            logging.exception("prompt %s has no place in the history", item[1])
+            self._write(_forgotten([self._arrival_of.get(item_id, -1)]))
+            with self.mutex:
+                self._leave(item_id)
+
+    def _leave(self, item_id: int) -> None:
+        """An item is no longer running."""
+        item = self.currently_running.pop(item_id)
+        self._restored.pop(self._arrival_of.pop(item_id, -1), None)
+        self._release(item[1])
+        self._announce()
+
+    def _release(self, prompt_id: str) -> None:
+        self._ids[prompt_id] -= 1
+        if self._ids[prompt_id] <= 0:
+            del self._ids[prompt_id]
+
+    # ---- what there is ---------------------------------------------------------------------------------------------
 
     def get_current_queue(self) -> tuple[list[QueueItem], list[QueueItem]]:
         """Running and waiting items, without secrets; deep copies."""
@@ -136,19 +277,39 @@ class PromptQueue:
     def wipe_queue(self) -> None:
         """Drop what waits."""
         with self.mutex:
-            self._heap.clear()
+            dropped, self._heap = self._heap, []
+            for _, arrival, item in dropped:
+                self._forget_waiting(arrival, item)
             self._announce()
+        self._write(_forgotten(arrival for _, arrival, _ in dropped))
+
+    def _forget_waiting(self, arrival: int, item: QueueItem) -> None:
+        self._restored.pop(arrival, None)
+        self._release(item[1])
 
     def delete_queue_item(self, function: Callable[[QueueItem], bool]) -> bool:
         """Drop the first waiting item for which `function` is true; whether there was one."""
         with self.mutex:
-            for entry in sorted(self._heap, key=lambda entry: entry[:2]):
-                if function(entry[2]):
-                    self._heap.remove(entry)
-                    heapq.heapify(self._heap)
-                    self._announce()
-                    return True
-            return False
+            chosen = next((e for e in sorted(self._heap, key=lambda entry: entry[:2]) if function(e[2])), None)
+            if chosen is None:
+                return False
+            self._heap.remove(chosen)
+            heapq.heapify(self._heap)
+            self._forget_waiting(chosen[1], chosen[2])
+            self._announce()
+        self._write(_forgotten([chosen[1]]))
+        return True
+
+    # ---- history ---------------------------------------------------------------------------------------------------
+
+    def _chosen(self, prompt_id: str | None, max_items: int | None, offset: int) -> list[tuple[str, Kept]]:
+        if prompt_id is not None:
+            kept = self._history.find(prompt_id)
+            return [] if kept is None else [(prompt_id, kept)]
+        known = self._history.kept()
+        if offset < 0:
+            offset = max(len(known) - max_items, 0) if max_items is not None else 0
+        return known[offset : None if max_items is None else offset + max_items]
 
     def get_history(
         self,
@@ -160,20 +321,29 @@ class PromptQueue:
         """Entries by prompt id, oldest first: all, one, or `max_items` from `offset` on (negative: the last ones)."""
         change = map_function or copy.deepcopy
         with self.mutex:
-            if prompt_id is not None:
-                return {prompt_id: change(self.history[prompt_id])} if prompt_id in self.history else {}
-            if offset < 0:
-                offset = max(len(self.history) - max_items, 0) if max_items is not None else 0
-            end = None if max_items is None else offset + max_items
-            return {key: change(self.history[key]) for key in itertools.islice(self.history, offset, end)}
+            return {key: change(self._history[key]) for key, _ in self._chosen(prompt_id, max_items, offset)}
+
+    def history_json(self, prompt_id: str | None = None, max_items: int | None = None, offset: int = -1) -> str:
+        """`get_history` as JSON. What is on disk only is passed on as it is written there."""
+        parts = []
+        for key, kept in self._chosen(prompt_id, max_items, offset):
+            text = self._history.text(kept)
+            if text is None and key in self._history:
+                text = json.dumps(self._history[key], default=str)
+            if text is not None:
+                parts.append(f"{json.dumps(key)}: {text}")
+        return "{" + ", ".join(parts) + "}"
+
+    def history_jobs(self) -> list[Job]:
+        """What is in the history as jobs, oldest first."""
+        return [kept.job for _, kept in self._history.kept()]
 
     def wipe_history(self) -> None:
-        with self.mutex:
-            self.history = {}
+        self._history.clear()
 
     def delete_history_item(self, id_to_delete: str) -> None:
-        with self.mutex:
-            self.history.pop(id_to_delete, None)
+        with suppress(KeyError):
+            del self._history[id_to_delete]
 
     def set_flag(self, name: str, data: Any) -> None:
         """Ask the worker for something (`unload_models`, `free_memory`); wakes it."""
@@ -187,3 +357,19 @@ class PromptQueue:
             if reset:
                 self.flags = {}
             return flags
+
+    # ---- disk ------------------------------------------------------------------------------------------------------
+
+    def _write(self, rows: Rows, durable: bool = False) -> None:
+        if self._store is not None and rows:
+            self._store.write(rows, durable)
+
+    def close(self) -> None:
+        """The process ends: what is on disk stays as it is now, so the running prompt will run again."""
+        if self._store is not None:
+            self._store.close()
+
+
+def _forgotten(arrivals: Iterable[int]) -> Rows:
+    """Rows of prompts that neither wait nor run any more."""
+    return {(table, arrival): None for arrival in arrivals for table in ("prompts", "starts")}

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
+from comfy_execution import restart
 from comfy_execution.caching import CacheType
 from comfy_execution.executor import PromptExecutor
 from comfy_execution.lockstep import Lockstep
+from comfy_execution.node_call import failure
 from comfy_execution.node_execution import ends_program
 from comfy_execution.progress import install_progress_hook
 from comfy_execution.prompt_queue import ExecutionStatus, PromptQueue, QueueItem
 
 GC_INTERVAL_S = 10.0
 IDLE_WAIT_S = 1000.0
+PAUSE_S = 0.2  # after a failure between prompts, so that one that repeats does not fill the log
+_ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 
 
 def cache_choice(args: Any) -> tuple[CacheType, dict[str, Any]]:
@@ -68,14 +74,24 @@ class PromptWorker:
         self.executor.cancels_kept = True  # the queue forgets them when it gives a prompt out
         install_progress_hook(self.server)
         while not self._stop.is_set():
-            taken = self.queue.get(timeout=self._wait())
-            if self._stop.is_set():
-                break
-            if taken is not None:
-                self._work(*taken)
-            self._obey_flags()
-            self._collect_garbage()
+            try:
+                self._turn(self.queue)
+            except BaseException as error:  # noqa: BLE001 - the queue must go on whatever happened
+                if ends_program(error):
+                    raise
+                logging.exception("the prompt worker failed between two prompts; it goes on with the next one")
+                self._stop.wait(PAUSE_S)
         self.announce({"kind": "stop"})
+
+    def _turn(self, queue: PromptQueue) -> None:
+        """Wait for a prompt or a flag, and see to it."""
+        taken = queue.get(timeout=self._wait())
+        if self._stop.is_set():
+            return
+        if taken is not None:
+            self._work(queue, *taken)
+        self._obey_flags(queue)
+        self._collect_garbage()
 
     def stop(self) -> None:
         """End `run` after the prompt that is running; from any thread."""
@@ -119,13 +135,15 @@ class PromptWorker:
         _, prompt_id, prompt, extra_data, outputs = item[:5]
         self.executor.execute(prompt, prompt_id, extra_data, outputs)
 
-    def _work(self, item: QueueItem, task_id: int) -> None:
-        assert self.queue is not None
-        prompt_id = item[1]
+    def _work(self, queue: PromptQueue, item: QueueItem, task_id: int) -> None:
+        """Run a prompt and record how it ended, whatever happens: exactly once, and in its own name."""
+        prompt_id, executor = item[1], self.executor
         before = time.perf_counter()
-        self.executor.status_messages = []
-        self.server.last_prompt_id = prompt_id
+        executor.open(prompt_id, item[3])
         try:
+            restored = queue.restored(task_id)
+            if restored is not None:
+                item = asyncio.run(restart.check(item, restored))
             command: dict[str, Any] = {"kind": "prompt", "item": item}
             if self.lockstep.prepare():
                 command["reset"] = True
@@ -135,44 +153,86 @@ class PromptWorker:
         except BaseException as error:  # noqa: BLE001 - the queue must go on whatever happened to one prompt
             if ends_program(error):
                 raise
-            self.lockstep.refuse(prompt_id, error)
-            self.executor.refuse(prompt_id, item[3], error)
+            self._refuse(prompt_id, error)
         self._gc_due = True
-        executor = self.executor
-        status = ExecutionStatus(
-            status_str="success" if executor.success else "error",
-            completed=executor.success,
-            messages=list(executor.status_messages),
-        )
-        self.on_done(executor)
-        self.queue.task_done(task_id, executor.history_result, status)
-        if self.server.client_id is not None:
-            self.server.send_sync("executing", {"node": None, "prompt_id": prompt_id}, self.server.client_id)
-        logging.info("Prompt executed in %.2f seconds%s", time.perf_counter() - before, self.summary())
+        with _contained(f"what is called after prompt {prompt_id}"):
+            self.on_done(executor)
+        self._record(queue, task_id, prompt_id)
+        with _contained(f"the last message of prompt {prompt_id}"):
+            if self.server.client_id is not None:
+                self.server.send_sync("executing", {"node": None, "prompt_id": prompt_id}, self.server.client_id)
+        with _contained("the summary of a prompt"):
+            logging.info("Prompt executed in %.2f seconds%s", time.perf_counter() - before, self.summary())
 
-    def _obey_flags(self) -> None:
-        assert self.queue is not None
-        flags = self.queue.get_flags()
+    def _refuse(self, prompt_id: str, error: BaseException) -> None:
+        """End a prompt that failed outside of its nodes in an error, on all ranks; one that has ended stays as it is."""
+        if self._has_ended():
+            logging.error("prompt %s had ended when something failed", prompt_id, exc_info=error)
+            return
+        with _contained(f"telling the other ranks of prompt {prompt_id}'s failure"):
+            self.lockstep.refuse(prompt_id, error)
+        executor = self.executor
+        with _contained(f"reporting prompt {prompt_id}'s failure"):
+            executor.refuse(prompt_id, error)
+        if not self._has_ended():
+            executor.success = False
+            message: dict[str, Any] = {"prompt_id": prompt_id, "node_type": None, "executed": [], "current_outputs": []}
+            executor.add_message("execution_error", message | failure("", error, None) | {"node_id": None}, False)
+
+    def _has_ended(self) -> bool:
+        return any(event in _ENDINGS for event, _ in self.executor.status_messages)
+
+    def _record(self, queue: PromptQueue, task_id: int, prompt_id: str) -> None:
+        """Move a prompt to the history; one that cannot be kept there as it is, without its outputs."""
+        executor = self.executor
+        messages = list(executor.status_messages)
+        status = ExecutionStatus("success" if executor.success else "error", executor.success, messages)
+        try:
+            queue.task_done(task_id, executor.history_result, status)
+        except BaseException as error:  # noqa: BLE001 - a prompt that stays among the running ones never ends
+            if ends_program(error):
+                raise
+            logging.exception("what prompt %s returned cannot be kept in the history", prompt_id)
+            queue.give_up(task_id, error)
+
+    def _obey_flags(self, queue: PromptQueue) -> None:
+        flags = queue.get_flags()
         free_memory = bool(flags.get("free_memory", False))
         unload_models = bool(flags.get("unload_models", free_memory))
         if unload_models or free_memory:
-            self.announce({"kind": "free", "unload_models": unload_models, "free_memory": free_memory})
+            with _contained("telling the other ranks to free memory"):
+                self.announce({"kind": "free", "unload_models": unload_models, "free_memory": free_memory})
             self._free(unload_models, free_memory)
 
     def _free(self, unload_models: bool, free_memory: bool) -> None:
-        if unload_models:
-            comfy.model_management.unload_all_models()
-        if free_memory:
-            self.executor.reset()
+        """Unload models and forget results; what fails is logged, and the rest is done all the same."""
         self._gc_due = True
         self._last_gc = 0.0
+        if unload_models:
+            with _contained("unloading the models"):
+                comfy.model_management.unload_all_models()
+        if free_memory:
+            with _contained("forgetting results"):
+                self.executor.reset()
 
     def _collect_garbage(self) -> None:
         if self._gc_due and time.monotonic() - self._last_gc > GC_INTERVAL_S:
-            gc.collect()
-            comfy.model_management.soft_empty_cache()
             self._last_gc = time.monotonic()
             self._gc_due = False
+            with _contained("freeing memory"):
+                gc.collect()
+                comfy.model_management.soft_empty_cache()
+
+
+@contextmanager
+def _contained(what: str) -> Iterator[None]:
+    """What fails inside is logged as `what` and goes no further, except the end of the program."""
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001 - packs and the driver raise anything
+        if ends_program(error):
+            raise
+        logging.exception("%s failed; the server goes on", what)
 
 
 def _leave_with_the_others(*progress: Any, **where: Any) -> None:

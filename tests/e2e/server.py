@@ -68,6 +68,7 @@ class Server:
         flags: Sequence[str] = (),
         command: Sequence[str] | None = None,
         env: dict[str, str] | None = None,
+        persist: bool = False,
     ) -> None:
         self.base = base
         self.ranks = ranks
@@ -81,6 +82,7 @@ class Server:
                    "--temp-directory", os.path.join(self.record_folder, "temp")]  # fmt: skip
         own = ["--cpu", "--taco-ranks", str(ranks)] if ranks else ["--cpu"]
         port = [] if "--port" in flags else ["--port", "0"]
+        own += [] if persist else ["--no-persist"]  # servers that share a folder do not take each other's prompts
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         # Every process gets hash values of its own: what depends on the order of a set differs between ranks.
         environment |= {"PYTHONHASHSEED": "random", "TACO_TEST_RECORDS": self.record_folder, **(env or {})}

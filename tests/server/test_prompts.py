@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 
 import pytest
 from aiohttp import WSMsgType
 
+import execution
+from comfy_execution.prompt_store import open_store
 from server import BinaryEventTypes, PromptServer
 
 
@@ -192,7 +195,6 @@ def test_a_page_that_comes_back_replaces_its_old_connection(serve):
 
 
 def test_a_follower_has_the_same_shape_and_is_silent(folders):
-    import asyncio
 
     async def main():
         server = PromptServer(asyncio.get_running_loop(), listening=False)
@@ -213,7 +215,6 @@ def test_a_follower_has_the_same_shape_and_is_silent(folders):
 
 
 def test_listening_on_several_addresses(folders):
-    import asyncio
 
     import aiohttp
 
@@ -232,3 +233,81 @@ def test_listening_on_several_addresses(folders):
                 await other.start("127.0.0.1", server.port)
 
     asyncio.run(main())
+
+
+def test_an_id_is_accepted_once(serve):
+    async def body(api):
+        post = lambda: api.client.post("/prompt", json=echo(prompt_id="mine"))  # noqa: E731
+        answers = await asyncio.gather(*(post() for _ in range(6)))
+        assert sorted(answer.status for answer in answers) == [200] + [409] * 5
+        refused = next(answer for answer in answers if answer.status == 409)
+        problem = await refused.json()
+        assert problem["error"]["type"] == "duplicate_prompt_id" and "'mine'" in problem["error"]["message"]
+        assert problem["node_errors"] == {}
+        assert [item[1] for item in (await api.json("GET", "/queue"))["queue_pending"]] == ["mine"]
+        await api.json("POST", "/queue", json={"delete": ["mine"]})
+        await api.json("POST", "/prompt", json=echo(prompt_id="mine"))
+
+    serve(body, working=False)
+
+
+def test_an_id_in_the_history_is_not_accepted_again(serve):
+    async def body(api):
+        ws = await api.client.ws_connect("/ws?clientId=page")
+        await api.json("POST", "/prompt", json=echo(prompt_id="mine", client_id="page"))
+        await until(ws, "executing", node=None)
+        await api.json("POST", "/prompt", 409, json=echo(prompt_id="mine"))
+        await api.json("POST", "/history", json={"delete": ["mine"]})
+        await api.json("POST", "/prompt", json=echo(prompt_id="mine"))
+
+    serve(body)
+
+
+def test_a_prompt_nested_too_deeply_is_refused(serve):
+    def nested(levels):
+        return json.loads("[" * levels + "]" * levels)
+
+    async def body(api):
+        for more in ({"extra_data": {"x": nested(300)}}, {"prompt_id": "deep"}):
+            posted = echo(**more)
+            posted["prompt"]["1"]["inputs"]["odd"] = nested(20 if "extra_data" in more else 300)
+            answer = await api.json("POST", "/prompt", 400, json=posted)
+            assert "more than 200 levels" in answer["error"]["message"]
+        posted = echo(prompt_id="fine", extra_data={"x": nested(150)})
+        await api.json("POST", "/prompt", json=posted)
+        assert (await api.json("GET", "/queue"))["queue_pending"][0][1] == "fine"
+
+    serve(body, working=False)
+
+
+def test_history_and_jobs_outlive_the_process(serve, tmp_path):
+    path = str(tmp_path / "prompts.sqlite3")
+    seen = []
+
+    def stored(server):
+        server.prompt_queue = execution.PromptQueue(server, open_store(path))
+
+    async def look(api):
+        paths = ("/history", "/history?max_items=1", "/history/done", "/jobs?limit=9", "/jobs/done", "/jobs/waits")
+        seen.append([await api.json("GET", path) for path in paths])
+
+    async def first(api):
+        await api.json("POST", "/prompt", json=echo(prompt_id="done"))
+        taken, task_id = api.server.prompt_queue.get(0)
+        status = execution.ExecutionStatus("success", True, [("execution_success", {"timestamp": 5})])
+        api.server.prompt_queue.task_done(task_id, {"outputs": {"1": {"value": [1]}}, "meta": {}}, status)
+        await api.json("POST", "/prompt", json=echo(prompt_id="waits"))
+        await look(api)
+        assert api.server.number == 2
+        api.server.prompt_queue.close()
+
+    async def second(api):
+        await look(api)
+        assert seen[0] == seen[1] and seen[0][2]["done"]["outputs"] == {"1": {"value": [1]}}
+        answer = await api.json("POST", "/prompt", json=echo())
+        assert answer["number"] == 2
+        assert [item[0] for item in (await api.json("GET", "/queue"))["queue_pending"]] == [1, 2]
+        api.server.prompt_queue.close()
+
+    serve(first, before=stored, working=False)
+    serve(second, before=stored, working=False)
