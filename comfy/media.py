@@ -13,14 +13,15 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import struct
 from collections.abc import Iterator
 from typing import IO, Any
 
 from comfy.cli_args import args
 
-# MPO is what many cameras write as .jpg; HEIF is there when a package for it is installed
-PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "QOI", "ICO", "HEIF")
+# JPEG includes MPO, which many cameras write as .jpg; HEIF is there when a package for it is installed
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "QOI", "ICO", "HEIF")
 # FFmpeg's names of demuxers, none of which opens a further file
 CONTAINER_FORMATS = (
     "mov", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "h264", "hevc", "flv", "asf", "ogg", "wav", "w64", "flac",
@@ -52,7 +53,7 @@ def check_size(name: str, width: int, height: int) -> None:
     """Raises MediaError for a picture of more pixels than --max-image-pixels."""
     if width * height > args.max_image_pixels:
         raise MediaError(
-            f"{name} is {width} x {height}, which is more than {args.max_image_pixels} pixels; use a smaller one, or start "
+            f"{name} declares {width} x {height}, more than {args.max_image_pixels} pixels; use a smaller one, or start "
             "with a higher --max-image-pixels"
         )
 
@@ -105,8 +106,10 @@ def _opened(stream: IO[bytes], name: str) -> Any:
     except UnidentifiedImageError:
         raise MediaError(f"{name} is not a picture of a format that is opened ({', '.join(formats)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        pixels = re.search(r"\d+", str(error))
         raise MediaError(
-            f"{name} is too large ({error}); use a smaller one, or start with a higher --max-image-pixels"
+            f"{name} declares {pixels[0] if pixels else 'too many'} pixels, more than {args.max_image_pixels}; use a smaller "
+            "one, or start with a higher --max-image-pixels"
         ) from None
 
 

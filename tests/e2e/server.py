@@ -81,7 +81,7 @@ class Server:
                    "--temp-directory", os.path.join(self.record_folder, "temp")]  # fmt: skip
         own = ["--cpu", "--taco-ranks", str(ranks)] if ranks else ["--cpu"]
         port = [] if "--port" in flags else ["--port", "0"]
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "TACO_TOKEN")}
         # Every process gets hash values of its own: what depends on the order of a set differs between ranks.
         environment |= {"PYTHONHASHSEED": "random", "TACO_TEST_RECORDS": self.record_folder, **(env or {})}
         self.process = subprocess.Popen(
