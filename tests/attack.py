@@ -376,10 +376,8 @@ def bad_picture(name: str, make: Callable[[], bytes]) -> Callable[[Target], None
             status, _, content = target.send("GET", f"/view?{query}{more}")
             refuse(status == 400, f"GET /view{more} is answered with {status}")
         problem = target.run(_load(f"{FOLDER}/{stored} [temp]"))
-        refuse(
-            "--max-image" in problem or "not a picture of a format" in problem,
-            f"LoadImage: {problem[:200] or 'opens it'}",
-        )
+        known = ("--max-image", "not a picture of a format", "decompression bomb")
+        refuse(any(words in problem for words in known), f"LoadImage: {problem[:200] or 'opens it'}")
 
     return attack
 
@@ -453,7 +451,8 @@ def scratch(ranks: int) -> Iterator[Target]:
 
 
 def attack(target: Target, short: bool, say: Callable[[str], None] = print) -> list[str]:
-    """Try everything; the attacks that were not refused."""
+    """Try everything; the attacks that were not refused. Raises OSError or RuntimeError when the server does not answer."""
+    target.json("GET", "/prompt")
     through = []
     for name, run in attacks(short).items():
         try:
@@ -474,7 +473,12 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2, help="ranks of the scratch server")
     options = parser.parse_args()
     if options.url:
-        through = attack(Target(options.url, os.environ.get("TACO_TOKEN", "").strip()), options.short)
+        try:
+            through = attack(Target(options.url, os.environ.get("TACO_TOKEN", "").strip()), options.short)
+        except (OSError, RuntimeError) as error:
+            parser.error(
+                f"{options.url} does not answer as it should ({error}); is it running, is its token in TACO_TOKEN?"
+            )
     else:
         with scratch(options.ranks) as target:
             through = attack(target, options.short)
