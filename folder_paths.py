@@ -209,13 +209,30 @@ def _inside(root: str, name: str) -> str:
     return path
 
 
+def _without_links(path: str, root: str) -> str:
+    """`path`, which lies below `root`. Raises ValueError when a symbolic link leads out of input, output and temp.
+
+    The folders themselves may be links.
+    """
+    real = os.path.realpath(path)
+    roots = {root, get_input_directory(), get_output_directory(), get_temp_directory()}
+    for top in map(os.path.realpath, roots):
+        if real == top or real.startswith(top.rstrip(os.sep) + os.sep):
+            return path
+    raise ValueError(
+        f"{os.path.relpath(path, root)!r} is, or lies behind, a symbolic link out of {os.path.basename(root)!r}; put the file "
+        "itself there, or make the folder itself the link"
+    )
+
+
 def get_annotated_filepath(name: str, default_dir: str | None = None) -> str:
     """Full path of an annotated name; without an annotation it lies in `default_dir` or else in the input directory.
 
-    Raises ValueError when the name points outside that directory.
+    Raises ValueError when the name points outside that directory, also by a symbolic link.
     """
     bare, directory = annotated_filepath(name)
-    return _inside(directory or default_dir or get_input_directory(), bare)
+    root = directory or default_dir or get_input_directory()
+    return _without_links(_inside(root, bare), root)
 
 
 def exists_annotated_filepath(name: str) -> bool:
@@ -429,7 +446,7 @@ def get_save_image_path(
         filename_prefix = _fill_placeholders(filename_prefix, image_width, image_height)
     subfolder, filename = os.path.split(os.path.normpath(filename_prefix))
     try:
-        folder = _inside(output_dir, subfolder)
+        folder = _without_links(_inside(output_dir, subfolder), output_dir)
     except ValueError:
         raise ValueError(
             f"filename_prefix {filename_prefix!r} leads outside the output folder; use a name or sub-folder inside it"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import socket
 import ssl
 import uuid
@@ -18,8 +19,10 @@ from typing import Any, ClassVar
 
 from aiohttp import WSMsgType, web
 
-from app import messages as frames
+import folder_paths
 from app import (
+    access,
+    auth,
     routes_files,
     routes_info,
     routes_internal,
@@ -28,16 +31,12 @@ from app import (
     routes_taco_dit,
     static_files,
 )
+from app import messages as frames
+from app.connections import Runner, request_limits
 from app.custom_node_manager import CustomNodeManager
 from app.frontend_management import frontend_folder
 from app.messages import BinaryEventTypes
-from app.middlewares import (
-    cache_control,
-    clear_errors,
-    compress_body,
-    create_cors_middleware,
-    create_origin_only_middleware,
-)
+from app.middlewares import clear_errors, compress_body, create_cache_middleware
 from app.pages import PageQueue
 from app.responses import dumps
 from app.user_manager import UserManager
@@ -96,15 +95,22 @@ class PromptServer:
         self._internal = routes_internal.internal_routes(self)
         self._add_core_routes()
 
-    @staticmethod
-    def _middlewares() -> list[Any]:
-        chosen: list[Any] = [cache_control, clear_errors]
+    def _middlewares(self) -> list[Any]:
+        """What every request passes, the first one first."""
+        if not self.listening:
+            return []
+        token = auth.chosen_token(args, os.environ)
+        chosen: list[Any] = [request_limits, create_cache_middleware(private=bool(token)), clear_errors]
         if args.enable_compress_response_body:
             chosen.append(compress_body)
+        chosen.append(access.create_host_middleware(access.allowed_hosts(args)))
         if args.enable_cors_header:
-            chosen.append(create_cors_middleware(args.enable_cors_header))
+            chosen.append(access.create_cors_middleware(args.enable_cors_header))
         else:
-            chosen.append(create_origin_only_middleware())
+            chosen.append(access.create_origin_middleware())
+        if token:
+            key = auth.page_key(folder_paths.get_user_directory())
+            chosen.append(auth.create_token_middleware(auth.TokenCheck(token, key)))
         return chosen
 
     def _add_core_routes(self) -> None:
@@ -273,7 +279,7 @@ class PromptServer:
         """
         if not self.listening:
             raise RuntimeError("only rank 0 listens; this server was created with listening=False")
-        runner = web.AppRunner(self.app, access_log=None)
+        runner = Runner(self.app, access_log=None)
         await runner.setup()
         context = _tls_context()
         scheme = "https" if context else "http"

@@ -15,7 +15,12 @@ case " $* " in
   *" --listen "* | *" --listen="*) ;;
   *)
     if [ "$listen" = 0.0.0.0 ]; then
-      echo "TACO-DiT: listening on all addresses: anyone on your network can use this server; TACO_LISTEN=127.0.0.1 restricts it to this machine"
+      if [ -n "${TACO_TOKEN:-}" ] || [[ " $* " == *" --auth-token"* ]]; then
+        echo "TACO-DiT: listening on all addresses, to those who know the token; TACO_LISTEN=127.0.0.1 restricts it to this machine"
+      else
+        echo "TACO-DiT: listening on all addresses: anyone on your network can use this server; TACO_LISTEN=127.0.0.1 restricts it to this machine"
+        echo "TACO-DiT: to set a password: export TACO_TOKEN=\$(openssl rand -hex 16); echo \$TACO_TOKEN; and start again"
+      fi
     fi
     set -- --listen "$listen" "$@"
     ;;

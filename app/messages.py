@@ -6,11 +6,11 @@ A binary frame is a 4-byte big-endian event number and its payload.
 from __future__ import annotations
 
 import io
-import json
 import struct
 from typing import Any
 
 from comfy_execution.message_types import BinaryEventTypes
+from utils.json_text import dumps
 
 _IMAGE_NUMBERS = {"JPEG": 1, "PNG": 2}
 
@@ -43,7 +43,7 @@ def image_frame(preview: tuple[str, Any, int | None]) -> bytes:
 def image_with_metadata_frame(preview: tuple[str, Any, int | None], metadata: dict[str, Any]) -> bytes:
     """Event 4: length of the metadata, the metadata as JSON (with `image_type`), then the file."""
     form, data = encoded_image(preview)
-    text = json.dumps({**metadata, "image_type": f"image/{form.lower()}"}).encode("utf-8")
+    text = dumps({**metadata, "image_type": f"image/{form.lower()}"}).encode("utf-8")
     return frame(BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA, struct.pack(">I", len(text)) + text + data)
 
 

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 
-# shown as text or downloaded, never run by the browser in our origin
-_ACTIVE_TYPES = {
-    "text/html",
-    "text/html-sandboxed",
-    "application/xhtml+xml",
-    "text/javascript",
-    "application/javascript",
-    "application/x-javascript",
-    "text/css",
-    "image/svg+xml",
-    "text/xml",
-    "application/xml",
-}
+# what a browser shows without running anything of it in our origin; all else is downloaded (pages, scripts, SVG and other
+# XML, PDF, saved pages)
+_PASSIVE_KINDS = ("image/", "audio/", "video/", "model/")
+_PASSIVE_TYPES = ("text/plain", "application/json")
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
 
@@ -25,10 +17,11 @@ class UnsafePath(ValueError):
     """A requested path lies outside its directory."""
 
 
-def inside(root: str, *parts: str) -> str:
-    """Absolute path of `parts` joined below `root`.
+def inside(root: str, *parts: str, also: Iterable[str] = ()) -> str:
+    """Absolute path of `parts` joined below `root`, which may itself be a symbolic link.
 
-    Raises UnsafePath for `..`, absolute, drive and UNC paths, for NUL bytes, and when a symbolic link leads outside.
+    Raises UnsafePath for `..`, absolute, drive and UNC paths, for NUL bytes, and when a symbolic link leads out of `root`
+    and of the folders in `also`.
     """
     for part in parts:
         if "\0" in part or part.startswith(("/", "\\")) or _DRIVE.match(part):
@@ -36,11 +29,11 @@ def inside(root: str, *parts: str) -> str:
         if ".." in re.split(r"[\\/]", part):
             raise UnsafePath(f"{part!r} leads outside the folder")
     path = os.path.abspath(os.path.join(root, *parts))
-    real_root = os.path.realpath(root)
     real = os.path.realpath(path)
-    if real != real_root and not real.startswith(real_root.rstrip(os.sep) + os.sep):
-        raise UnsafePath("the path leads outside the folder")
-    return path
+    for top in map(os.path.realpath, (root, *also)):
+        if real == top or real.startswith(top.rstrip(os.sep) + os.sep):
+            return path
+    raise UnsafePath("the path leads outside the folder")
 
 
 def plain_name(name: str) -> str:
@@ -54,7 +47,8 @@ def plain_name(name: str) -> str:
 def served_type(content_type: str) -> str:
     """The content type to serve a user's file with."""
     bare = content_type.split(";")[0].strip().lower()
-    return "application/octet-stream" if bare in _ACTIVE_TYPES or bare.endswith("+xml") else content_type
+    passive = bare in _PASSIVE_TYPES or bare.startswith(_PASSIVE_KINDS) and not bare.endswith(("+xml", "/xml"))
+    return content_type if passive else "application/octet-stream"
 
 
 def disposition(content_type: str, name: str) -> str:

@@ -15,6 +15,19 @@ from app.responses import json_response
 from comfy_api import feature_flags
 from comfyui_version import __version__
 
+_TOKEN_FLAG = "--auth-token"
+_LARGEST = sys.float_info.max
+
+
+def _without_token(argv: list[str]) -> list[str]:
+    """A command line as it may be shown."""
+    shown = []
+    for position, word in enumerate(argv):
+        if position and argv[position - 1] == _TOKEN_FLAG:
+            word = "..."
+        shown.append(_TOKEN_FLAG + "=..." if word.startswith(_TOKEN_FLAG + "=") else word)
+    return shown
+
 
 def system_stats() -> dict[str, Any]:
     """Machine and first device; sizes in bytes."""
@@ -36,7 +49,7 @@ def system_stats() -> dict[str, Any]:
             "python_version": sys.version,
             "pytorch_version": str(torch.__version__),
             "embedded_python": os.path.split(os.path.split(sys.executable)[0])[1] == "python_embeded",
-            "argv": sys.argv,
+            "argv": _without_token(sys.argv),
         },
         "devices": [
             {
@@ -77,14 +90,15 @@ def add_routes(routes: web.RouteTableDef, server: Any) -> None:
 
     @routes.get("/object_info")
     async def object_info(request: web.Request) -> web.Response:
-        return json_response(all_node_info())
+        # a limit may be infinite; the page takes numbers only
+        return json_response(all_node_info(), infinity=_LARGEST)
 
     @routes.get("/object_info/{node_class}")
     async def object_info_node(request: web.Request) -> web.Response:
         import nodes
 
         name = request.match_info["node_class"]
-        return json_response({name: node_info(name)} if name in nodes.NODE_CLASS_MAPPINGS else {})
+        return json_response({name: node_info(name)} if name in nodes.NODE_CLASS_MAPPINGS else {}, infinity=_LARGEST)
 
     @routes.get("/system_stats")
     async def get_system_stats(request: web.Request) -> web.Response:

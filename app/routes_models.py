@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import os
 import struct
 from typing import Any
@@ -15,6 +16,7 @@ from aiohttp import web
 import folder_paths
 from app.paths import UnsafePath, inside
 from app.responses import json_response
+from comfy import media
 
 _MAX_HEADER = 100 * 1024 * 1024
 _HIDDEN_KINDS = ("configs", "custom_nodes")
@@ -65,24 +67,27 @@ def _described(kind: str) -> list[dict[str, Any]]:
 
 
 def _preview(path: str) -> bytes | None:
-    """webp of the picture next to a model file or inside its metadata; None when there is none."""
-    from PIL import Image
+    """webp of the picture next to a model file or inside its metadata; None when there is none that can be shown."""
+    try:
+        return _found_preview(path)
+    except (ValueError, OSError, TypeError, SyntaxError) as error:
+        logging.info("no preview of %s: %s", os.path.basename(path), error)
+        return None
 
+
+def _found_preview(path: str) -> bytes | None:
     stem = os.path.splitext(path)[0]
     for extension in _PREVIEW_EXTENSIONS:
         for candidate in (stem + ".preview" + extension, stem + extension):
             if os.path.isfile(candidate):
-                with Image.open(candidate) as image:
+                with media.open_picture(candidate) as image:
                     return _webp(image)
     covers = ((safetensors_header(path) or {}).get("__metadata__") or {}).get("ssmd_cover_images")
-    try:
-        pictures = json.loads(covers) if covers else []
-        if pictures:
-            with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as image:
-                return _webp(image)
-    except (ValueError, OSError, TypeError):
+    pictures = json.loads(covers) if covers else []
+    if not pictures:
         return None
-    return None
+    with media.open_picture(io.BytesIO(base64.b64decode(pictures[0])), "the cover image") as image:
+        return _webp(image)
 
 
 def _webp(image: Any) -> bytes:

@@ -23,11 +23,13 @@ def run_rank(args: argparse.Namespace, root: str) -> int:
     Raises ConfigError for a configuration that does not fit the ranks.
     """
     from app.prestartup import run_prestartup_scripts
+    from comfy import media
     from comfy.taco_dit.core.distributed_manager import RankInfo
 
     info = RankInfo.from_environment(os.environ)
     _set_up_logging(args, info.rank)
     _apply_directories(args, root)
+    media.configure()
     run_prestartup_scripts(args)
     runtime = _make_runtime(args, root, info)
     if info.rank == 0:

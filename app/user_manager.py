@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import mimetypes
 import os
 import re
@@ -16,7 +16,10 @@ from aiohttp import web
 import folder_paths
 from app.app_settings import AppSettings
 from app.paths import UnsafePath, inside, served_type
-from app.responses import json_object, json_response
+from app.responses import json_object, json_response, storage_error
+from app.uploads import body_parts, max_size, store
+from utils import atomic_files, json_text
+from utils.atomic_files import Unfinished, rename_to_free
 
 DEFAULT_USER = "default"
 
@@ -39,16 +42,21 @@ class UserManager:
         self.settings = AppSettings(self)
         self.users: dict[str, str] = {}
         self.multi_user = False
+        self._adding = asyncio.Lock()
 
     def start(self, multi_user: bool) -> None:
         """Read the list of users; needs the user directory to be set."""
         self.multi_user = multi_user
+        if multi_user:
+            logging.warning(
+                "--multi-user separates folders, not people: anyone who can use this server can name any user and read and "
+                "change that user's files"
+            )
         os.makedirs(folder_paths.get_user_directory(), exist_ok=True)
         if not multi_user:
             self.users = {DEFAULT_USER: DEFAULT_USER}
         elif os.path.isfile(self.get_users_file()):
-            with open(self.get_users_file(), encoding="utf-8") as stream:
-                self.users = json.load(stream)
+            self.users = _read_users(self.get_users_file())
 
     def get_users_file(self) -> str:
         return os.path.join(folder_paths.get_user_directory(), "users.json")
@@ -79,14 +87,14 @@ class UserManager:
         return path
 
     def add_user(self, name: str) -> str:
-        """Register a user; returns the new id. Raises ValueError when the name says nothing."""
+        """Register a user; returns the new id. Raises ValueError when the name says nothing, OSError (see `write`)."""
         name = name.strip()
         if not name:
             raise ValueError("username not provided")
         user_id = f"{re.sub('[^a-zA-Z0-9-_]+', '-', name)}_{uuid.uuid4()}"
-        self.users[user_id] = name
-        with open(self.get_users_file(), "w", encoding="utf-8") as stream:
-            json.dump(self.users, stream)
+        users = {**self.users, user_id: name}
+        atomic_files.write(self.get_users_file(), json_text.dumps(users))
+        self.users = users
         return user_id
 
     # ---- routes ----------------------------------------------------------------------------------------------------
@@ -104,7 +112,10 @@ class UserManager:
         name = request.match_info.get(param)
         if not name:
             raise web.HTTPBadRequest()
-        path = self.get_request_user_filepath(request, name, create_dir=create_dir)
+        try:
+            path = self.get_request_user_filepath(request, name, create_dir=create_dir)
+        except OSError as error:
+            raise storage_error(error, name[:200]) from None
         if path is None:
             raise web.HTTPForbidden()
         if must_exist and not os.path.exists(path):
@@ -129,12 +140,15 @@ class UserManager:
         async def post_users(request: web.Request) -> web.Response:
             body = await json_object(request)
             name = str(body.get("username", ""))
-            if name in self.users.values():
-                return json_response({"error": "Duplicate username."}, 400)
-            try:
-                return json_response(self.add_user(name))
-            except ValueError as error:
-                return json_response({"error": str(error)}, 400)
+            async with self._adding:
+                if name in self.users.values():
+                    return json_response({"error": "Duplicate username."}, 400)
+                try:
+                    return json_response(await asyncio.to_thread(self.add_user, name))
+                except ValueError as error:
+                    return json_response({"error": str(error)}, 400)
+                except OSError as error:
+                    raise storage_error(error, "the list of users") from None
 
     def _add_lists(self, routes: web.RouteTableDef) -> None:
         @routes.get("/userdata")
@@ -177,8 +191,12 @@ class UserManager:
                 return json_response(file_info(path, root))
             return json_response(os.path.relpath(path, root).replace(os.sep, "/"))
 
+        def replaces(request: web.Request) -> bool:
+            """Whether a file that is there may be replaced."""
+            return request.query.get("overwrite") != "false"
+
         def refuse_overwriting(request: web.Request, path: str) -> None:
-            if request.query.get("overwrite") == "false" and os.path.exists(path):
+            if not replaces(request) and os.path.exists(path):
                 raise web.HTTPConflict(text="File already exists")
 
         @routes.get("/userdata/{file}")
@@ -194,16 +212,23 @@ class UserManager:
         async def post_userdata(request: web.Request) -> web.Response:
             path = self._file(request, "file", must_exist=False, create_dir=True)
             refuse_overwriting(request, path)
-            body = await request.read()
             try:
-                await asyncio.to_thread(_write, path, body)
+                with Unfinished(os.path.dirname(path)) as file:
+                    await store(body_parts(request), file, max_size(request))
+                    await asyncio.to_thread(file.finish, path, replaces(request))
+                return answer(request, path)
+            except FileExistsError:
+                raise web.HTTPConflict(text="File already exists") from None
             except OSError as error:
-                return web.Response(status=400, reason="Invalid filename", text=f"cannot be written: {error.strerror}")
-            return answer(request, path)
+                raise storage_error(error, os.path.basename(path)) from None
 
         @routes.delete("/userdata/{file}")
         async def delete_userdata(request: web.Request) -> web.Response:
-            os.remove(self._file(request, "file", must_exist=True))
+            path = self._file(request, "file", must_exist=True)
+            try:
+                os.remove(path)
+            except OSError as error:
+                raise web.HTTPBadRequest(text=f"{os.path.basename(path)} cannot be deleted: {error.strerror}") from None
             return web.Response(status=204)
 
         @routes.post("/userdata/{file}/move/{dest}")
@@ -211,13 +236,28 @@ class UserManager:
             source = self._file(request, "file", must_exist=True)
             target = self._file(request, "dest", must_exist=False, create_dir=True)
             refuse_overwriting(request, target)
-            os.replace(source, target)
+            try:
+                if replaces(request) or os.path.isdir(source):
+                    os.replace(source, target)
+                else:
+                    rename_to_free(source, target)
+            except FileExistsError:
+                raise web.HTTPConflict(text="File already exists") from None
+            except OSError as error:
+                raise storage_error(error, os.path.basename(target)) from None
             return answer(request, target)
 
 
-def _write(path: str, body: bytes) -> None:
-    with open(path, "wb") as stream:
-        stream.write(body)
+def _read_users(path: str) -> dict[str, str]:
+    """Users by id. Raises ValueError naming the file when it is damaged: starting without it would lose its users."""
+    with open(path, encoding="utf-8") as stream:
+        try:
+            users = json_text.loads(stream.read())
+            if not isinstance(users, dict):
+                raise ValueError(f"it holds {type(users).__name__}, not an object")
+        except ValueError as error:
+            raise ValueError(f"the list of users {path} is damaged ({error}); repair it or move it away") from None
+    return users
 
 
 def _listed(path: str, recurse: bool, full_info: bool, split: bool) -> list[Any]:

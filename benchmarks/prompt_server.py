@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from app.auth import authorization
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 START_S = 180.0
 PROMPT_S = 600.0
@@ -76,7 +78,7 @@ class BenchmarkServer:
     def content(self, path: str, body: Any = None, timeout: float = 30.0) -> bytes:
         """Content of a GET, or of a POST when there is a body."""
         data = None if body is None else json.dumps(body).encode()
-        call = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=data)
+        call = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=data, headers=authorization())
         call.add_header("Content-Type", "application/json")
         with urllib.request.urlopen(call, timeout=timeout) as answer:
             return bytes(answer.read())

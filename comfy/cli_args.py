@@ -90,6 +90,17 @@ def positive(text: str) -> int:
     return value
 
 
+def gibibytes(text: str) -> float:
+    """A size in GiB above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a size in GiB above 0")
+    return value
+
+
 FRONT_END_DEFAULT = "comfyanonymous/ComfyUI@latest"
 
 # (flags, keywords) by topic; a topic whose name begins with "one:" lists flags that exclude each other.
@@ -124,7 +135,8 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "front end": [
         ("--front-end-version", {"default": FRONT_END_DEFAULT, "help": "without effect: the installed package is used"}),
         ("--front-end-root", {"type": page_directory, "help": "serve the page from this folder"}),
-        ("--multi-user", {"action": "store_true", "help": "keep settings per user"}),
+        ("--multi-user", {"action": "store_true", "help": "a folder of files and settings per user; it separates folders, "
+                                                     "not people: anyone may name any user"}),
         ("--preview-method", {"type": LatentPreviewMethod, "action": EnumAction,
                               "default": LatentPreviewMethod.NoPreviews, "help": "previews while sampling"}),
         ("--preview-size", {"type": int, "default": 512, "help": "largest side of previews in pixels"}),
@@ -228,6 +240,18 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--taco-config", {"metavar": "FILE", "help": "configuration; default: taco_dit_config.yaml"}),
         ("--disable-taco-dit", {"action": "store_true", "help": "one rank, no parallelism"}),
         ("--no-demo", {"action": "store_true", "help": "without the demo model, its workflows and the first screen"}),
+        ("--allowed-hosts", {"metavar": "NAME[,NAME...]", "default": "",
+                             "help": "further names this server is reached by, for example a proxy's; *: any"}),
+        ("--auth-token", {"metavar": "TOKEN", "help": "password of the server; rather set TACO_TOKEN, which others cannot "
+                                                      "read in the list of processes"}),
+        ("--max-image-pixels", {"type": positive, "default": 178_956_970, "metavar": "N",
+                                "help": "largest picture, or frame of a video, that is opened, in pixels"}),
+        ("--max-image-frames", {"type": positive, "default": 4096, "metavar": "N",
+                                "help": "most frames of a moving picture that is opened"}),
+        ("--max-image-gib", {"type": gibibytes, "default": 4.0, "metavar": "GIB",
+                             "help": "most memory that the frames of one picture may take"}),
+        ("--max-video-gib", {"type": gibibytes, "metavar": "GIB",
+                             "help": "most memory that one video or sound may take; default: a quarter of the machine's"}),
     ],
 }  # fmt: skip
 

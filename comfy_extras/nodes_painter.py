@@ -60,7 +60,8 @@ class Painter(io.ComfyNode):
         height, width = below.shape[1:3]
         if not mask.strip():
             return io.NodeOutput(below, torch.zeros(1, height, width))
-        levels = np.array(open_picture(mask).convert("RGBA"), dtype=np.float32) / 255.0
+        with open_picture(mask) as picture:
+            levels = np.array(picture.convert("RGBA"), dtype=np.float32) / 255.0
         drawing = torch.from_numpy(levels)[None].movedim(-1, 1)
         if drawing.shape[-2:] != (height, width):
             drawing = comfy.utils.common_upscale(drawing, width, height, "bilinear", "disabled")

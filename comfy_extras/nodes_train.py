@@ -13,6 +13,7 @@ import comfy.lora_convert
 import comfy.sd
 import comfy.utils
 import folder_paths
+from comfy import media
 from comfy.lora_training import LOSSES, OPTIMIZERS, TrainingSettings, train
 from comfy.taco_dit import runtime
 from comfy.weight_adapter import adapter_maps
@@ -40,7 +41,10 @@ def _repeats(folder: str) -> int:
 
 
 def picture_paths(folder: str) -> list[str]:
-    """Pictures of a folder and of the folders in it, with repeats. Raises ValueError when there is none."""
+    """Pictures of a folder and of the folders in it, with repeats; links that lead out of it are left out.
+
+    Raises ValueError when there is none.
+    """
     found = []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -49,6 +53,8 @@ def picture_paths(folder: str) -> list[str]:
                 found += [os.path.join(entry.path, file) for file in inside] * _repeats(entry.path)
             elif entry.name.lower().endswith(PICTURES):
                 found.append(entry.path)
+    top = os.path.join(os.path.realpath(folder), "")
+    found = [path for path in found if os.path.realpath(path).startswith(top)]
     if not found:
         raise ValueError(f"{folder} holds no picture ({', '.join(PICTURES)}); put some there")
     return found
@@ -66,11 +72,12 @@ def _fitted(picture: Any, size: tuple[int, int], method: str) -> Any:
 
 def load_pictures(paths: list[str], method: str, size: tuple[int, int] | None = None) -> torch.Tensor:
     """[B, H, W, 3], all of `size` or else of the first one's. Raises ValueError if sizes differ with method None."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     pictures = []
     for path in paths:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        with media.open_picture(path) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
         size = size or picture.size
         if picture.size != size:
             if method == "None":
@@ -98,8 +105,7 @@ class LoadImageSetFromFolderNode:
     DESCRIPTION = "Loads a batch of images from a directory for training."
 
     def load_images(self, folder: str, resize_method: str = "None"):
-        path = os.path.join(folder_paths.get_input_directory(), folder)
-        return (load_pictures(picture_paths(path), resize_method),)
+        return (load_pictures(picture_paths(folder_paths.get_annotated_filepath(folder)), resize_method),)
 
 
 class LoadImageTextSetFromFolderNode:
@@ -127,7 +133,7 @@ class LoadImageTextSetFromFolderNode:
     def load_images(self, folder: str, clip: Any, resize_method: str = "None", width: int = -1, height: int = -1):
         """A text beside each picture, in a file of the same name ending in .txt, else none."""
         need_clip(clip)
-        paths = picture_paths(os.path.join(folder_paths.get_input_directory(), folder))
+        paths = picture_paths(folder_paths.get_annotated_filepath(folder))
         size = (width, height) if width > 0 and height > 0 else None
         images = load_pictures(paths, resize_method, size)
         conditionings = []

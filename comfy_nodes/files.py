@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 import comfy.utils
 import folder_paths
 import node_helpers
-from comfy import accounting
+from comfy import accounting, media
 from comfy_execution import writers
+from utils import atomic_files, json_text
 
 # formats whose further frames are not a sequence of pictures
 SINGLE_FRAME_FORMATS = ("MPO",)
@@ -34,22 +35,24 @@ def file_digest(path: str) -> str:
 def input_files(content_types: list[Any] | None = None, extension: str = "") -> list[str]:
     """Names of the files (not folders) in the input directory, sorted."""
     root = folder_paths.get_input_directory()
-    names = (
-        [name for name in os.listdir(root) if os.path.isfile(os.path.join(root, name))] if os.path.isdir(root) else []
-    )
+    names = os.listdir(root) if os.path.isdir(root) else []
+    names = [
+        name for name in names if not name.startswith(atomic_files.PREFIX) and os.path.isfile(os.path.join(root, name))
+    ]
     if content_types:
         names = folder_paths.filter_files_content_types(names, content_types)
     return sorted(name for name in names if name.endswith(extension))
 
 
-def open_picture(name: str) -> Any:
-    """The Pillow image of an annotated name. Raises FileNotFoundError with the name when there is none."""
-    from PIL import Image
+def open_picture(name: str) -> AbstractContextManager[Any]:
+    """`with open_picture(name) as picture`: the Pillow image of an annotated name, within the limits of `media`.
 
+    Raises FileNotFoundError with the name when there is none, ValueError when it lies outside its folder.
+    """
     path = folder_paths.get_annotated_filepath(name)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"Invalid image file: {name} is not in the input folder; upload it or choose another")
-    return node_helpers.pillow(Image.open, path)
+    return media.open_picture(path, name)
 
 
 def _upright(frame: Any) -> Any:
@@ -86,18 +89,18 @@ class LoadImage:
         """All frames of the size of the first one, and their transparency."""
         from PIL import ImageSequence
 
-        picture = open_picture(image)
         frames, masks = [], []
         size: tuple[int, int] | None = None
-        for frame in ImageSequence.Iterator(picture):
-            frame = _upright(frame)
-            size = size or frame.size
-            if frame.size != size:
-                continue
-            frames.append(_floats(frame.convert("RGB")))
-            masks.append(_transparency(frame))
-            if picture.format in SINGLE_FRAME_FORMATS:
-                break
+        with open_picture(image) as picture:
+            for frame in ImageSequence.Iterator(picture):
+                frame = _upright(frame)
+                size = size or frame.size
+                if frame.size != size:
+                    continue
+                frames.append(_floats(frame.convert("RGB")))
+                masks.append(_transparency(frame))
+                if picture.format in SINGLE_FRAME_FORMATS:
+                    break
         return (torch.stack(frames), torch.stack(masks))
 
     @classmethod
@@ -127,7 +130,9 @@ class LoadImageMask:
 
     def load_image(self, image: str, channel: str):
         """One channel as mask [1, H, W]; alpha is inverted: transparent is 1."""
-        picture = _upright(open_picture(image))
+        with open_picture(image) as opened:
+            picture = _upright(opened)
+            picture.load()
         band = channel[0].upper()
         if picture.getbands() != ("R", "G", "B", "A"):
             opaque = band == "A" and "A" not in picture.getbands() and "transparency" not in picture.info
@@ -164,8 +169,8 @@ def metadata_texts(prompt: Any, extra_pnginfo: Any) -> dict[str, str]:
 
     if args.disable_metadata:
         return {}
-    texts = {} if prompt is None else {"prompt": json.dumps(prompt)}
-    texts.update({key: json.dumps(value) for key, value in (extra_pnginfo or {}).items()})
+    texts = {} if prompt is None else {"prompt": json_text.dumps(prompt)}
+    texts.update({key: json_text.dumps(value) for key, value in (extra_pnginfo or {}).items()})
     return texts
 
 

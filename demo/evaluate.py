@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from app.auth import authorization
 from demo import networks
 from demo.judge import Verdict, judge
 from demo.scenes import Spec, caption, held_out_specs
@@ -103,13 +104,14 @@ def through_server(address: str) -> Draw:
 
     def get(path: str, **query: str) -> bytes:
         url = f"{address.rstrip('/')}/{path}" + ("?" + urllib.parse.urlencode(query) if query else "")
-        with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as answer:
+        call = urllib.request.Request(url, headers=authorization())
+        with urllib.request.urlopen(call, timeout=_ANSWER_SECONDS) as answer:
             return bytes(answer.read())
 
     def draw(prompt: Workflow) -> np.ndarray:
         body = json.dumps({"prompt": prompt, "client_id": client}).encode()
         request = urllib.request.Request(
-            f"{address.rstrip('/')}/prompt", body, headers={"Content-Type": "application/json"}
+            f"{address.rstrip('/')}/prompt", body, headers={"Content-Type": "application/json", **authorization()}
         )
         try:
             with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:

@@ -65,9 +65,9 @@ class VideoInput(ABC):
 
     def get_container_format(self) -> str:
         """Name of the container, as in the file's header."""
-        import av
+        from comfy import media
 
-        with av.open(self.get_stream_source(), mode="r") as container:
+        with media.open_container(self.get_stream_source()) as container:
             return container.format.name
 
 

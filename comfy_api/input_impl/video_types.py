@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from comfy import media
 from comfy_api.input import VideoInput
+from comfy_api.latest._audio import sound_bytes
 from comfy_api.util import VideoCodec, VideoComponents, VideoContainer
 
 H264_CRF = "23"
@@ -35,9 +37,7 @@ class VideoFromFile(VideoInput):
         return self._file
 
     def _open(self) -> Any:
-        import av
-
-        return av.open(self.get_stream_source(), mode="r")
+        return media.open_container(self.get_stream_source())
 
     def get_dimensions(self) -> tuple[int, int]:
         with self._open() as container:
@@ -46,16 +46,20 @@ class VideoFromFile(VideoInput):
         raise ValueError(f"{self._file} holds no video")
 
     def get_components(self) -> VideoComponents:
+        """Raises MediaError for a video larger than the limits."""
         import av
 
+        taken = media.DecodedBytes(self._file)
         with self._open() as container:
             if not container.streams.video:
                 raise ValueError(f"{self._file} holds no video")
             stream = container.streams.video[0]
             rate = Fraction(stream.average_rate) if stream.average_rate else Fraction(1)
-            frames = [
-                torch.from_numpy(frame.to_ndarray(format="rgb24")).float() / 255.0 for frame in container.decode(stream)
-            ]
+            taken.declared(stream.frames, stream.width, stream.height)
+            frames = []
+            for frame in container.decode(stream):
+                taken.frame(frame.width, frame.height)
+                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).float() / 255.0)
             metadata = dict(container.metadata)
         images = torch.stack(frames) if frames else torch.zeros(0, 3, 0, 0)
         with self._open() as container:
@@ -63,7 +67,10 @@ class VideoFromFile(VideoInput):
             if container.streams.audio:
                 stream = container.streams.audio[0]
                 resampler = av.AudioResampler(format="fltp")
-                parts = [part.to_ndarray() for frame in container.decode(stream) for part in resampler.resample(frame)]
+                parts = []
+                for frame in container.decode(stream):
+                    taken.take(sound_bytes(frame))
+                    parts += [part.to_ndarray() for part in resampler.resample(frame)]
                 if parts:
                     waveform = torch.from_numpy(np.concatenate(parts, axis=1)).unsqueeze(0)
                     audio = {"waveform": waveform, "sample_rate": int(stream.sample_rate)}

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from comfy import media
+
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "quad", 5: "5.0", 6: "5.1", 8: "7.1"}
 CODECS = {"flac": "flac", "mp3": "libmp3lame", "opus": "libopus"}
@@ -31,17 +33,26 @@ def read_audio(path: Any) -> tuple[torch.Tensor, int]:
     """Samples [channels, n] in -1..1 of a file's first sound, and its rate. Raises ValueError when it has none."""
     import av
 
-    with av.open(path) as container:
+    taken = media.DecodedBytes(path)
+    with media.open_container(path) as container:
         if not container.streams.audio:
             raise ValueError(f"{path} holds no sound; choose another file")
         stream = container.streams.audio[0]
         resampler = av.AudioResampler(format="fltp")
-        frames = [part for frame in container.decode(stream) for part in resampler.resample(frame)]
+        frames = []
+        for frame in container.decode(stream):
+            taken.take(sound_bytes(frame))
+            frames += resampler.resample(frame)
         frames += resampler.resample(None) if frames else []
         rate = int(stream.codec_context.sample_rate)
     if not frames:
         raise ValueError(f"the sound of {path} is empty; choose another file")
     return torch.from_numpy(np.concatenate([frame.to_ndarray() for frame in frames], axis=1)), rate
+
+
+def sound_bytes(frame: Any) -> int:
+    """Bytes of a frame of sound as float32."""
+    return 4 * int(frame.samples) * len(frame.layout.channels)
 
 
 def audio_of(path: Any) -> dict[str, Any]:

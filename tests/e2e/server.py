@@ -83,7 +83,7 @@ class Server:
         own = ["--cpu", "--taco-ranks", str(ranks)] if ranks else ["--cpu"]
         port = [] if "--port" in flags else ["--port", "0"]
         own += [] if persist else ["--no-persist"]  # servers that share a folder do not take each other's prompts
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "TACO_TOKEN")}
         # Every process gets hash values of its own: what depends on the order of a set differs between ranks.
         environment |= {"PYTHONHASHSEED": "random", "TACO_TEST_RECORDS": self.record_folder, **(env or {})}
         self.process = subprocess.Popen(

@@ -83,6 +83,7 @@ def flags(monkeypatch):
 @pytest.fixture
 def serve(folders, monkeypatch):
     """`serve(coroutine function)` runs it with an `Api` against a fresh server."""
+    monkeypatch.delenv("TACO_TOKEN", raising=False)
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Echo", Echo)
     monkeypatch.setitem(nodes.NODE_DISPLAY_NAME_MAPPINGS, "Echo", "Echo (test)")
 
