@@ -74,6 +74,7 @@ class Panel:
                 "mean_call_ms": run.mean_call_ms,
             },
             "last_prompts": list(self.prompts),
+            "control": {"keys": self.monitor.control_keys},
             "events": self.events.as_list(),
         }
 

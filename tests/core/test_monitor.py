@@ -27,6 +27,9 @@ class Store:
     def set(self, key, value):
         self.values[key] = value
 
+    def count(self):
+        return len(self.values)
+
     def peek(self, key):
         return self.values.get(key, b"")
 

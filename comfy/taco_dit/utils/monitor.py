@@ -37,6 +37,7 @@ class Monitor:
         self._engine = engine
         self._sampler = RankSampler(manager.device)
         self._control: Any = manager.control
+        self.control_keys = 0  # what the control plane holds; on rank 0
         self._reports: dict[int, dict[str, Any]] = {}
         self._arrived: dict[int, float] = {}
         self._seen_events: dict[int, int] = {}
@@ -108,6 +109,7 @@ class Monitor:
             report = self._control.peek(f"monitor/{rank}")
             if report:
                 self._take(json.loads(report))
+        self.control_keys = self._control.count() if self._control is not None else 0
         try:
             self.on_tick()
         except Exception:  # noqa: BLE001 - what cannot be shown must not end the reports
