@@ -31,7 +31,7 @@ class Engine:
 def panel():
     """A panel of one rank, and what its server sent: `panel.server.sent`."""
     info = SimpleNamespace(restart=0)
-    manager = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), info=info)
+    manager = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), info=info, control=None)
     engine = Engine()
     config = SimpleNamespace(parallel=SimpleNamespace(enabled=True))
     current = SimpleNamespace(manager=manager, engine=engine, config=config)
