@@ -104,7 +104,7 @@ def _make_runtime(args: argparse.Namespace, root: str, info: Any) -> Any:
     manager = TACODiTDistributedManager(info, device)
     lockstep: Lockstep = Lockstep()
     if info.world_size > 1:
-        ranked = RankLockstep(manager)
+        ranked = RankLockstep(manager, config.recovery.answer_deadline_s)
         management.set_interrupt_check(ranked.interrupt_check)
         lockstep = ranked
     current = runtime.Runtime(config, manager, lockstep, TACODiTExecutionEngine(config, manager, lockstep))
@@ -150,6 +150,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         cache_args=cache_args,
         summary=current.engine.summary,
         on_done=panel.prompt_done,
+        rerun=current.config.recovery.rerun_prompts,
     )
     panel.set_ranks(_join(current, panel))
     _say_hello(current, panel.rank_infos)

@@ -15,7 +15,7 @@ from comfy_execution.caching import CacheSet, CacheType, RamCache, Signer, finge
 from comfy_execution.graph import DependencyCycleError, DynamicPrompt, ExecutionList, NodeNotFoundError, node_class
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.inputs import get_input_data, has_function, is_v3
-from comfy_execution.lockstep import Lockstep, RankError
+from comfy_execution.lockstep import NO_ANSWER, PROCESS_ENDED, Lockstep, RankError
 from comfy_execution.node_call import NodeCall, failure
 from comfy_execution.node_execution import ExecutionResult, ends_program, use_lockstep
 from comfy_execution.progress import (
@@ -199,7 +199,8 @@ class PromptExecutor:
     `cache_type` and `cache_args` choose what is kept (see `CacheType`); `lockstep` connects the ranks. After `execute`,
     `success`, `status_messages`, `history_result` (`{"outputs", "meta"}`) and `failed_rank` say how it went, and
     `record` where its time went (`comfy.accounting`). `cancels_kept` is set by a queue that clears old cancels when it
-    gives out a prompt; without it each prompt begins by clearing them.
+    gives out a prompt; without it each prompt begins by clearing them. With `may_run_again` the loss of another rank's
+    process is not reported, but left in `lost_rank`.
     """
 
     def __init__(
@@ -214,6 +215,8 @@ class PromptExecutor:
         self.server = server
         self.lockstep = lockstep or Lockstep()
         self.cancels_kept = False
+        self.may_run_again = False
+        self.lost_rank: RankError | None = None
         self.record = accounting.Record()
         self.reset()
 
@@ -297,6 +300,7 @@ class PromptExecutor:
         self.history_result = {"outputs": {}, "meta": {}}
         self.success = True
         self.failed_rank = None
+        self.lost_rank = None
 
     def refuse(self, prompt_id: str, error: BaseException) -> None:
         """Report an opened prompt that failed outside of its nodes: before it could begin, or in the executor itself."""
@@ -398,8 +402,12 @@ class PromptExecutor:
         }
         if problem is None:
             self.add_message("execution_success", {"prompt_id": prompt_id}, broadcast=False)
+            return
+        self.success = False
+        ex = problem[1]
+        if self.may_run_again and isinstance(ex, RankError) and ex.cause in (NO_ANSWER, PROCESS_ENDED):
+            self.lost_rank = ex
         else:
-            self.success = False
             self.handle_execution_error(prompt_id, prompt, list(executed), list(executed), *problem)
 
     def handle_execution_error(

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 MAIN_TASK = "main"
+# causes of a RankError that is no fault of the prompt
+PROCESS_ENDED, NO_ANSWER = "ProcessEnded", "NoAnswer"
 _task: ContextVar[tuple[str, str]] = ContextVar("comfy_lockstep_task", default=("", MAIN_TASK))
 _alone: ContextVar[bool] = ContextVar("comfy_lockstep_alone", default=False)
 
@@ -148,7 +150,7 @@ class Lockstep:
         return error
 
     def decide(self, topic: str, choose: Callable[[], T]) -> T:
-        """Rank 0's `choose()` on every rank; the others do not call it. The value must be picklable and small.
+        """Rank 0's `choose()` on every rank; the others do not call it. The value should be small.
 
         `topic` names the decision in error messages. An exception of `choose` is raised on rank 0 and reaches the
         others as RankError.

@@ -42,7 +42,7 @@ class PromptWorker:
 
     `announce(command)` sends the other ranks what rank 0 is about to do: `{"kind": "prompt", "item": queue item}` (with
     `"reset": True` when a rank was replaced, so that all forget what they keep),
-    `{"kind": "free", "unload_models": bool, "free_memory": bool}` or `{"kind": "stop"}`. Commands are picklable and
+    `{"kind": "free", "unload_models": bool, "free_memory": bool}` or `{"kind": "stop"}`. Commands are plain data and
     must reach every follower's `follow` in order.
     """
 
@@ -56,7 +56,9 @@ class PromptWorker:
         cache_args: Mapping[str, Any] | None = None,
         summary: Callable[[], str] = str,
         on_done: Callable[[PromptExecutor], None] = lambda executor: None,
+        rerun: bool = False,
     ) -> None:
+        self.rerun = rerun  # whether a prompt during which another rank's process ended runs again, once
         self.on_done = on_done  # called with each prompt of the queue when it is over
         self.summary = summary  # what to add to a finished prompt's line on the console
         self.queue = queue
@@ -144,12 +146,12 @@ class PromptWorker:
             restored = queue.restored(task_id)
             if restored is not None:
                 item = asyncio.run(restart.check(item, restored))
-            command: dict[str, Any] = {"kind": "prompt", "item": item}
-            if self.lockstep.prepare():
-                command["reset"] = True
-                self._free(True, True)
-            self.announce(command)
-            self._execute(item)
+            executor.may_run_again = self.rerun
+            self._run(item)
+            if executor.lost_rank is not None:
+                logging.warning("%s; prompt %s runs again", executor.lost_rank, prompt_id)
+                executor.may_run_again = False
+                self._run(item)
         except BaseException as error:  # noqa: BLE001 - the queue must go on whatever happened to one prompt
             if ends_program(error):
                 raise
@@ -163,6 +165,15 @@ class PromptWorker:
                 self.server.send_sync("executing", {"node": None, "prompt_id": prompt_id}, self.server.client_id)
         with _contained("the summary of a prompt"):
             logging.info("Prompt executed in %.2f seconds%s", time.perf_counter() - before, self.summary())
+
+    def _run(self, item: QueueItem) -> None:
+        """Run a prompt on all ranks, as soon as all are there."""
+        command: dict[str, Any] = {"kind": "prompt", "item": item}
+        if self.lockstep.prepare():
+            command["reset"] = True
+            self._free(True, True)
+        self.announce(command)
+        self._execute(item)
 
     def _refuse(self, prompt_id: str, error: BaseException) -> None:
         """End a prompt that failed outside of its nodes in an error, on all ranks; one that has ended stays as it is."""

@@ -89,6 +89,28 @@ def test_a_follower_that_hangs_is_ended_after_a_cancel(server, picture):
     check_replaced(server, picture, pids)
 
 
+def test_a_prompt_runs_again_where_the_configuration_says_so(base, picture, tmp_path):
+    """A follower is killed, and one does not answer until the deadline."""
+    config = tmp_path / "config.yaml"
+    config.write_text("recovery: {rerun_prompts: true, answer_deadline_s: 7}")
+    with Server(base, 2, ["--taco-config", str(config)]) as server:
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            pids = server.pids()
+            prompt = insert(flux(seed=901, cfg=4.5), "watch", "TestModel", label=f"again{number}-", slow_ms=500, fail="never",
+                            fail_rank=1, fail_step=4)  # fmt: skip
+            with server.page() as page:
+                page.post(prompt)
+                page.wait("progress")
+                os.kill(pids[1], number)
+                page.wait("execution_success", timeout=60)
+                outcome = page.finish(20)
+            assert outcome.error is None
+            assert np.array_equal(outcome.pictures(), picture)
+            assert server.pids()[0] == pids[0] and not is_alive(pids[1])
+        assert sum("runs again" in line for line in server.log) == 2
+        assert any("rank 1 does not answer" in line for line in server.log)
+
+
 def follower(server):
     """The process of rank 1, as soon as there is one, whether it has joined or not."""
     for process in psutil.Process(server.process.pid).children():

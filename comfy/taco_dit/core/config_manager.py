@@ -59,12 +59,21 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class RecoveryConfig:
+    """`recovery:` - what happens when a rank ends or does not answer. The deadline is in seconds."""
+
+    rerun_prompts: bool = False
+    answer_deadline_s: int = 60
+
+
+@dataclass(frozen=True)
 class TacoConfig:
     """The whole configuration; `source` says where it came from."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     source: str = "defaults"
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,6 +85,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "parallel": ParallelConfig,
     "optimization": OptimizationConfig,
     "memory": MemoryConfig,
+    "recovery": RecoveryConfig,
 }
 _CHOICES = {
     "optimization.engine": ("native", "xfuser"),
@@ -113,7 +123,8 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
             raise ConfigError(f"{key} is {value!r}; allowed: {'auto, ' if optional else ''}true, false")
     elif wanted is int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{key} is {value!r}; allowed: auto, or a whole number of at least 1")
+            automatic = "auto, or " if optional else ""
+            raise ConfigError(f"{key} is {value!r}; allowed: {automatic}a whole number of at least 1")
     elif key in _CHOICES and value not in _CHOICES[key]:
         raise ConfigError(f"{key} is {value!r}; allowed: {', '.join(_CHOICES[key])}")
     if key in _NOT_YET and value != _NOT_YET[key]:

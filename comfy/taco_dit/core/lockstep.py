@@ -24,7 +24,7 @@ from comfy_execution.lockstep import MAIN_TASK, current_task, is_alone
 from .control_plane import HEALTHY
 from .distributed_manager import TACODiTDistributedManager
 from .rank_group import ABORT_S, CAUSE_S, UNKNOWN, RankGroup
-from .rank_watch import END_S
+from .rank_watch import END_S, SILENT_S
 from .wire import UnsendableError, decode, encode
 
 T = TypeVar("T")
@@ -40,9 +40,9 @@ class OutOfStepError(RuntimeError):
 class RankLockstep(RankGroup):
     """`Lockstep` for several ranks."""
 
-    def __init__(self, manager: TACODiTDistributedManager) -> None:
+    def __init__(self, manager: TACODiTDistributedManager, answer_deadline_s: float = SILENT_S) -> None:
         self._turns: dict[str, int] = {}  # how many turns each task of the prompt has had
-        super().__init__(manager)
+        super().__init__(manager, answer_deadline_s)
 
     @property
     def together(self) -> bool:

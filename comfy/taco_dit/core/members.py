@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from comfy_execution.lockstep import PROCESS_ENDED
+
 
 class Members:
     """Per rank: what it is (`describe`), how often it was replaced, and how it ended, until it is replaced."""
@@ -46,7 +48,7 @@ class Members:
         return {
             "rank": rank,
             "device": device,
-            "cause": "ProcessEnded",
+            "cause": PROCESS_ENDED,
             "detail": self.dead.get(rank, "it ended"),
             "node_id": None,
             "traceback": [],

@@ -43,7 +43,7 @@ UNKNOWN = {
 class RankGroup(Lockstep):
     """The part of `Lockstep` that is about processes rather than decisions."""
 
-    def __init__(self, manager: TACODiTDistributedManager) -> None:
+    def __init__(self, manager: TACODiTDistributedManager, answer_deadline_s: float) -> None:
         if manager.control is None or manager.data is None:
             raise ValueError("RankLockstep needs several ranks; use Lockstep for one")
         self._manager = manager
@@ -69,7 +69,7 @@ class RankGroup(Lockstep):
         self._seen = self._first_event()
         self._control.listen(self._seen, self._on_event)
         if self.rank == 0:
-            RankWatch(self).begin()
+            RankWatch(self, answer_deadline_s).begin()
         else:
             threading.Thread(target=self._beat, name="taco-beat", daemon=True).start()
 

@@ -12,6 +12,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from comfy_execution.lockstep import NO_ANSWER
+
 from .control_channel import ConnectionLost
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 LOOK_S = 1.0
 GIVE_UP_S = 5.0  # how long rank 0 may stay inside a collective after a cancel before the collective is abandoned
 WARN_S = 5.0  # without a sign of life for so long a follower is named
-SILENT_S = 60.0  # without a sign of life for so long a follower is ended
+SILENT_S = 60.0  # without a sign of life for so long a follower is ended, by default
 END_S = 10.0  # the same once the prompt has failed; also how long it may take to reach the end after rank 0 did
 STUCK_S = 60.0  # how long a follower that gives signs of life may take, from the failure
 
@@ -33,8 +35,9 @@ def beat_key(rank: int) -> str:
 class RankWatch:
     """A thread that looks after the ranks of `group` every LOOK_S while a prompt runs."""
 
-    def __init__(self, group: RankGroup) -> None:
+    def __init__(self, group: RankGroup, silent_s: float) -> None:
         self._group = group
+        self._silent_s = silent_s
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._troubled_at: float | None = None
         self._silent: set[int] = set()  # followers that were named because they gave no sign of life
@@ -81,7 +84,7 @@ class RankWatch:
             self._silent.add(rank)
             logging.warning(
                 "rank %d does not answer since %.0f s; it is ended and started again if it stays so for %.0f s",
-                rank, silent, SILENT_S,
+                rank, silent, self._silent_s,
             )  # fmt: skip
         elif silent <= WARN_S and rank in self._silent:
             self._silent.remove(rank)
@@ -90,7 +93,7 @@ class RankWatch:
     def _judge(self, epoch: int, rank: int, silent: float, troubled: float) -> None:
         """End a follower that hangs. `silent`: seconds since its last sign of life; `troubled`: since the failure."""
         group = self._group
-        if silent > (END_S if troubled else SILENT_S):
+        if silent > (END_S if troubled else self._silent_s):
             why = f"no sign of life for {silent:.0f} s"
         elif troubled > STUCK_S:
             why = f"still busy {troubled:.0f} s after the prompt failed"
@@ -99,5 +102,5 @@ class RankWatch:
         if rank in self._ending or group.has_left(epoch, rank) or group.running_epoch() != epoch:
             return  # it is being ended, or has left the prompt and waits
         self._ending.add(rank)
-        group.report(epoch, rank, "NoAnswer", why)
+        group.report(epoch, rank, NO_ANSWER, why)
         group.end_from_outside(rank, f"rank {rank}: {why}")
