@@ -237,14 +237,12 @@ def _add_jobs(routes: web.RouteTableDef, server: Any) -> None:
             raise web.HTTPBadRequest(text=f"unknown status {sorted(unknown)[0]!r}; use {', '.join(jobs.STATUSES)}")
         limit = _number(query.get("limit"), "limit", None)
         offset = _number(query.get("offset"), "offset", 0) or 0
-        chosen = jobs.select(
-            every_job(),
-            status,
-            query.get("workflow_id"),
-            query.get("sort_by", "created_at"),
-            query.get("sort_order", "desc"),
-        )
-        return json_response(jobs.page(chosen, limit, max(offset, 0)))
+        order = query.get("sort_by", "created_at"), query.get("sort_order", "desc")
+
+        def chosen() -> dict[str, Any]:
+            return jobs.page(jobs.select(every_job(), status, query.get("workflow_id"), *order), limit, max(offset, 0))
+
+        return json_response(await asyncio.to_thread(chosen))
 
     @routes.get("/jobs/{job_id}")
     async def get_job(request: web.Request) -> web.Response:

@@ -19,20 +19,20 @@ Rows = dict[Key, tuple[Any, ...] | None]
 class Kept:
     """An entry of the history. What is None is on disk (`place` names its row) and is read when somebody asks."""
 
-    __slots__ = ("_job", "_job_text", "entry", "place")
+    __slots__ = ("_job", "entry", "place")
 
-    def __init__(self, place: int, entry: Entry | None, job: jobs.Job | None, job_text: str = "") -> None:
+    def __init__(self, place: int, entry: Entry | None, job: jobs.Job | str) -> None:
         self.place = place
         self.entry = entry
         self._job = job
-        self._job_text = job_text
 
     @property
     def job(self) -> jobs.Job:
         """The entry as a job, for lists of jobs."""
-        if self._job is None:
-            self._job = json.loads(self._job_text)
-        return self._job
+        job = self._job
+        if isinstance(job, str):
+            job = self._job = json.loads(job)
+        return job
 
 
 def _unreadable(prompt_id: str) -> Entry:
@@ -57,7 +57,7 @@ class History(dict[str, Any]):
         self._places = itertools.count(1)
         if store is not None:
             for place, prompt_id, job in store.found.history:
-                super().__setitem__(prompt_id, Kept(place, None, None, job))
+                super().__setitem__(prompt_id, Kept(place, None, job))
             last = max((place for place, _, _ in store.found.history), default=0)
             self._places = itertools.count(last + 1)
 

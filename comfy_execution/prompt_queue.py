@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import comfy.model_management
 from comfy_execution.history import Entry, History, Kept, Rows
 from comfy_execution.jobs import Job
-from comfy_execution.prompt_store import PromptStore, pack
+from comfy_execution.prompt_store import Found, PromptStore, pack
 
 MAXIMUM_HISTORY_SIZE = 10000
 
@@ -95,6 +95,7 @@ class PromptQueue:
             self._restored[prompt.arrival] = Restored(prompt.starts, prompt.withheld)
         self._arrivals = itertools.count(max((prompt.arrival for prompt in found.prompts), default=0) + 1)
         self.server.number = max(getattr(self.server, "number", 0), found.counters.get("number", 0))
+        store.found = Found()
         if found.prompts:
             logging.info("%d prompts that had not ended when the server did are queued again", len(found.prompts))
 
@@ -116,7 +117,10 @@ class PromptQueue:
             return [entry[2] for entry in sorted(self._heap, key=lambda entry: entry[:2])]
 
     def _announce(self) -> None:
-        self.server.queue_updated()
+        try:
+            self.server.queue_updated()
+        except Exception:  # noqa: BLE001 - packs replace what sends messages; no prompt may be lost by that
+            logging.exception("the pages could not be told of the queue")
 
     # ---- waiting ---------------------------------------------------------------------------------------------------
 
@@ -361,8 +365,12 @@ class PromptQueue:
     # ---- disk ------------------------------------------------------------------------------------------------------
 
     def _write(self, rows: Rows, durable: bool = False) -> None:
-        if self._store is not None and rows:
+        if self._store is None or not rows:
+            return
+        try:
             self._store.write(rows, durable)
+        except Exception:  # noqa: BLE001 - a prompt taken from the queue must run even if that cannot be written
+            logging.exception("part of the queue was not written; a restart would lose it")
 
     def close(self) -> None:
         """The process ends: what is on disk stays as it is now, so the running prompt will run again."""
