@@ -8,7 +8,6 @@ packs find what they import, but it never opens a port and sends nothing.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import socket
@@ -38,7 +37,7 @@ from app.frontend_management import frontend_folder
 from app.messages import BinaryEventTypes
 from app.middlewares import clear_errors, compress_body, create_cache_middleware
 from app.pages import PageQueue
-from app.responses import dumps
+from app.responses import dumps, loads
 from app.user_manager import UserManager
 from comfy.cli_args import args
 from comfy_api import feature_flags
@@ -170,7 +169,7 @@ class PromptServer:
     async def _greet(self, sid: str, text: str) -> None:
         """The first message of a page may say what it can do; the answer says what we can."""
         try:
-            greeting = json.loads(text)
+            greeting = loads(text)
         except ValueError:
             logging.warning("a page's first message is not JSON: %.200s", text)
             return

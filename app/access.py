@@ -94,7 +94,7 @@ def same_site(origin: str, authority: str) -> bool:
 
 
 def _refused(request: web.Request, reason: str) -> web.Response:
-    logging.warning("%s %s refused (403): %s", request.method, request.path[:200], reason)
+    logging.warning("%s %s refused (403): %s", request.method, request.rel_url.raw_path[:200], reason)
     return web.Response(status=403, text=reason)
 
 

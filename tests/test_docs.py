@@ -17,7 +17,7 @@ from comfy.taco_dit.core.config_manager import TacoConfig, parse_config
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = sorted(
     os.path.relpath(path, ROOT)
-    for pattern in ("README*.md", "docs/*.md", "custom_nodes/README.md", "models/README.md")
+    for pattern in ("README*.md", "SECURITY.md", "docs/*.md", "custom_nodes/README.md", "models/README.md")
     for path in glob.glob(os.path.join(ROOT, pattern))
 )
 OURS = [
