@@ -96,6 +96,31 @@ def test_torchrun(base, serve):
         check_ends(server, signal.SIGTERM, pids)
 
 
+def test_ranks_on_several_hosts(base, serve):
+    """As torchrun starts them there: each rank is alone on its host, and they meet at an address of rank 0's."""
+    address = f"127.0.0.1:{free_port()}"
+    hosts = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TACO_CONTROL": address,
+             "TACO_SECRET": "a secret of all hosts"}  # fmt: skip
+    follow = [sys.executable, "main.py", "--cpu", "--base-directory", base]
+    first = Server(base, 0, env={**hosts, "RANK": "0"})
+    with subprocess.Popen(follow, cwd=ROOT, env={**os.environ, **hosts, "RANK": "1"}) as second:
+        try:
+            with first as server:
+                assert second.pid in server.pids()
+                prompt = flux(seed=805, cfg=4.5)
+                assert furthest(server.pictures(prompt), serve(1).pictures(prompt)) <= 1
+        finally:
+            second.kill()
+
+
+def test_ranks_on_several_hosts_need_a_secret(base):
+    hosts = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
+    done = subprocess.run([sys.executable, "main.py", "--cpu"], cwd=ROOT, env={**os.environ, **hosts}, timeout=60,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2
+    assert "TACO_SECRET" in done.stderr and "Traceback" not in done.stderr
+
+
 # --- the start script ----------------------------------------------------------------------------------------------
 
 SCRIPT = "start_comfyui_gpu345.sh"

@@ -264,7 +264,7 @@ def prove(connection: socket.socket, secret: bytes) -> Channel:
     proof = bytearray(_SIGNATURE)
     raw.receive_into(proof)
     if not hmac.compare_digest(proof, _derived(secret, b"server" + both)):
-        raise Forged("the host of the control plane does not know this job's secret (TACO_SECRET)")
+        raise Forged("the host of the control plane does not know this job's secret")
     return Channel(connection, Signer(_derived(secret, b"up" + both)), Signer(_derived(secret, b"down" + both)))
 
 

@@ -7,7 +7,8 @@ import os
 import tempfile
 from collections.abc import Mapping
 
-from .control_channel import Door, RemoteDoor, door_at
+from .config_manager import ConfigError
+from .control_channel import Door, Forged, RemoteDoor, door_at
 from .control_client import ControlClient
 from .control_hub import Hub
 
@@ -21,7 +22,7 @@ STOPPING = "stopping"  # set by rank 0 before it tells the others to stop: ranks
 HEALTHY = "healthy"  # number of the last prompt that succeeded: ends of ranks after it begin a new series
 
 
-class ControlPlaneError(ValueError):
+class ControlPlaneError(ConfigError):
     """An environment in which ranks cannot find each other safely; the message says what to set."""
 
 
@@ -37,9 +38,16 @@ def connect(rank: int, world_size: int, environ: Mapping[str, str]) -> tuple[Con
     hub = Hub() if rank == 0 else None
     if int(environ.get("LOCAL_WORLD_SIZE", world_size)) < world_size:
         address, secret = _remote(environ)
-        if hub is not None:
-            hub.listen_on(address, secret)
-        return ControlClient(RemoteDoor(address, secret)), hub
+        try:
+            if hub is not None:
+                hub.listen_on(address, secret)
+            return ControlClient(RemoteDoor(address, secret)), hub
+        except Forged:
+            raise ControlPlaneError(f"the rank at {ADDRESS}={environ[ADDRESS]} has another {SECRET}") from None
+        except OSError as error:
+            raise ControlPlaneError(
+                f"{ADDRESS}={environ[ADDRESS]} cannot be used: {error}; is {SECRET} the same on all hosts?"
+            ) from None
     path = _path(environ)
     if hub is not None:
         hub.listen_at(path)

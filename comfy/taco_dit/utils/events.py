@@ -24,8 +24,8 @@ _REMEDIES = (
      "by disabling packs; a node with side effects can say TACO_RANKS = \"first\"."),
     (r"NCCL|nccl", "Start with NCCL_DEBUG=INFO and read the console. NCCL_P2P_DISABLE=1 helps where peer access does "
      "not work, NCCL_NVLS_ENABLE=0 where multicast does not."),
-    (r"started all ranks again", "A rank died; often the system ended it for want of memory. Look at the console, use "
-     "fewer ranks (--taco-ranks) or smaller models, and queue again: the queue was lost."),
+    (r"started all ranks again", "Rank 0 ended; often the system ended it for want of memory. Look at the console, use "
+     "fewer ranks (--taco-ranks) or smaller models. The queue goes on with what was waiting."),
     (r"no NVIDIA GPU found", "Install the NVIDIA driver (nvidia-smi must work) and unset an empty "
      "CUDA_VISIBLE_DEVICES."),
     (r"GPU [\d, ]+,? ?(\(\d+ present\))?.*not found|not found \(\d+ present\)", "Name GPUs that exist: nvidia-smi -L "
