@@ -31,6 +31,7 @@ ip addr add {NEAR}/24 dev near
 ip link set near up
 nsenter -t $! -n ip addr add {FAR}/24 dev far
 nsenter -t $! -n ip link set far up
+nsenter -t $! -n ip link set lo up
 mv "$1.new" "$1"
 shift
 exec "$@"
