@@ -311,6 +311,24 @@ def test_a_packed_body_does_not_unpack_without_end(serve):
     serve(body)
 
 
+def test_every_part_of_a_form_counts(serve, flags):
+    flags(max_upload_size=0.01)
+
+    async def body(api):
+        edge = b'--x\r\nContent-Disposition: form-data; name="%s"; filename="a.png"\r\n\r\n'
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        limit = api.server.app._client_max_size
+        for names, sizes, expected in (
+            ((b"image",), (limit,), 200), ((b"image",), (limit + 1,), 413), ((b"other", b"image"), (limit + 1, 1), 413),
+            ((b"other", b"image"), (limit, 2), 413), ((b"image", b"image"), (limit // 2, limit), 413),
+        ):  # fmt: skip
+            parts = [edge % name + b"x" * size + b"\r\n" for name, size in zip(names, sizes, strict=True)]
+            data = b"".join(parts) + b"--x--\r\n"
+            assert await api.status("POST", "/upload/image", data=data, headers=headers) == expected, (names, sizes)
+
+    serve(body)
+
+
 def test_links_between_the_servers_own_folders_are_followed(serve, folders):
     Image.new("RGB", (4, 4)).save(folders / "output/a.png")
     os.symlink(folders / "output", folders / "input/results")
