@@ -83,6 +83,7 @@ class PromptServer:
         self.sockets: dict[str, web.WebSocketResponse] = {}
         self.sockets_metadata: dict[str, dict[str, Any]] = {}
         self._pages: dict[str, PageQueue] = {}
+        self._runners: list[Runner] = []
         self.on_prompt_handlers: list[Callable[[Any], Any]] = []
         self.taco_status: Callable[[], dict[str, Any]] = single_rank_status
         self.panel: Any = None
@@ -278,9 +279,10 @@ class PromptServer:
         """
         if not self.listening:
             raise RuntimeError("only rank 0 listens; this server was created with listening=False")
-        runner = Runner(self.app, access_log=None)
-        await runner.setup()
         context = _tls_context()
+        runner = Runner(self.app, access_log=None)
+        self._runners.append(runner)
+        await runner.setup()
         scheme = "https" if context else "http"
         last = (self.address, self.port)
         for position, (address, port) in enumerate(addresses):
@@ -300,6 +302,11 @@ class PromptServer:
                 logging.info("To see the GUI go to: %s://%s:%d", scheme, shown, last[1])
         if call_on_start is not None:
             call_on_start(scheme, self.address, self.port)
+
+    async def stop(self) -> None:
+        """Stop listening and close all connections."""
+        while self._runners:
+            await self._runners.pop().cleanup()
 
 
 def _preview(image: tuple[str, Any, int | None]) -> str | None:

@@ -55,7 +55,14 @@ def own_names(listen: str = "", hosts_file: str = "/etc/hosts") -> set[str]:
     name = socket.gethostname().lower().rstrip(".")
     found = {"localhost", name, name.partition(".")[0], name.partition(".")[0] + ".local"}
     found |= {part.strip().lower() for part in listen.split(",") if part.strip() and not is_address(part.strip())}
-    addresses = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
+    try:
+        interfaces = psutil.net_if_addrs()
+    except OSError as error:  # a container may forbid it
+        logging.warning(
+            "the addresses of this machine cannot be read (%s); its names are those of the host name", error
+        )
+        interfaces = {}
+    addresses = {entry.address.partition("%")[0] for entries in interfaces.values() for entry in entries}
     if os.path.isfile(hosts_file):
         with open(hosts_file, encoding="utf-8", errors="replace") as file:
             for line in file:

@@ -57,9 +57,12 @@ class _Connection(web.RequestHandler):
         self._answering = True
         self._stop_waiting()
 
-    def end(self) -> None:
-        """It is answered."""
-        self._answering = False
+    async def finish_response(self, *arguments: Any) -> Any:
+        """Send the answer. Until it is sent, what arrives is the next request, which may wait."""
+        try:
+            return await super().finish_response(*arguments)
+        finally:
+            self._answering = False
 
 
 class _Server(web.Server):
@@ -119,5 +122,3 @@ async def request_limits(request: web.Request, handler: Handler) -> web.StreamRe
     finally:
         if body is not None:
             body.end()
-        if isinstance(connection, _Connection):
-            connection.end()

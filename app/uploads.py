@@ -74,19 +74,28 @@ async def _read_form(reader: MultipartReader, limit: int, file_field: str, file:
         fields += 1
         if not isinstance(part, BodyPartReader) or part.name is None or fields > MOST_FIELDS:
             raise ValueError(f"it has parts without a name, nested parts, or more than {MOST_FIELDS}")
-        left = limit - size if limit else 0
+        left = max(1, limit - size) if limit else 0
         if part.filename is None:
             size += await _text(form, part)
         elif part.name == file_field and form.file_name is None:
             size += await store(_decoded(part), file, left)
             form.file_name = part.filename
         else:
-            async for decoded in _decoded(part):
-                size += len(decoded)
+            size += await _skip(part, left)
         form.files |= {part.name} if part.filename is not None else set()
         if 0 < limit < size:
             raise web.HTTPRequestEntityTooLarge(limit, size)
     return form
+
+
+async def _skip(part: BodyPartReader, limit: int) -> int:
+    """Read a file that nobody wants; its size. Raises HTTP 413 above `limit` bytes."""
+    size = 0
+    async for decoded in _decoded(part):
+        size += len(decoded)
+        if 0 < limit < size:
+            raise web.HTTPRequestEntityTooLarge(limit, size)
+    return size
 
 
 async def _text(form: Form, part: BodyPartReader) -> int:

@@ -18,6 +18,7 @@ from app.app_settings import AppSettings
 from app.paths import UnsafePath, inside, served_type
 from app.responses import json_object, json_response, storage_error
 from app.uploads import body_parts, max_size, store
+from comfy.taco_dit.core.config_manager import ConfigError
 from utils import atomic_files, json_text
 from utils.atomic_files import Unfinished, rename_to_free
 
@@ -249,14 +250,14 @@ class UserManager:
 
 
 def _read_users(path: str) -> dict[str, str]:
-    """Users by id. Raises ValueError naming the file when it is damaged: starting without it would lose its users."""
+    """Users by id. Raises ConfigError naming the file when it is damaged: starting without it would lose its users."""
     with open(path, encoding="utf-8") as stream:
         try:
             users = json_text.loads(stream.read())
             if not isinstance(users, dict):
                 raise ValueError(f"it holds {type(users).__name__}, not an object")
         except ValueError as error:
-            raise ValueError(f"the list of users {path} is damaged ({error}); repair it or move it away") from None
+            raise ConfigError(f"the list of users {path} is damaged ({error}); repair it or move it away") from None
     return users
 
 

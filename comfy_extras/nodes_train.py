@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from typing import Any
@@ -53,11 +54,28 @@ def picture_paths(folder: str) -> list[str]:
                 found += [os.path.join(entry.path, file) for file in inside] * _repeats(entry.path)
             elif entry.name.lower().endswith(PICTURES):
                 found.append(entry.path)
-    top = os.path.join(os.path.realpath(folder), "")
-    found = [path for path in found if os.path.realpath(path).startswith(top)]
-    if not found:
-        raise ValueError(f"{folder} holds no picture ({', '.join(PICTURES)}); put some there")
-    return found
+    kept = [path for path in found if _stays_below(path, folder)]
+    if len(kept) < len(found):
+        logging.warning("%s: %d symbolic links out of it are left out", folder, len(found) - len(kept))
+    if not kept:
+        raise ValueError(
+            f"{folder} holds no picture ({', '.join(PICTURES)}); put some there, not links to other folders"
+        )
+    return kept
+
+
+def _stays_below(path: str, folder: str) -> bool:
+    """Whether no symbolic link leads from `path` out of `folder`."""
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
+
+
+def caption_of(picture: str, folder: str) -> str:
+    """The text beside a picture, "" when there is none or it is a link out of `folder`."""
+    path = os.path.splitext(picture)[0] + ".txt"
+    if not os.path.isfile(path) or not _stays_below(path, folder):
+        return ""
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
 
 
 def _fitted(picture: Any, size: tuple[int, int], method: str) -> Any:
@@ -133,17 +151,13 @@ class LoadImageTextSetFromFolderNode:
     def load_images(self, folder: str, clip: Any, resize_method: str = "None", width: int = -1, height: int = -1):
         """A text beside each picture, in a file of the same name ending in .txt, else none."""
         need_clip(clip)
-        paths = picture_paths(folder_paths.get_annotated_filepath(folder))
+        top = folder_paths.get_annotated_filepath(folder)
+        paths = picture_paths(top)
         size = (width, height) if width > 0 and height > 0 else None
         images = load_pictures(paths, resize_method, size)
         conditionings = []
         for path in paths:
-            text_path = os.path.splitext(path)[0] + ".txt"
-            text = ""
-            if os.path.isfile(text_path):
-                with open(text_path, encoding="utf-8") as file:
-                    text = file.read().strip()
-            conditionings += clip.encode_from_tokens_scheduled(clip.tokenize(text))
+            conditionings += clip.encode_from_tokens_scheduled(clip.tokenize(caption_of(path, top)))
         return (images, conditionings)
 
 

@@ -18,7 +18,7 @@ import nodes
 from comfy import media
 from comfy_api.input_impl import VideoFromFile
 from comfy_api.latest._audio import read_audio
-from comfy_extras.nodes_train import LoadImageSetFromFolderNode, picture_paths
+from comfy_extras.nodes_train import LoadImageSetFromFolderNode, caption_of, picture_paths
 from tests import attack_files
 
 
@@ -205,6 +205,12 @@ def test_training_pictures_that_are_links_outside_are_left_out(links):
         picture_paths(str(folder))
     Image.new("RGB", (6, 4)).save(folder / "b.png")
     assert picture_paths(str(folder)) == [str(folder / "b.png")]
+    (folder / "b.txt").write_text(" a caption\n")
+    assert caption_of(str(folder / "b.png"), str(folder)) == "a caption"
+    (folder / "b.txt").unlink()
+    (links.parent / "outside/secret.txt").write_text("secret")
+    os.symlink(links.parent / "outside/secret.txt", folder / "b.txt")
+    assert caption_of(str(folder / "b.png"), str(folder)) == ""
     with pytest.raises(ValueError, match="symbolic link"):
         LoadImageSetFromFolderNode().load_images("link")
 

@@ -83,6 +83,15 @@ def test_a_browser_logs_in_with_the_form(locked, caplog):
     assert "wrong token from" in caplog.text and TOKEN not in caplog.text
 
 
+def test_the_form_is_read_for_strangers_only_so_far(locked):
+    async def body(api):
+        assert await api.status("POST", auth.LOGIN, data={"token": "x" * 100_000}) == 413
+        for data in (b"", b"\xff\xfe", b"token", b"token=&token=", b"%%%&;="):
+            assert await api.status("POST", auth.LOGIN, data=data) == 403, data
+
+    locked(body)
+
+
 def test_the_address_may_hold_the_token_once(locked):
     async def body(api):
         query = {"token": TOKEN, "a": "b"}

@@ -128,6 +128,26 @@ def test_a_page_that_is_open_for_longer_is_not_cut(listening):
     listening(body)
 
 
+def test_a_download_that_takes_longer_is_not_cut(listening, folders):
+    """Not even when the next request arrives in the meantime."""
+    (folders / "output/large.bin").write_bytes(bytes(32 * 2**20))
+
+    async def body(api, host, port):
+        reader, writer = await asyncio.open_connection(host, port, limit=1024)
+        request = b"GET %s HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        writer.write(request % b"/view?filename=large.bin")
+        await asyncio.sleep(0.2)
+        writer.write(request % b"/prompt" + b"GET /pro")
+        await asyncio.sleep(1.0)
+        await reader.readuntil(b"\r\n\r\n")
+        for _ in range(32):
+            await reader.readexactly(2**20)
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+    listening(body)
+
+
 def full_disk(*arguments):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -311,6 +331,24 @@ def test_a_packed_body_does_not_unpack_without_end(serve):
     serve(body)
 
 
+def test_every_part_of_a_form_counts(serve, flags):
+    flags(max_upload_size=0.01)
+
+    async def body(api):
+        edge = b'--x\r\nContent-Disposition: form-data; name="%s"; filename="a.png"\r\n\r\n'
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        limit = api.server.app._client_max_size
+        for names, sizes, expected in (
+            ((b"image",), (limit,), 200), ((b"image",), (limit + 1,), 413), ((b"other", b"image"), (limit + 1, 1), 413),
+            ((b"other", b"image"), (limit, 2), 413), ((b"image", b"image"), (limit // 2, limit), 413),
+        ):  # fmt: skip
+            parts = [edge % name + b"x" * size + b"\r\n" for name, size in zip(names, sizes, strict=True)]
+            data = b"".join(parts) + b"--x--\r\n"
+            assert await api.status("POST", "/upload/image", data=data, headers=headers) == expected, (names, sizes)
+
+    serve(body)
+
+
 def test_links_between_the_servers_own_folders_are_followed(serve, folders):
     Image.new("RGB", (4, 4)).save(folders / "output/a.png")
     os.symlink(folders / "output", folders / "input/results")
@@ -319,6 +357,20 @@ def test_links_between_the_servers_own_folders_are_followed(serve, folders):
         assert await api.status("GET", "/view?filename=a.png&subfolder=results&type=input") == 200
 
     serve(body)
+
+
+@pytest.mark.parametrize("damaged", ["[1]", '{"ann_1": "Ann"'])
+def test_a_damaged_list_of_users_is_not_replaced(serve, folders, flags, damaged):
+    (folders / "user").mkdir()
+    (folders / "user/users.json").write_text(damaged)
+    flags(multi_user=True)
+
+    async def body(api):
+        pytest.fail("it started without the users")
+
+    with pytest.raises(ValueError, match=r"users\.json is damaged .* repair it or move it away"):
+        serve(body)
+    assert (folders / "user/users.json").read_text() == damaged
 
 
 def test_many_users_are_told_what_that_is(serve, flags, caplog):

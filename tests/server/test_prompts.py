@@ -231,6 +231,11 @@ def test_listening_on_several_addresses(folders):
             other.add_routes()
             with pytest.raises(OSError, match="--port"):
                 await other.start("127.0.0.1", server.port)
+            await other.stop()
+        port = server.port
+        await server.stop()
+        with pytest.raises(ConnectionError):
+            await asyncio.open_connection("127.0.0.1", port)
 
     asyncio.run(main())
 

@@ -179,7 +179,8 @@ def test_a_page_of_another_site_is_refused(serve):
 
 
 @pytest.mark.parametrize(
-    "name", ["x.svg", "x.SVG", "x.html", "x.HTM", "x.js", "x.mjs", "x.xhtml", "x.xml", "x.svgz", "x.mht"]
+    "name",
+    ["x.svg", "x.SVG", "x.html", "x.HTM", "x.js", "x.mjs", "x.xhtml", "x.xml", "x.svgz", "x.mht", "x.mhtml", "x.pdf"],
 )
 def test_what_users_stored_is_never_run(serve, folders, name):
     (folders / "output" / name).write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
@@ -191,7 +192,8 @@ def test_what_users_stored_is_never_run(serve, folders, name):
         for path in (f"/view?filename={name}&type=output", f"/view?filename={name}&type=input", f"/userdata/{name}"):
             async with api.client.get(path) as response:
                 kind = response.content_type
-                assert kind in ("application/octet-stream", "text/plain") or kind.startswith("message/"), (path, kind)
+                assert kind == "application/octet-stream", (path, kind)
+                assert "/view" not in path or response.headers["Content-Disposition"].startswith("attachment"), path
                 assert response.headers["X-Content-Type-Options"] == "nosniff", path
 
     serve(body)
