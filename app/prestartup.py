@@ -13,18 +13,25 @@ import folder_paths
 SCRIPT = "prestartup_script.py"
 
 
-def run_prestartup_scripts(args: argparse.Namespace) -> None:
-    """Run the script of every pack that the flags let in; one that fails is named and skipped."""
-    times: list[tuple[float, str, bool]] = []
+def scripts(args: argparse.Namespace) -> list[str]:
+    """The scripts of all packs that the flags let in, in the order in which they run."""
+    found = []
     for folder in folder_paths.get_folder_paths("custom_nodes"):
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             script = os.path.join(folder, name, SCRIPT)
             unwanted = args.disable_all_custom_nodes and name not in args.whitelist_custom_nodes
-            if unwanted or name.endswith(".disabled") or not os.path.isfile(script):
-                continue
-            before = time.perf_counter()
-            good = _run(script)
-            times.append((time.perf_counter() - before, os.path.dirname(script), good))
+            if not unwanted and not name.endswith(".disabled") and os.path.isfile(script):
+                found.append(script)
+    return found
+
+
+def run_prestartup_scripts(args: argparse.Namespace) -> None:
+    """Run the script of every pack that the flags let in; one that fails is named and skipped."""
+    times: list[tuple[float, str, bool]] = []
+    for script in scripts(args):
+        before = time.perf_counter()
+        good = _run(script)
+        times.append((time.perf_counter() - before, os.path.dirname(script), good))
     if times:
         logging.info("Prestartup times for custom nodes:")
         for seconds, path, good in sorted(times):

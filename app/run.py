@@ -28,7 +28,7 @@ def run_rank(args: argparse.Namespace, root: str) -> int:
 
     info = RankInfo.from_environment(os.environ)
     _set_up_logging(args, info.rank)
-    _apply_directories(args, root)
+    apply_directories(args, root)
     media.configure()
     run_prestartup_scripts(args)
     runtime = _make_runtime(args, root, info)
@@ -69,7 +69,8 @@ def _set_up_logging(args: argparse.Namespace, rank: int) -> None:
     logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(message)s", force=True)
 
 
-def _apply_directories(args: argparse.Namespace, root: str) -> None:
+def apply_directories(args: argparse.Namespace, root: str) -> None:
+    """Set the folders that the flags and configuration files name."""
     import folder_paths
     from app import demo
     from utils.extra_config import load_extra_path_config

@@ -19,6 +19,7 @@ from PIL import Image
 from tests import tiny_models
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+RANK_NAME = "taco-rank-"
 STOP_S = 30.0  # how long the program may take to end after SIGTERM
 
 
@@ -85,13 +86,13 @@ class Program:
         return self._process.pid
 
     def rank_pids(self) -> dict[int, int]:
-        """Rank -> process id, of the ranks that have a process now: children of the supervisor that have a RANK."""
+        """Rank -> process id, of the ranks that have a process now: they are named `taco-rank-N`."""
         found = {}
         with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self.pid).children():
+            for child in psutil.Process(self.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                    if child.status() != psutil.STATUS_ZOMBIE and "RANK" in (own := child.environ()):
-                        found[int(own["RANK"])] = child.pid
+                    if child.status() != psutil.STATUS_ZOMBIE and child.name().startswith(RANK_NAME):
+                        found[int(child.name().removeprefix(RANK_NAME))] = child.pid
         return found
 
     def poll(self) -> int | None:

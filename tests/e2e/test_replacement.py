@@ -113,9 +113,9 @@ def test_a_prompt_runs_again_where_the_configuration_says_so(base, picture, tmp_
 
 def follower(server):
     """The process of rank 1, as soon as there is one, whether it has joined or not."""
-    for process in psutil.Process(server.process.pid).children():
+    for process in psutil.Process(server.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("RANK") == "1":
+            if process.name() == "taco-rank-1" and process.status() != psutil.STATUS_ZOMBIE:
                 return process
     return None
 

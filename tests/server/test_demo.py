@@ -12,7 +12,7 @@ import pytest
 import folder_paths
 import nodes
 from app import demo
-from app.run import _apply_directories
+from app.run import apply_directories
 from comfy.cli_args import build_parser
 from comfy_extras.nodes_taco_dit import NODE_DISPLAY_NAME_MAPPINGS as TACO_NODES
 
@@ -47,7 +47,7 @@ def read(path):
 
 
 def start(base, *flags):
-    _apply_directories(build_parser().parse_args(["--base-directory", str(base), *flags]), str(base))
+    apply_directories(build_parser().parse_args(["--base-directory", str(base), *flags]), str(base))
 
 
 def add(base, kind, name):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .config_manager import DEFAULT_FILE, ConfigError, TacoConfig, load_config, validate_for
+from .template import name_process
 
 START_MESSAGES = "TACO_START_MESSAGES"  # messages of the start, one per line, for rank 0 to show in the page
 
@@ -127,15 +128,20 @@ def worker_environment(plan: LaunchPlan, environ: Mapping[str, str]) -> dict[str
     return out
 
 
-def launch(plan: LaunchPlan, script: str, argv: Sequence[str]) -> int:
-    """Run `script` on every rank until it ends; returns the exit status.
+def launch(plan: LaunchPlan, script: str, argv: Sequence[str], fork: bool) -> int:
+    """Run `script` on every rank until it ends; returns the exit status. `fork`: from one process (`template`).
 
     Ctrl-C and SIGTERM end all ranks. A rank that dies is replaced; see `supervisor`.
     """
     from .supervisor import Supervisor
 
     environment = {**os.environ, **worker_environment(plan, os.environ)}
-    return Supervisor([sys.executable, "-u", script, *argv], plan.ranks, environment).run()
+    return Supervisor([sys.executable, "-u", script, *argv], plan.ranks, environment, fork).run()
+
+
+def name_rank(environ: Mapping[str, str]) -> None:
+    """Name this process after its rank, for `ps` and our own tools."""
+    name_process(f"taco-rank-{environ['RANK']}")
 
 
 def die_with_parent() -> None:
@@ -147,6 +153,6 @@ def die_with_parent() -> None:
 
 
 __all__ = [
-    "ConfigError", "LaunchError", "LaunchPlan", "count_gpus", "die_with_parent", "is_worker", "launch", "plan_launch",
-    "read_config", "worker_environment",
+    "ConfigError", "LaunchError", "LaunchPlan", "count_gpus", "die_with_parent", "is_worker", "launch", "name_rank",
+    "plan_launch", "read_config", "worker_environment",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from typing import Any
 
 from .control_hub import Hub
 from .control_plane import DOOR, HEALTHY, INCARNATION, RANK_0_RESTARTED, STOPPING
+from .template import ForkedProcess, RankTemplate
 
 MAX_REPLACEMENTS = 3  # in a series; one more ends the job
 QUIET_S = 120.0  # a time without an end after which a new series begins
@@ -46,11 +47,13 @@ class GivingUp(Exception):
 class Supervisor:
     """Runs `command` on `ranks` processes with `environment`; `run` returns the job's exit status."""
 
-    def __init__(self, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], ranks: int, environment: Mapping[str, str], fork: bool = False) -> None:
+        self._fork = fork
+        self._template: RankTemplate | None = None
         self._command = list(command)
         self._ranks = ranks
         self._environment = dict(environment)
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._processes: dict[int, subprocess.Popen[bytes] | ForkedProcess] = {}
         self._incarnations: dict[int, int] = {}
         self._series = 0  # ends of ranks since a prompt succeeded or a quiet time
         self._last_end = 0.0
@@ -70,7 +73,10 @@ class Supervisor:
             try:
                 self._start_all()
                 while True:
-                    select.select([woken], [], [], LOOK_S)
+                    sources: list[Any] = [woken]
+                    if self._template is not None and self._template.alive:
+                        sources.append(self._template)
+                    select.select(sources, [], [], LOOK_S)
                     with contextlib.suppress(BlockingIOError):
                         woken.recv(4096)
                     if self._signal is not None:
@@ -84,6 +90,7 @@ class Supervisor:
                 return end.status
             finally:
                 self._end_all(self._signal or signal.SIGTERM)
+                self._close_template()
                 self._hub.close()
 
     @contextlib.contextmanager
@@ -131,14 +138,30 @@ class Supervisor:
         own[DOOR] = door.fileno()
         environment = self._environment | {name: str(value) for name, value in own.items()}
         # A session of its own: Ctrl-C in a terminal goes to the supervisor alone, which then ends the ranks in order.
-        self._processes[rank] = subprocess.Popen(
-            self._command, env=environment, start_new_session=True, pass_fds=[door.fileno()]
-        )
-        door.close()
+        with door:
+            self._processes[rank] = self._make(environment, door.fileno())
+
+    def _make(self, environment: dict[str, str], door: int) -> subprocess.Popen[bytes] | ForkedProcess:
+        """A rank's process: forked from the template where that is possible, else a program of its own."""
+        if self._fork:
+            if self._template is None or not self._template.alive:
+                self._close_template()
+                self._template = RankTemplate(self._command, self._environment)
+            try:
+                return self._template.start(environment, door)
+            except RuntimeError as error:
+                _say(f"ranks are started one by one: {error}")
+                self._fork = False
+        return subprocess.Popen(self._command, env=environment, start_new_session=True, pass_fds=[door])
+
+    def _close_template(self) -> None:
+        if self._template is not None:
+            self._template.close()
 
     def _look_at_processes(self) -> int | None:
         """React to processes that ended; the job's exit status when it is over."""
-        ended = {rank: process.returncode for rank, process in self._processes.items() if process.poll() is not None}
+        states = {rank: process.poll() for rank, process in self._processes.items()}
+        ended = {rank: status for rank, status in states.items() if status is not None}
         if 0 in ended:
             return self._first_ended(ended[0])
         for rank, status in ended.items():
