@@ -5,7 +5,8 @@
 Starts the real program on the CPU for each number of ranks. A chain of n trivial nodes with one output is posted; the
 time is from the POST to the message that the prompt is done, with one WebSocket open: first uncached, then the same
 prompt again, all cached. Traffic is what the WebSocket carried for the uncached run. Validation is measured without the
-server. Medians of `--repeats`. The last line is JSON.
+server. The same for a node that expands n times, each time into a node and the next expansion (`deep`). Medians of
+`--repeats`. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ from tests.e2e.workflows import node
 
 PACK = os.path.join(os.path.dirname(e2e.__file__), "semantics_pack")
 LENGTHS = (1, 20, 50, 100, 200, 1000)
+DEPTHS = (100, 400, 950)
 
 
 def chain(length: int, start: int) -> dict[str, Any]:
     """`length` nodes in a row and an output; `start` makes it differ from the chains before."""
     prompt = {f"n{i}": node("SAdd", a=[f"n{i - 1}", 0] if i else start, b=1) for i in range(length)}
     return prompt | {"out": node("SShow", value=[f"n{length - 1}", 0])}
+
+
+def deep(depth: int, start: int) -> dict[str, Any]:
+    """A node that expands `depth` times, and an output."""
+    return {"e": node("SExpand", value=start, depth=depth, label=""), "out": node("SShow", value=["e", 0])}
 
 
 async def one_run(session: aiohttp.ClientSession, port: int, prompt: dict[str, Any]) -> tuple[float, int]:
@@ -53,20 +60,20 @@ async def one_run(session: aiohttp.ClientSession, port: int, prompt: dict[str, A
                 return time.perf_counter() - begin, size
 
 
-async def measure(port: int, repeats: int) -> dict[int, dict[str, float]]:
-    """Medians for each length."""
+async def measure(port: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Medians for each length and depth."""
     result = {}
     start = 0
     async with aiohttp.ClientSession() as session:
         await one_run(session, port, chain(10, -1))
-        for length in LENGTHS:
+        for make, length in [*((chain, length) for length in LENGTHS), *((deep, depth) for depth in DEPTHS)]:
             fresh, cached = [], []
             for _ in range(repeats):
                 start += 10_000
-                prompt = chain(length, start % 97_000)
+                prompt = make(length, start % 97_000)
                 fresh.append(await one_run(session, port, prompt))
                 cached.append(await one_run(session, port, prompt))
-            result[length] = {
+            result[f"{make.__name__} {length}"] = {
                 "uncached_ms": round(statistics.median(seconds for seconds, _ in fresh) * 1000, 1),
                 "cached_ms": round(statistics.median(seconds for seconds, _ in cached) * 1000, 1),
                 "websocket_kB": round(statistics.median(size for _, size in fresh) / 1000, 1),
@@ -117,8 +124,8 @@ def main() -> None:
             with e2e.Server(base, ranks) as server:
                 measured = asyncio.run(measure(server.port, args.repeats))
             result["ranks"][ranks] = measured
-            for length, row in measured.items():
-                print(f"{ranks} rank(s), {length:5d} nodes: {row}", flush=True)
+            for name, row in measured.items():
+                print(f"{ranks} rank(s), {name}: {row}", flush=True)
     print(json.dumps(result))
 
 

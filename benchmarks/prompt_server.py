@@ -41,12 +41,15 @@ class BenchmarkServer:
         self.port = free_port()
         self.log = os.path.join(base, f"console-{ranks}-{self.port}.txt")
         self.start_seconds = 0.0
+        # a folder of its own, so that it does not go on with what another one was stopped in
+        user = os.path.join(base, f"user-{ranks}-{self.port}")
+        os.makedirs(user, exist_ok=True)
         where = ["--cpu", "--taco-ranks", str(ranks)]
         if device == "cuda":
             where = ["--gpus", ",".join(str(gpu) for gpu in range(ranks))]
         self._command = [
             sys.executable, "main.py", *where, "--port", str(self.port), "--base-directory", base,
-            "--disable-auto-launch", *flags,
+            "--user-directory", user, "--disable-auto-launch", *flags,
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -4,7 +4,7 @@
 
 Writes a history of prompts that carry a workflow of `--kilobytes`, as the page sends one with each prompt, then starts
 the real program on the CPU with `--no-persist`, with an empty file and with the long one, in turn. Times are medians: of
-`--repeats` starts, from the start of the process until it listens; of 50 requests of a kind, one at a time; and of
+`--repeats` starts, from the start of the process until it listens; of 70 requests of a kind, one at a time; and of
 reading the file alone (`open`). What the first request of a kind took is listed apart. The last line is JSON.
 """
 
@@ -31,16 +31,23 @@ PACK = os.path.join(os.path.dirname(e2e.__file__), "semantics_pack")
 READS = ("/history?max_items=64", "/jobs?limit=64", "/jobs?limit=64&status=failed", "/prompt")
 
 
+_DRAW = random.Random(0)
+_WORDS = [f"{_DRAW.getrandbits(40):x}" for _ in range(2000)]
+
+
+def workflow(kilobytes: float) -> dict[str, Any]:
+    """What a page sends with a prompt, of about that size."""
+    nodes = [{"id": i, "type": _DRAW.choice(_WORDS), "pos": [_DRAW.random(), i], "widgets": _DRAW.choices(_WORDS, k=4)}
+             for i in range(max(int(kilobytes * 8), 1))]  # fmt: skip
+    return {"extra_pnginfo": {"workflow": {"id": "w", "nodes": nodes}}}
+
+
 def fill(path: str, entries: int, kilobytes: float) -> None:
     """A history of `entries` prompts, every tenth failed."""
     server = SimpleNamespace(number=0, queue_updated=lambda: None)
     queue = PromptQueue(server, PromptStore(path))
-    draw = random.Random(0)
-    words = [f"{draw.getrandbits(40):x}" for _ in range(2000)]
     for number in range(entries):
-        nodes = [{"id": i, "type": draw.choice(words), "pos": [draw.random(), i], "widgets": draw.choices(words, k=4)}
-                 for i in range(max(int(kilobytes * 8), 1))]  # fmt: skip
-        extra = {"create_time": 1_700_000_000_000 + number, "extra_pnginfo": {"workflow": {"id": "w", "nodes": nodes}}}
+        extra = {"create_time": 1_700_000_000_000 + number, **workflow(kilobytes)}
         queue.put((number, f"old-{number}", {"1": node("SShow", value=number)}, extra, ["1"]))
         taken = queue.get(0)
         assert taken is not None
@@ -77,17 +84,18 @@ def open_ms(folder: str) -> float:
     return 1000 * took
 
 
-def request_ms(base: str, folder: str | None) -> dict[str, float]:
-    """Medians of 50 requests of each kind, and the first of each."""
+def request_ms(base: str, folder: str | None, kilobytes: float) -> dict[str, float]:
+    """Medians of 70 requests of each kind, the history's once it has 64 entries, and the first of those for jobs."""
     times: dict[str, list[float]] = {}
     with _server(base, folder) as server:
-        for path in READS:
+        for path in READS[1:]:
             times[f"first GET {path}"] = [_timed(server, path)]
-        for number in range(50):
-            body = {"prompt": {"1": node("SShow", value=number)}}
+        for number in range(70):
+            body = {"prompt": {"1": node("SShow", value=number)}, "extra_data": workflow(kilobytes)}
             times.setdefault("POST /prompt", []).append(_timed(server, "/prompt", body))
-            for path in READS:
+            for path in READS[1:]:
                 times.setdefault(f"GET {path}", []).append(_timed(server, path))
+        times[f"GET {READS[0]}"] = [_timed(server, READS[0]) for _ in range(20)]
     return {name: round(1000 * statistics.median(values), 1) for name, values in times.items()}
 
 
@@ -119,7 +127,7 @@ def main() -> None:
             results[name] = {"start": round(statistics.median(turn[name] for turn in starts))}
             if folder is not None:
                 results[name]["open"] = round(statistics.median(open_ms(folder) for _ in range(5)), 1)
-            results[name] |= request_ms(base, folder)
+            results[name] |= request_ms(base, folder, options.kilobytes)
             print(name, results[name])
     print(json.dumps(results))
 

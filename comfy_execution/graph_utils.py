@@ -6,7 +6,7 @@ import hashlib
 from contextvars import ContextVar
 from typing import Any
 
-_LONGEST_ROOT = 160  # characters
+_LONGEST_ROOT = 64  # characters
 
 
 def is_link(obj: object) -> bool:
@@ -86,7 +86,7 @@ def _shortened(root: str) -> str:
     if len(root) <= _LONGEST_ROOT:
         return root
     digest = hashlib.blake2b(root.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return f"{root.partition('.')[0][:64]}.{digest}"
+    return f"{root.partition('.')[0][:32]}.{digest}"
 
 
 class GraphBuilder:

@@ -324,8 +324,11 @@ class PromptQueue:
     ) -> dict[str, Any]:
         """Entries by prompt id, oldest first: all, one, or `max_items` from `offset` on (negative: the last ones)."""
         change = map_function or copy.deepcopy
-        with self.mutex:
-            return {key: change(self._history[key]) for key, _ in self._chosen(prompt_id, max_items, offset)}
+        found = {}
+        for key, _ in self._chosen(prompt_id, max_items, offset):
+            with suppress(KeyError):  # it was deleted meanwhile
+                found[key] = change(self._history[key])
+        return found
 
     def history_json(self, prompt_id: str | None = None, max_items: int | None = None, offset: int = -1) -> str:
         """`get_history` as JSON. What is on disk only is passed on as it is written there."""

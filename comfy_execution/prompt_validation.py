@@ -17,6 +17,7 @@ from comfy_execution import seams
 from comfy_execution.graph import get_input_info
 from comfy_execution.graph_utils import ExecutionBlocker, is_link
 from comfy_execution.inputs import get_input_data, has_function
+from comfy_execution.node_execution import ends_program
 from comfy_execution.utils import full_type_name
 from comfy_execution.validation import validate_node_input
 
@@ -108,7 +109,9 @@ class PromptCheck:
         try:
             for found in [found async for found in self._problems(node_id, result)]:
                 result.errors.append(found)
-        except Exception as problem:  # noqa: BLE001 - a node pack's INPUT_TYPES or VALIDATE_INPUTS may do anything
+        except BaseException as problem:  # noqa: BLE001 - a node pack's INPUT_TYPES or VALIDATE_INPUTS may do anything
+            if ends_program(problem):
+                raise
             kind = "exception_during_validation" if is_output else "exception_during_inner_validation"
             message = "Exception when validating node" if is_output else "Exception when validating inner node"
             result.errors.append(

@@ -114,6 +114,18 @@ def test_an_exception_in_a_node_is_reported(register):
     assert kinds(result, "o") == ["exception_during_validation"]
 
 
+@pytest.mark.parametrize("raised", [SystemExit(1), GeneratorExit(), asyncio.CancelledError()])
+def test_a_node_that_leaves_while_it_is_checked_is_reported(register, raised):
+    """Checks run in the server's event loop, which these would end."""
+
+    def validate(cls, n):
+        raise raised
+
+    register("Broken", {"n": ("INT", {})}, VALIDATE_INPUTS=classmethod(validate), OUTPUT_NODE=True)
+    valid, _, _, errors = asyncio.run(execution.validate_prompt("p", {"1": node("Broken", n=1)}))
+    assert not valid and errors["1"]["errors"][0]["type"] == "exception_during_validation"
+
+
 def test_good_outputs_run_though_others_are_bad():
     prompt = {"v": node("Value"), "bad": out("v"), "bad2": out("v"), "w": node("Value", value=1), "good": out("w")}
     valid, _, outputs, node_errors = check(prompt)

@@ -14,7 +14,7 @@ import urllib.request
 
 import pytest
 
-from app.run import _name_flags_without_effect
+from app.run import _name_flags_without_effect, _open_store
 from comfy.cli_args import FRONT_END_DEFAULT, build_parser
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -175,3 +175,13 @@ def test_the_allocator_is_chosen_before_torch_is_imported(tmp_path):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environ, timeout=60
     )
     assert said.stderr.strip() == "TACO-DiT: max_split_size_mb:64,backend:cudaMallocAsync False"
+
+
+def test_no_persist_keeps_nothing_on_disk(tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
+    assert _open_store(build_parser().parse_args(["--no-persist"])) is None and not os.listdir(tmp_path)
+    store = _open_store(build_parser().parse_args([]))
+    assert os.listdir(tmp_path / "taco_dit")
+    store.close()
