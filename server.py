@@ -252,7 +252,7 @@ class PromptServer:
         for handler in self.on_prompt_handlers:
             try:
                 json_data = handler(json_data)
-            except Exception:  # noqa: BLE001 - a pack's handler must not stop prompts
+            except (Exception, SystemExit):  # noqa: BLE001 - a pack's handler must not stop prompts, nor the server
                 logging.exception("[ERROR] An error occurred during the on_prompt_handler processing")
         return json_data
 
