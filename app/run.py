@@ -23,14 +23,15 @@ def run_rank(args: argparse.Namespace, root: str) -> int:
     Raises ConfigError for a configuration that does not fit the ranks.
     """
     from app.prestartup import run_prestartup_scripts
+
+    _set_up_logging(args, int(os.environ.get("RANK", "0")))
+    apply_directories(args, root)
+    run_prestartup_scripts(args)  # before torch is imported: they may set what it reads then
     from comfy import media
     from comfy.taco_dit.core.distributed_manager import RankInfo
 
-    info = RankInfo.from_environment(os.environ)
-    _set_up_logging(args, info.rank)
-    apply_directories(args, root)
     media.configure()
-    run_prestartup_scripts(args)
+    info = RankInfo.from_environment(os.environ)
     runtime = _make_runtime(args, root, info)
     if info.rank == 0:
         return _serve(args, runtime)

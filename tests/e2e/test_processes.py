@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from tests.e2e.compare import furthest
@@ -73,6 +74,37 @@ def test_when_rank_0_dies_all_start_again(base, serve):
         assert not set(server.pids()) & set(pids)
         assert furthest(server.pictures(flux(seed=802)), serve(1).pictures(flux(seed=802))) <= 1
         assert wait_until(lambda: not any(is_alive(pid) for pid in pids), 5)
+
+
+def test_ranks_are_forked_from_one_process_and_outlive_its_end(base, serve):
+    """What they have imported is shared; when that process is killed, all start again."""
+    with Server(base, 2, ["--port", str(free_port())]) as server:
+        ranks = [psutil.Process(pid) for pid in server.pids()]
+        template = ranks[0].parent()
+        assert template == ranks[1].parent() and template.name() == "taco-template"
+        assert [rank.name() for rank in ranks] == ["taco-rank-0", "taco-rank-1"]
+        for rank in ranks:
+            memory = rank.memory_full_info()
+            assert memory.pss < 0.75 * memory.rss
+        server.listening_again()
+        template.kill()
+        server.wait_ready()
+        assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+        assert furthest(server.pictures(flux(seed=802)), serve(1).pictures(flux(seed=802))) <= 1
+        assert psutil.Process(server.pids()[1]).parent() != template
+
+
+def test_a_pack_that_prepares_the_start_has_ranks_started_one_by_one(tmp_path):
+    """Its script must run before torch is imported, on every rank."""
+    pack = tmp_path / "custom_nodes" / "prepares"
+    pack.mkdir(parents=True)
+    (pack / "prestartup_script.py").write_text(
+        "import sys\nprint('prepared before torch:', 'torch' not in sys.modules, flush=True)\n"
+    )
+    (pack / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
+    with Server(str(tmp_path), 2) as server:
+        assert psutil.Process(server.pids()[0]).parent().pid == server.process.pid
+        assert wait_until(lambda: server.log.count("prepared before torch: True") == 2, 5), server.tail()
 
 
 def test_a_port_that_is_taken(base):
