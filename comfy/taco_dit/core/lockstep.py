@@ -63,12 +63,14 @@ class RankLockstep(RankGroup):
             self._prompt_id = prompt_id
             self._abort = self._coming.get(self.epoch)
             self._coming = {epoch: report for epoch, report in self._coming.items() if epoch > self.epoch}
-            if self._abort is None and self.members.dead:
-                self._abort = self.members.report(min(self.members.dead))
+            self.members.begin(envelope.get("members"))
+            lost = self.members.lost_ranks()
+            if self._abort is None and lost:
+                self._abort = self.members.report(lost[0])
             self._turns = {}
             self._failed = False
             self._cancelled_at = None
-            self._renew = bool(self.members.dead)  # ranks that ended since the prompt was announced will be replaced
+            self._renew = bool(lost)
             renewed = self._data.aborted
             if renewed:
                 self._data.renew(self.epoch)
@@ -83,9 +85,8 @@ class RankLockstep(RankGroup):
     def end(self) -> None:
         if not self._open:
             return
-        self._put(
-            self._next(MAIN_TASK), "end", "of the prompt"
-        )  # for a rank that still waits for something of this one
+        # for a rank that still waits for something of this one
+        self._put(self._next(MAIN_TASK), "end", "of the prompt")
         try:
             problem: BaseException | None = None
             if self.rank == 0:
@@ -114,12 +115,12 @@ class RankLockstep(RankGroup):
         deadline = self._Deadline(self, END_S)
         for rank in range(1, self.world_size):
             key = self._key(f"end/{rank}")
-            while rank not in self.members.dead:
+            while not self.members.lost(rank):
                 value = self._control.get(key, partial(self._stop_waiting_for, rank, deadline))
                 if value is not None:
                     failed |= bool(decode(value))
                     break
-                if rank in self.members.dead:
+                if self.members.lost(rank):
                     break
                 if not self.troubled() and self.cancelled_too_long():
                     problem = self.fail(comfy.model_management.InterruptProcessingException())
@@ -135,14 +136,14 @@ class RankLockstep(RankGroup):
         return problem
 
     def _stop_waiting_for(self, rank: int, deadline: RankLockstep._Deadline) -> bool:
-        return rank in self.members.dead or deadline.over()
+        return self.members.lost(rank) or deadline.over()
 
     def _wait_for_death(self, rank: int) -> None:
         """A follower did not leave a failed prompt in time: have it ended, and go on without it."""
         self.end_from_outside(rank, f"rank {rank} did not leave the prompt within {END_S:.0f} s of its failure")
         with self._changed:
-            if not self._changed.wait_for(lambda: rank in self.members.dead, END_S):
-                self.members.dead[rank] = "it did not answer"
+            if not self._changed.wait_for(lambda: self.members.lost(rank), END_S):
+                self.members.give_up(rank, "it did not answer")
 
     def _end_follower(self) -> None:
         self._control.set(self._key(f"end/{self.rank}"), encode(self._failed or self._abort is not None))

@@ -148,7 +148,7 @@ class RankGroup(Lockstep):
         content = encode(command)
         envelope = {"kind": kind, "epoch": self.epoch + 1}
         with self._changed:
-            envelope |= {"seen": self._seen, "renew": self._renew}
+            envelope |= {"seen": self._seen, "renew": self._renew, "members": dict(self.members.incarnations)}
             followers = [(rank, self.members.incarnations[rank]) for rank in self.members.followers()]
         payload = encode({**envelope, "command": content})
         if kind == "stop":

@@ -72,6 +72,8 @@ class RankWatch:
             group.report(epoch, 0, "InterruptProcessingException", "cancelled")
         self._troubled_at = (self._troubled_at or now) if troubled else None
         for rank in group.members.followers():
+            if group.members.lost(rank):  # replaced already, by a process that takes no part in this prompt
+                continue
             beat = group.last_beat(rank)
             if rank not in self._beats or self._beats[rank][0] != beat:
                 self._beats[rank] = (beat, now)
