@@ -9,6 +9,8 @@ import torch
 
 import comfy.model_management
 import comfy.patcher_extension
+import comfy.sd
+import folder_paths
 from comfy.taco_dit import runtime
 
 ANY = "*"
@@ -136,6 +138,19 @@ class TestModel(_Node):
         if fail == "block":
             model.set_model_patch_replace(block, "dit", "double_block", 1)
         return (model,)
+
+
+class TestLoader(_Node):
+    """A pack's loader of diffusion models, which does not look whether its file has changed."""
+
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING",)}}
+
+    def run(self, name):
+        return (comfy.sd.load_diffusion_model(folder_paths.get_full_path("diffusion_models", name)),)
 
 
 class TestFail(_Node):
