@@ -37,6 +37,7 @@ from .dit_state import (
     call_of,
     fallback_call,
 )
+from .pace import Pace
 from .stages import compiled_stages, stage
 
 __all__ = [
@@ -186,9 +187,10 @@ def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequen
     """A network's blocks (or a slice of them: a pipeline stage) with all that surrounds them.
 
     state: whole, from `network.embed`, or sharded by the call's plan, from earlier blocks. Returns a state that is
-    sharded where `call.plan` says so.
+    sharded where `call.plan` says so. Between blocks a prompt that was cancelled ends (see `pace`).
     """
     plan, options = call.plan, call.options
+    pace = Pace(sum(state.lengths.values()))
     if plan is not None and hasattr(network, "prepared_layers"):
         call = dataclasses.replace(call, prepared=_prepared(network.prepared_layers(state), plan))
     state = state if state.plan is plan else state.shard(plan)
@@ -205,6 +207,7 @@ def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequen
         if block.residual is not None:
             residual = _residual(call.control, block.residual)
             state = state if residual is None else state.add(block.residual.stream, residual)
+        pace.step(next(iter(state.streams.values())))
     return state
 
 
