@@ -30,7 +30,7 @@ def private_bytes() -> int:
 def _malloc_trim() -> Callable[[int], int] | None:
     """glibc's function; None with other C libraries."""
     try:
-        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+        return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):
         return None
 

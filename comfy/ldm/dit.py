@@ -37,7 +37,7 @@ from .dit_state import (
     call_of,
     fallback_call,
 )
-from .pace import Pace
+from .pace import Pace, is_long
 from .stages import compiled_stages, stage
 
 __all__ = [
@@ -190,11 +190,12 @@ def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequen
     sharded where `call.plan` says so. Between blocks a prompt that was cancelled ends (see `pace`).
     """
     plan, options = call.plan, call.options
-    pace = Pace(sum(state.lengths.values()))
     if plan is not None and hasattr(network, "prepared_layers"):
         call = dataclasses.replace(call, prepared=_prepared(network.prepared_layers(state), plan))
     state = state if state.plan is plan else state.shard(plan)
     replacements = options.get("patches_replace", {}).get("dit", {})
+    tokens = list(state.streams.values())
+    pace = Pace(is_long(len(tokens[0]), sum(part.shape[1] for part in tokens), sum(state.lengths.values())))
     for block in network.block_list() if blocks is None else blocks:
         replacement = replacements.get(block.replace_key)
         if replacement is None and block.own:

@@ -15,16 +15,20 @@ import torch
 import comfy.model_management
 
 AHEAD = 2
-LONG = (
-    1 << 16
-)  # tokens of 4096 x 4096 pixels in Flux, where a block takes a tenth of a second; latent cells of 2048 x 2048
+LONG_CELLS = 1 << 16  # latent cells from which on a picture takes an autoencoder about a second: 2048 x 2048 pixels
+LONG_PAIRS = 1 << 32  # pairs of tokens from which on a block of Flux takes a tenth of a second: 4096 x 4096 pixels
+
+
+def is_long(rows: int, mine: int, whole: int) -> bool:
+    """Whether a call is long in which this rank has `mine` of the `whole` tokens of each of `rows` rows."""
+    return rows * mine * whole >= LONG_PAIRS
 
 
 class Pace:
-    """The pace of one call of a network on `size` cells (tokens, latent cells)."""
+    """The pace of one call of a network, which is `long` or not."""
 
-    def __init__(self, size: int) -> None:
-        self._long = size >= LONG
+    def __init__(self, long: bool) -> None:
+        self._long = long
         self._issued: collections.deque[Any] = collections.deque()
 
     def step(self, made: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 
 import comfy.model_management as management
 from comfy.ldm.modules import attention, kernels
-from comfy.ldm.pace import AHEAD, LONG, Pace
+from comfy.ldm.pace import AHEAD, Pace, is_long
 from comfy.sd import VAE
 from tests import tiny_models
 
@@ -129,28 +129,36 @@ class OnGpu:
     is_cuda, device = True, torch.device("cuda", 0)
 
 
-def paced(monkeypatch: pytest.MonkeyPatch, size: int, capturing: bool = False) -> list[tuple[str, int]]:
+def paced(monkeypatch: pytest.MonkeyPatch, long: bool, capturing: bool = False) -> list[tuple[str, int]]:
     """What the host does in a call of five blocks on a GPU."""
     Event.log, Event.made = [], 0
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    pace = Pace(size)
+    pace = Pace(long)
     for _ in range(5):
         pace.step(OnGpu())  # type: ignore[arg-type]
     return Event.log
 
 
 def test_the_host_stays_a_few_blocks_ahead_in_long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = paced(monkeypatch, LONG)
+    log = paced(monkeypatch, True)
     for at, (what, number) in enumerate(log):
         if what == "waited for":
             assert max(n for kind, n in log[:at] if kind == "issued") == number + AHEAD
     assert [n for kind, n in log if kind == "waited for"] == [1, 2, 3]
-    assert paced(monkeypatch, LONG - 1) == []
+    assert paced(monkeypatch, False) == []
 
 
 def test_nothing_is_asked_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     management.interrupt_current_processing()
-    assert paced(monkeypatch, LONG, capturing=True) == []
+    assert paced(monkeypatch, True, capturing=True) == []
     assert management.processing_interrupted()
+
+
+def test_long_calls_are_those_of_very_large_pictures() -> None:
+    tokens = {side: (side // 16) ** 2 for side in (1024, 2048, 4096, 16384)}
+    assert [is_long(1, count, count) for count in tokens.values()] == [False, False, True, True]
+    assert not is_long(1, tokens[4096] // 8, tokens[4096])
+    assert is_long(1, tokens[16384] // 8, tokens[16384])
+    assert is_long(2, tokens[4096] // 2, tokens[4096])

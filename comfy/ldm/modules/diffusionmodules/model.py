@@ -11,7 +11,7 @@ from torch import nn
 
 import comfy.ops
 from comfy.ldm.modules.attention import scaled_dot_product
-from comfy.ldm.pace import Pace
+from comfy.ldm.pace import LONG_CELLS, Pace
 
 ops = comfy.ops.manual_cast
 
@@ -142,7 +142,9 @@ class Encoder(nn.Module):
         stage: Any
         for stage in self.down:
             parts += [*stage.block, *([stage.downsample] if hasattr(stage, "downsample") else [])]
-        h = _through(Pace(x.shape[0] * x.shape[2] * x.shape[3] // 64), [*parts, *_middle_parts(self.mid)], x)
+        h = _through(
+            Pace(x.shape[0] * x.shape[2] * x.shape[3] >= 64 * LONG_CELLS), [*parts, *_middle_parts(self.mid)], x
+        )
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -176,5 +178,5 @@ class Decoder(nn.Module):
         stage: Any
         for stage in reversed(self.up):
             parts += [*stage.block, *([stage.upsample] if hasattr(stage, "upsample") else [])]
-        h = _through(Pace(z.shape[0] * z.shape[2] * z.shape[3]), parts, z)
+        h = _through(Pace(z.shape[0] * z.shape[2] * z.shape[3] >= LONG_CELLS), parts, z)
         return self.conv_out(F.silu(self.norm_out(h)))
