@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 
-GROWTH = 128 << 20  # bytes of private memory above what was left after the last time
+GROWTH = 64 << 20  # bytes of private memory above what was left after the last time
 
 
 def private_bytes() -> int:

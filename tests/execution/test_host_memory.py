@@ -55,10 +55,10 @@ def test_little_growth_costs_nothing(monkeypatch) -> None:
     memory = HostMemory()
     memory.trim()
     assert len(calls) == 1, "the first time it is not known what is left of earlier work"
-    size += 100 * MIB
+    size += 40 * MIB
     memory.trim()
     assert len(calls) == 1
-    size += 100 * MIB
+    size += 40 * MIB
     memory.trim()
     memory.trim()
     assert len(calls) == 2
