@@ -1,4 +1,7 @@
-"""Small pictures of a latent while it is being sampled."""
+"""Small pictures of a latent while it is being sampled.
+
+The latent is made small before it becomes a picture, so that a preview takes the same memory and time for every size.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from comfy.cli_args import LatentPreviewMethod, args
 from comfy.taesd.taesd import TAESD
 
 Preview = tuple[str, Any, int]
+TINY_VAE_FACTOR = 8  # pixels per latent cell and side that a tiny VAE decodes
 
 
 def preview_to_image(latent_image: torch.Tensor) -> Any:
@@ -22,6 +26,19 @@ def preview_to_image(latent_image: torch.Tensor) -> Any:
 
     levels = ((latent_image + 1.0) / 2.0).clamp(0, 1).mul(255).to(device="cpu", dtype=torch.uint8)
     return Image.fromarray(levels.numpy())
+
+
+def first_small(x0: torch.Tensor, longest: int) -> torch.Tensor:
+    """[1, C, h, w]: the first entry and frame of a latent [B, C, h, w] or [B, C, T, h, w], at most `longest` cells a side.
+
+    Cells are averaged where there are more.
+    """
+    first = x0[:1, :, 0] if x0.ndim == 5 else x0[:1]
+    sides = first.shape[-2:]
+    if max(sides) <= longest:
+        return first
+    small = [max(1, side * longest // max(sides)) for side in sides]
+    return torch.nn.functional.interpolate(first, size=small, mode="area")
 
 
 class LatentPreviewer:
@@ -42,9 +59,8 @@ class TAESDPreviewerImpl(LatentPreviewer):
         self.taesd = taesd
 
     def decode_latent_to_preview(self, x0: torch.Tensor) -> Any:
-        if x0.ndim == 5:
-            x0 = x0[:, :, 0]
-        return preview_to_image(self.taesd.decode(x0[:1])[0].movedim(0, 2))
+        longest = max(1, 2 * args.preview_size // TINY_VAE_FACTOR)  # twice the preview's side, which is sharper
+        return preview_to_image(self.taesd.decode(first_small(x0, longest))[0].movedim(0, 2))
 
 
 class Latent2RGBPreviewer(LatentPreviewer):
@@ -57,7 +73,7 @@ class Latent2RGBPreviewer(LatentPreviewer):
         )
 
     def decode_latent_to_preview(self, x0: torch.Tensor) -> Any:
-        first = x0[0, :, 0] if x0.ndim == 5 else x0[0]
+        first = first_small(x0, max(1, args.preview_size))[0]
         weight = self.latent_rgb_factors.to(first)
         bias = None if self.latent_rgb_factors_bias is None else self.latent_rgb_factors_bias.to(first)
         return preview_to_image(torch.nn.functional.linear(first.movedim(0, -1), weight, bias=bias))

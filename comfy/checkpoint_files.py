@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
+from comfy import weight_files
+from comfy.weight_files import WeightFileError
+
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pt2", ".bin", ".pth", ".sft_pickle")
-
-
-class WeightFileError(ValueError):
-    """A weight file that cannot be read; the message names file, reason and remedy."""
 
 
 def load_torch_file(
@@ -20,18 +19,22 @@ def load_torch_file(
 ) -> Any:
     """State dict of a weight file.
 
-    Safetensors are memory-mapped, so ranks on one host share the pages. Returns `{key: tensor}`, or
-    `(state_dict, metadata or None)` with `return_metadata`.
+    Safetensors are memory-mapped, so ranks on one host share the pages; `weight_files.file_of` tells a tensor's
+    file. Returns `{key: tensor}`, or `(state_dict, metadata or None)` with `return_metadata`.
 
-    Raises WeightFileError for a missing, truncated, damaged or unsafe file.
+    Raises WeightFileError for a missing, truncated, damaged or unsafe file, and WeightFileChangedError for one that is
+    written to while it is loaded.
     """
     target = torch.device("cpu") if device is None else device
     if not os.path.isfile(ckpt):
         raise WeightFileError(f"{ckpt} does not exist; put the file there or choose another in the loader node")
+    file = weight_files.WeightFile(os.path.abspath(ckpt), weight_files.state_of(ckpt))
     if ckpt.lower().endswith((".safetensors", ".sft")):
         state_dict, metadata = _load_safetensors(ckpt, target)
     else:
         state_dict, metadata = _load_pickle(ckpt, target), None
+    file.check()
+    weight_files.mark(state_dict.values(), file)
     return (state_dict, metadata) if return_metadata else state_dict
 
 

@@ -10,7 +10,7 @@ import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
-from comfy import accounting
+from comfy import accounting, weight_files
 from comfy.text_encoders.configs import model_options_for
 
 StateDict = dict[str, torch.Tensor]
@@ -106,7 +106,9 @@ class CLIP:
         self.load_model()
         # Weights may wait in host memory; the computation belongs on the load device all the same.
         model.set_clip_options({**layer, "execution_device": self.patcher.load_device})
-        return model.encode_token_weights(tokens)
+        encoded = model.encode_token_weights(tokens)
+        self.patcher.weight_store.check_files()
+        return encoded
 
     @accounting.phase("text")
     def encode_from_tokens(self, tokens: Any, return_pooled: Any = False, return_dict: bool = False) -> Any:
@@ -163,6 +165,7 @@ class CLIP:
 
         full_model: keys name the encoder, "clip_l.transformer.text_model..."; otherwise they are those of one encoder.
         """
+        self.patcher.weight_store.loaded_from |= weight_files.files_in(sd)
         if not full_model:
             result = self.cond_stage_model.load_sd(sd)
             return list(result.missing_keys), list(result.unexpected_keys)

@@ -68,6 +68,16 @@ def part_files(folder: str) -> list[str]:
     raise WeightFileError(f"{folder} holds no weights ({_STEMS[0]}.safetensors or the like); download the part again")
 
 
+def pipeline_files(model_path: str) -> list[str]:
+    """The files of the parts of a pipeline that are loaded from: weights, indices, configurations; sorted."""
+    found = []
+    for part in ("transformer", "unet", "text_encoder", "text_encoder_2", "vae"):
+        folder = os.path.join(model_path, part)
+        if os.path.isdir(folder):
+            found += [os.path.join(folder, name) for name in os.listdir(folder)]
+    return sorted(found)
+
+
 def load_part(folder: str) -> StateDict:
     """All tensors of one part, memory-mapped as any weight file."""
     weights: StateDict = {}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import comfy.hooks
+import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.sampler_helpers
@@ -182,9 +183,11 @@ class CFGGuider:
         helpers.cast_to_load_options(self.model_options, device=device, dtype=self.model_patcher.model_dtype())
         try:
             self.model_patcher.pre_run()
-            return self.inner_sample(
+            samples = self.inner_sample(
                 noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed
             )
+            comfy.model_management.check_weight_files([self.model_patcher, *self.loaded_models])
+            return samples
         finally:
             self.model_patcher.cleanup()
             helpers.cleanup_models(self.conds, self.loaded_models)

@@ -32,6 +32,7 @@ from comfy.dtype_choice import (
 from comfy.weights.loading import (
     LoadedModel,
     add_memory_holder,
+    check_weight_files,
     cleanup_models,
     cleanup_models_gc,
     current_loaded_models,
@@ -46,6 +47,7 @@ from comfy.weights.loading import (
 __all__ = [
     "LoadedModel",
     "add_memory_holder",
+    "check_weight_files",
     "cleanup_models",
     "cleanup_models_gc",
     "current_loaded_models",

@@ -12,6 +12,7 @@ import torch
 
 import comfy.lora
 import comfy.utils
+from comfy import weight_files
 from comfy.weights.patching import get_key_weight, string_to_seed
 from comfy.weights.store import store_of
 
@@ -138,10 +139,9 @@ class HooksMixin:
             if hooks is not None:
                 kept = self.cached_hook_patches.get(hooks)
                 if kept is None:
-                    kept = {
-                        key: self._hooked_weight(key, patches)
-                        for key, patches in self.get_combined_hook_patches(hooks).items()
-                    }
+                    combined = self.get_combined_hook_patches(hooks)
+                    weight_files.check(weight_files.files_in(combined))
+                    kept = {key: self._hooked_weight(key, patches) for key, patches in combined.items()}
                     if self.hook_mode == EnumHookMode.MaxSpeed:
                         self.cached_hook_patches[hooks] = kept
                 for key in kept:

@@ -15,10 +15,12 @@ import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
+from comfy import weight_files
 from comfy.clip import CLIP
 from comfy.missing import missing_class, missing_function
 from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts
 from comfy.vae import VAE
+from comfy.weights.store import store_of
 
 __all__ = [
     "CLIP", "CLIPType", "VAE", "load_checkpoint", "load_checkpoint_guess_config", "load_clip", "load_diffusion_model",
@@ -161,6 +163,7 @@ def _build_clip(config: Any, sd: StateDict, embedding_directory: Any, te_model_o
 def _build_model(config: Any, sd: StateDict, prefix: str, options: dict[str, Any]) -> Any:
     """A patcher around the network of `config` with weights from `sd`."""
     management = comfy.model_management
+    files = weight_files.files_in(sd)  # before tensors are cast, which are copies then
     load_device = management.get_torch_device()
     parameters = comfy.utils.calculate_parameters(sd, prefix)
     supported = list(config.supported_inference_dtypes)
@@ -184,6 +187,7 @@ def _build_model(config: Any, sd: StateDict, prefix: str, options: dict[str, Any
     model = config.get_model(sd, prefix, device=torch.device("meta"))
     model.load_model_weights(sd, prefix)
     model.device = torch.device("cpu")
+    store_of(model).loaded_from |= files
     offload_device = options.get("offload_device", management.unet_offload_device())
     return _patcher_class()(model, load_device=options.get("load_device", load_device), offload_device=offload_device)
 

@@ -11,7 +11,7 @@ import torch
 import comfy.model_management as model_management
 import comfy.model_patcher
 import comfy.utils
-from comfy import accounting
+from comfy import accounting, weight_files
 from comfy.ldm.models.autoencoder import AutoencoderKL, config_from_state_dict, convert_diffusers_vae
 from comfy.taco_dit.core.spread import spread_batch
 
@@ -37,6 +37,7 @@ class VAE:
         """
         if sd is None:
             raise ValueError("VAE needs a state dict; was the file empty?")
+        files = weight_files.files_in(sd)
         if "decoder.up_blocks.0.resnets.0.norm1.weight" in sd:
             sd = convert_diffusers_vae(sd)
         ddconfig, embed_dim = config_from_state_dict(sd)
@@ -62,6 +63,7 @@ class VAE:
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.first_stage_model, load_device=self.device, offload_device=model_management.vae_offload_device()
         )
+        self.patcher.weight_store.loaded_from |= files
 
     def _with_weights(self, network: AutoencoderKL, sd: dict[str, torch.Tensor]) -> AutoencoderKL:
         weights = {key: value.to(self.vae_dtype) for key, value in sd.items() if value.is_floating_point()}
@@ -115,6 +117,7 @@ class VAE:
             logging.warning("Ran out of memory when regular VAE decoding, retrying with tiled VAE decoding.")
         if pictures is None:  # outside the handler, whose traceback keeps the failed tensors
             pictures = self._decode_tiled(samples_in, 64, 64, 16)
+        self.patcher.weight_store.check_files()
         return pictures.movedim(1, -1)
 
     def _decode_batch(self, latents: torch.Tensor) -> torch.Tensor:
@@ -157,6 +160,7 @@ class VAE:
         """`decode` in tiles of `tile_x` x `tile_y` latent cells."""
         self._load(self.memory_used_decode(samples.shape, self.vae_dtype))
         pictures = self._decode_tiled(samples, tile_x or 64, tile_y or 64, 16 if overlap is None else overlap)
+        self.patcher.weight_store.check_files()
         return pictures.movedim(1, -1)
 
     # --- encoding --------------------------------------------------------------------------------------------------
@@ -174,13 +178,17 @@ class VAE:
         """Pictures [B, H, W, 3] in 0..1 -> latents [B, C, h, w]; in tiles when memory does not suffice."""
         pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
         at_once = self._load(self.memory_used_encode(pixels.shape, self.vae_dtype))
+        latents = None
         try:
-            return spread_batch(
+            latents = spread_batch(
                 pixels, lambda batch: torch.cat([self._encode_batch(part) for part in batch.split(at_once)])
             ).to(self.output_device)
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE encoding, retrying with tiled VAE encoding.")
-        return self._encode_tiled(pixels, 512, 512, 64)  # outside the handler, as above
+        if latents is None:  # outside the handler, as above
+            latents = self._encode_tiled(pixels, 512, 512, 64)
+        self.patcher.weight_store.check_files()
+        return latents
 
     def _encode_batch(self, pixels: torch.Tensor) -> torch.Tensor:
         inputs = self.process_input(pixels).to(self.device, self.vae_dtype)
@@ -214,7 +222,9 @@ class VAE:
         """`encode` in tiles of `tile_x` x `tile_y` pixels."""
         pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
         self._load(self.memory_used_encode(pixels.shape, self.vae_dtype))
-        return self._encode_tiled(pixels, tile_x or 512, tile_y or 512, 64 if overlap is None else overlap)
+        latents = self._encode_tiled(pixels, tile_x or 512, tile_y or 512, 64 if overlap is None else overlap)
+        self.patcher.weight_store.check_files()
+        return latents
 
     # --- facts about this VAE --------------------------------------------------------------------------------------
 

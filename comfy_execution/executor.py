@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from comfy import accounting
+from comfy.weight_files import WeightFileChangedError
 from comfy_execution import seams
 from comfy_execution.caching import CacheSet, CacheType, RamCache, Signer, fingerprint
 from comfy_execution.graph import DependencyCycleError, DynamicPrompt, ExecutionList, NodeNotFoundError, node_class
@@ -451,6 +452,9 @@ class PromptExecutor:
         if _out_of_memory(ex):
             logging.error("Got an OOM, unloading all loaded models.")
             comfy.model_management.unload_all_models()
+        if getattr(ex, "cause", type(ex).__name__) == WeightFileChangedError.__name__:  # on this rank or another one
+            logging.warning("A weight file has changed: all kept results are dropped, and it is loaded anew.")
+            self.caches = CacheSet(cache_type=self.cache_type, cache_args=self.cache_args)
 
     def _log_failure(
         self, node_id: str | None, node_type: str | None, details: Mapping[str, Any], ex: BaseException

@@ -13,6 +13,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
+from comfy import host_memory
 from comfy_execution import restart
 from comfy_execution.caching import CacheType
 from comfy_execution.executor import PromptExecutor
@@ -233,6 +234,7 @@ class PromptWorker:
             with _contained("freeing memory"):
                 gc.collect()
                 comfy.model_management.soft_empty_cache()
+                host_memory.trim()
 
 
 @contextmanager

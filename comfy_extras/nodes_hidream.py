@@ -7,9 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 from comfy_nodes.conditioning import need_clip
 from comfy_nodes.loaders import files, load_text_encoders
+from comfy_nodes.model_files import watches_files
 from comfy_nodes.v3 import extension, prompt
 
 
+@watches_files(**{f"clip_name{number}": "text_encoders" for number in range(1, 5)})
 class QuadrupleCLIPLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -12,6 +12,7 @@ import comfy.utils
 import folder_paths
 from comfy.hook_keyframes import HookKeyframe, HookKeyframeGroup, InterpolationMethod
 from comfy_nodes.fields import number, whole
+from comfy_nodes.model_files import model_file_state, path_state, watches
 
 HOOKS = "advanced/hooks"
 CREATE, SCHEDULE, COMBINE = f"{HOOKS}/create", f"{HOOKS}/scheduling", f"{HOOKS}/combine"
@@ -189,6 +190,11 @@ def joined(new: Any, before: Any):
     return (new if before is None else before.clone_and_combine(new),)
 
 
+def _hook_states(cls: Any, **inputs: Any) -> list[Any]:
+    return [model_file_state(cls.KIND, inputs.get(cls.NAME))]
+
+
+@watches(_hook_states)
 class CreateHookLora(_Node):
     KIND, NAME = "loras", "lora_name"
     WITH_CLIP = True
@@ -203,13 +209,14 @@ class CreateHookLora(_Node):
     CATEGORY = CREATE
 
     def __init__(self) -> None:
-        self.loaded: tuple[str, Any] | None = None
+        self.loaded: tuple[str, Any, Any] | None = None
 
     def weights(self, path: str) -> Any:
         """The file's weights, kept for the next run."""
-        if self.loaded is None or self.loaded[0] != path:
-            self.loaded = (path, self.load(path))
-        return self.loaded[1]
+        state = path_state(path)
+        if self.loaded is None or self.loaded[:2] != (path, state):
+            self.loaded = (path, state, self.load(path))
+        return self.loaded[2]
 
     def load(self, path: str) -> Any:
         return comfy.utils.load_torch_file(path, safe_load=True)

@@ -10,6 +10,7 @@ import torch
 import comfy.utils
 import folder_paths
 from comfy_nodes.fields import number
+from comfy_nodes.model_files import watches_files
 
 ACTIVATIONS = {
     "linear": torch.nn.Identity,
@@ -78,6 +79,7 @@ def load_hypernetwork_patch(path: str, strength: float) -> HypernetworkPatch | N
     )
 
 
+@watches_files(hypernetwork_name="hypernetworks")
 class HypernetworkLoader:
     @classmethod
     def INPUT_TYPES(cls):

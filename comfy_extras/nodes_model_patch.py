@@ -7,6 +7,7 @@ from typing import Any
 import folder_paths
 from comfy.missing import missing, missing_names
 from comfy_nodes.loaders import files
+from comfy_nodes.model_files import watches_files
 
 _FEATURE = "Patch networks (USO style reference)"
 # Networks of this module that packs import, here or there.
@@ -19,6 +20,7 @@ __getattr__ = missing_names(
 )
 
 
+@watches_files(name="model_patches")
 class ModelPatchLoader:
     @classmethod
     def INPUT_TYPES(cls):

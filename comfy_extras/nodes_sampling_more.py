@@ -12,6 +12,7 @@ import comfy.utils
 import folder_paths
 from comfy.ldm.modules import attention as attention_module
 from comfy_api.latest import io
+from comfy_nodes.model_files import watches_files
 from comfy_nodes.v3 import extension, share
 
 NUMBER = re.compile(r"[-+]?(?:\d*\.\d+|\d+\.?)(?:[eE][-+]?\d+)?")
@@ -104,6 +105,7 @@ class ModelAttentionBackend(io.ComfyNode):
         return io.NodeOutput(model)
 
 
+@watches_files(conditioning_name="embeddings")
 class ConditioningLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):

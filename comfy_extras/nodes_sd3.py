@@ -12,9 +12,11 @@ from comfy_nodes.conditioning import need_clip
 from comfy_nodes.controlnet import with_control
 from comfy_nodes.layer_skip import layer_numbers, with_skipped_layers
 from comfy_nodes.loaders import files, load_text_encoders
+from comfy_nodes.model_files import watches_files
 from comfy_nodes.v3 import batch, extension, prompt, share, side
 
 
+@watches_files(**{f"clip_name{number}": "text_encoders" for number in range(1, 4)})
 class TripleCLIPLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -22,6 +22,7 @@ from comfy_api.latest import ui
 from comfy_nodes.conditioning import need_clip
 from comfy_nodes.fields import MAX_SEED, number, whole
 from comfy_nodes.files import metadata_texts
+from comfy_nodes.model_files import watches_files
 from comfy_nodes.sampling import check_latent
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -171,6 +172,7 @@ def steps_in_name(file: str) -> int:
     return int(found[1]) if found else 0
 
 
+@watches_files(existing_lora="loras")
 class TrainLoraNode:
     @classmethod
     def INPUT_TYPES(cls):

@@ -14,6 +14,7 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io
+from comfy_nodes.model_files import watches_files
 from comfy_nodes.v3 import extension
 
 TILE, SMALLEST_TILE, OVERLAP = 512, 128, 32
@@ -71,6 +72,7 @@ def load_upscaler(path: str) -> Any:
     return model
 
 
+@watches_files(model_name="upscale_models")
 class UpscaleModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):

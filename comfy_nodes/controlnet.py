@@ -7,6 +7,7 @@ from typing import Any
 import folder_paths
 from comfy_nodes.fields import number
 from comfy_nodes.loaders import files
+from comfy_nodes.model_files import watches_files
 
 STRENGTH = number(1.0, 0.0, 10.0, 0.01)
 
@@ -18,6 +19,7 @@ def need_control_net(control_net: Any, name: str) -> Any:
     return control_net
 
 
+@watches_files(control_net_name="controlnet")
 class ControlNetLoader:
     @classmethod
     def INPUT_TYPES(cls):
@@ -34,6 +36,7 @@ class ControlNetLoader:
         return (need_control_net(comfy.controlnet.load_controlnet(path), control_net_name),)
 
 
+@watches_files(control_net_name="controlnet")
 class DiffControlNetLoader:
     @classmethod
     def INPUT_TYPES(cls):

@@ -9,7 +9,9 @@ import torch
 
 import comfy.utils
 import folder_paths
+from comfy.weight_files import FileState, state_of
 from comfy_nodes.fields import number
+from comfy_nodes.model_files import model_file_state, path_state, watches, watches_files
 
 DEVICES = (["default", "cpu"], {"advanced": True})
 
@@ -30,6 +32,7 @@ def embeddings() -> list[str]:
     return folder_paths.get_folder_paths("embeddings")
 
 
+@watches_files(ckpt_name="checkpoints")
 class CheckpointLoaderSimple:
     @classmethod
     def INPUT_TYPES(cls):
@@ -55,6 +58,7 @@ class CheckpointLoaderSimple:
         return loaded[:3]
 
 
+@watches_files(config_name="configs", ckpt_name="checkpoints")
 class CheckpointLoader:
     @classmethod
     def INPUT_TYPES(cls):
@@ -73,6 +77,24 @@ class CheckpointLoader:
         return comfy.sd.load_checkpoint(config, path, True, True, embeddings())
 
 
+def _pipeline_path(model_path: Any) -> str | None:
+    """The folder of a pipeline in models/diffusers; None when there is none of that name."""
+    import comfy.diffusers_load
+
+    for root in folder_paths.get_folder_paths("diffusers"):
+        if model_path in comfy.diffusers_load.model_folders(root):
+            return os.path.join(root, model_path)
+    return None
+
+
+def _pipeline_states(cls: Any, model_path: Any = None, **others: Any) -> list[Any]:
+    import comfy.diffusers_load
+
+    path = _pipeline_path(model_path)
+    return [] if path is None else [[name, path_state(name)] for name in comfy.diffusers_load.pipeline_files(path)]
+
+
+@watches(_pipeline_states)
 class DiffusersLoader:
     @classmethod
     def INPUT_TYPES(cls):
@@ -89,15 +111,15 @@ class DiffusersLoader:
     def load_checkpoint(self, model_path: str, output_vae: bool = True, output_clip: bool = True):
         import comfy.diffusers_load
 
-        for root in folder_paths.get_folder_paths("diffusers"):
-            if model_path in comfy.diffusers_load.model_folders(root):
-                path = os.path.join(root, model_path)
-                return comfy.diffusers_load.load_diffusers(path, output_vae, output_clip, embeddings())
-        raise FileNotFoundError(
-            f"no folder {model_path} with a model_index.json in models/diffusers; put the pipeline's folder there"
-        )
+        path = _pipeline_path(model_path)
+        if path is None:
+            raise FileNotFoundError(
+                f"no folder {model_path} with a model_index.json in models/diffusers; put the pipeline's folder there"
+            )
+        return comfy.diffusers_load.load_diffusers(path, output_vae, output_clip, embeddings())
 
 
+@watches_files(unet_name="diffusion_models")
 class UNETLoader:
     @classmethod
     def INPUT_TYPES(cls):
@@ -139,6 +161,7 @@ def load_text_encoders(names: list[str], family: str, device: str = "default") -
     return (clip,)
 
 
+@watches_files(clip_name="text_encoders")
 class CLIPLoader:
     @classmethod
     def INPUT_TYPES(cls):
@@ -178,6 +201,7 @@ class CLIPLoader:
         return load_text_encoders([clip_name], type, device)
 
 
+@watches_files(clip_name1="text_encoders", clip_name2="text_encoders")
 class DualCLIPLoader:
     @classmethod
     def INPUT_TYPES(cls):
@@ -199,6 +223,19 @@ class DualCLIPLoader:
         return load_text_encoders([clip_name1, clip_name2], type, device)
 
 
+def _vae_states(cls: Any, vae_name: Any = None, **others: Any) -> list[Any]:
+    if vae_name not in TINY_VAES:
+        return [model_file_state("vae", vae_name)]
+    return [model_file_state("vae_approx", file) for file in _tiny_vae_files(vae_name)]
+
+
+def _tiny_vae_files(name: str) -> list[str]:
+    """The files in models/vae_approx of a tiny VAE's encoder and decoder, as far as they are there."""
+    starts = (f"{name}_encoder.", f"{name}_decoder.")
+    return [file for file in files("vae_approx") if file.startswith(starts)]
+
+
+@watches(_vae_states)
 class VAELoader:
     @staticmethod
     def vae_list() -> list[str]:
@@ -246,6 +283,7 @@ class VAELoader:
         return (vae,)
 
 
+@watches_files(lora_name="loras")
 class LoraLoader:
     @classmethod
     def INPUT_TYPES(cls):
@@ -267,6 +305,7 @@ class LoraLoader:
 
     def __init__(self) -> None:
         self.loaded_lora: tuple[str, Any] | None = None
+        self.loaded_state: FileState | None = None
 
     def load_lora(self, model: Any, clip: Any, lora_name: str, strength_model: float, strength_clip: float):
         import comfy.sd
@@ -274,8 +313,10 @@ class LoraLoader:
         if strength_model == 0 and strength_clip == 0:
             return (model, clip)
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        if self.loaded_lora is None or self.loaded_lora[0] != path:
+        state = state_of(path)
+        if self.loaded_lora is None or self.loaded_lora[0] != path or self.loaded_state != state:
             self.loaded_lora = (path, comfy.utils.load_torch_file(path, safe_load=True))
+            self.loaded_state = state
         return comfy.sd.load_lora_for_models(model, clip, self.loaded_lora[1], strength_model, strength_clip)
 
 

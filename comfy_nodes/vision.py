@@ -10,8 +10,10 @@ import folder_paths
 import node_helpers
 from comfy_nodes.fields import number, pixels, prompt_text
 from comfy_nodes.loaders import embeddings, files
+from comfy_nodes.model_files import watches_files
 
 
+@watches_files(clip_name="clip_vision")
 class CLIPVisionLoader:
     @classmethod
     def INPUT_TYPES(cls):
@@ -43,6 +45,7 @@ class CLIPVisionEncode:
         return (clip_vision.encode_image(image, crop=crop == "center"),)
 
 
+@watches_files(style_model_name="style_models")
 class StyleModelLoader:
     @classmethod
     def INPUT_TYPES(cls):
@@ -139,6 +142,7 @@ class unCLIPConditioning:  # noqa: N801 - ComfyUI's name
         return (node_helpers.conditioning_set_values(conditioning, values, append=True),)
 
 
+@watches_files(ckpt_name="checkpoints")
 class unCLIPCheckpointLoader:  # noqa: N801 - ComfyUI's name
     @classmethod
     def INPUT_TYPES(cls):
@@ -160,6 +164,7 @@ class unCLIPCheckpointLoader:  # noqa: N801 - ComfyUI's name
         )
 
 
+@watches_files(gligen_name="gligen")
 class GLIGENLoader:
     @classmethod
     def INPUT_TYPES(cls):

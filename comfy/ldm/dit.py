@@ -37,6 +37,7 @@ from .dit_state import (
     call_of,
     fallback_call,
 )
+from .pace import Pace, is_long
 from .stages import compiled_stages, stage
 
 __all__ = [
@@ -186,13 +187,15 @@ def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequen
     """A network's blocks (or a slice of them: a pipeline stage) with all that surrounds them.
 
     state: whole, from `network.embed`, or sharded by the call's plan, from earlier blocks. Returns a state that is
-    sharded where `call.plan` says so.
+    sharded where `call.plan` says so. Between blocks a prompt that was cancelled ends (see `pace`).
     """
     plan, options = call.plan, call.options
     if plan is not None and hasattr(network, "prepared_layers"):
         call = dataclasses.replace(call, prepared=_prepared(network.prepared_layers(state), plan))
     state = state if state.plan is plan else state.shard(plan)
     replacements = options.get("patches_replace", {}).get("dit", {})
+    tokens = list(state.streams.values())
+    pace = Pace(is_long(len(tokens[0]), sum(part.shape[1] for part in tokens), sum(state.lengths.values())))
     for block in network.block_list() if blocks is None else blocks:
         replacement = replacements.get(block.replace_key)
         if replacement is None and block.own:
@@ -205,6 +208,7 @@ def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequen
         if block.residual is not None:
             residual = _residual(call.control, block.residual)
             state = state if residual is None else state.add(block.residual.stream, residual)
+        pace.step(next(iter(state.streams.values())))
     return state
 
 

@@ -271,6 +271,14 @@ def _load_entry(
     entry.model_load(budget, force_patch_weights=force_patch_weights)
 
 
+def check_weight_files(models: Sequence[Any]) -> None:
+    """Raises WeightFileChangedError when a file of one of these models changed while it computed."""
+    for model in models:
+        store = getattr(getattr(model, "model", None), "weight_store", None)
+        if store is not None:
+            store.check_files()
+
+
 def load_model_gpu(model: Any) -> None:
     """`load_models_gpu` for one model."""
     comfy.model_management.load_models_gpu([model])

@@ -12,12 +12,12 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import comfy.utils
-from comfy import accounting
+from comfy import accounting, weight_files
 
 from .patching import (
     Calculate,
@@ -28,43 +28,12 @@ from .patching import (
     stored_value,
     wipe_lowvram_weight,
 )
+from .records import Group, Weight
 from .staging import Pair, copy_all
 from .streaming import WeightStream
 
 _versions = itertools.count(1)
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-
-
-class Weight:
-    """One weight. `patches`: those with which `placed` was made; `pristine`: the unpatched value on the device, if kept."""
-
-    __slots__ = ("key", "source", "placed", "pristine", "patches")
-
-    def __init__(self, key: str, source: torch.Tensor) -> None:
-        self.key = key
-        self.source = source
-        self.placed: torch.Tensor | None = None
-        self.pristine: torch.Tensor | None = None
-        self.patches: tuple[Patch, ...] = ()
-
-    @property
-    def current(self) -> torch.Tensor:
-        """What the network uses."""
-        return self.source if self.placed is None else self.placed
-
-
-class Group(NamedTuple):
-    """The weights of one module, which are on a device together or not at all. `size` in bytes."""
-
-    size: int
-    path: str
-    module: Any
-    keys: tuple[str, ...]
-
-    @property
-    def can_wait(self) -> bool:
-        """Whether the module can compute while its weights are in host memory."""
-        return hasattr(self.module, "comfy_cast_weights")
 
 
 Wrapper = Callable[..., Any]
@@ -81,6 +50,8 @@ class WeightStore:
         self.device: torch.device | None = None
         self.patched_at_use = 0
         self.always_copy = False
+        self.loaded_from: set[weight_files.WeightFile] = set()
+        self._files: set[weight_files.WeightFile] = set()  # those that the network as it is placed depends on
         self._resident: set[str] = set()  # paths of modules whose weights are on the device
         self._wrapped: list[tuple[Any, str, Wrapper]] = []
         self._stream: WeightStream | None = None
@@ -92,6 +63,7 @@ class WeightStore:
         other.model = copy.deepcopy(self.model, memo)
         other.weights = copy.deepcopy(self.weights, memo)
         other._wrapped, other._stream = [], None
+        other.loaded_from, other._files = set(), set()  # its weights are copies
         other.layout_version = next(_versions)
         return other
 
@@ -141,6 +113,31 @@ class WeightStore:
         comfy.utils.set_attr(self.model, weight.key, weight.current)
         self._moved()
 
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def _files_of(
+        self, groups: Sequence[Group], patches: Mapping[str, Sequence[Patch]]
+    ) -> set[weight_files.WeightFile]:
+        """The files that the network's weights and these patches are from."""
+        files = set(self.loaded_from)
+        for group in groups:
+            for key in group.keys:
+                weight, wanted = self.weight(key), patches.get(key, ())
+                file = weight_files.file_of(weight.source)
+                if file is not None:
+                    files.add(file)
+                if not same_patches(weight.wanted, wanted):
+                    weight.wanted, weight.patch_files = tuple(wanted), weight_files.files_in(wanted)
+                files |= weight.patch_files
+        return files
+
+    def check_files(self) -> None:
+        """Raises WeightFileChangedError when a file that the network depends on is not what was loaded.
+
+        `place` calls it before and after it reads; whoever computes with the network, afterwards.
+        """
+        weight_files.check(self._files)
+
     # --- placing ---------------------------------------------------------------------------------------------------
 
     def place(
@@ -160,9 +157,13 @@ class WeightStore:
             memory and patch them at each use, or, with `patch_host`, hold patched weights in host memory.
         wrappers: functions that a weight passes through at each use.
         foreign: somebody else's `patch_weight_to_device(key)`, which sets the network's attribute itself.
+
+        Raises WeightFileChangedError when a file that weights or patches are from has changed since it was loaded.
         """
         self.device = device
         groups = self.groups()
+        self._files = self._files_of(groups, patches)
+        self.check_files()
         resident = self._choose(groups, device, budget)
         waiting = [group for group in groups if group.path not in resident]
         for group in waiting:
@@ -183,6 +184,7 @@ class WeightStore:
         self._resident, self._waiting = resident, len(waiting)
         self.loaded_bytes = sum(group.size for group in groups if group.path in resident)
         self._set_stream(waiting, device)
+        self.check_files()  # what was read while a file was written to cannot be trusted
 
     def _choose(self, groups: list[Group], device: torch.device, budget: int | None) -> set[str]:
         """Paths of the modules to have on the device: those that cannot wait, then those there already, then by size."""
@@ -331,6 +333,7 @@ class WeightStore:
     def patch_one(self, key: str, patches: Sequence[Patch], device: torch.device, calculate: Calculate) -> None:
         """Give one weight its patched value on `device`, whatever the others are."""
         weight = self.weight(key)
+        weight_files.check(weight_files.files_in([weight.source, patches]))
         if self._must_copy(weight.source, device) and (weight.placed is None or weight.placed.device != device):
             self.device = device
             self._drop(weight)

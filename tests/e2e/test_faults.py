@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.e2e.compare import furthest
+from tests.e2e.server import wait_until
 from tests.e2e.workflows import flux, insert, node
 
 STEP_MS = 60
@@ -45,6 +46,33 @@ def test_cancel_while_sampling(serve, ranks):
     assert len(steps) == ranks and len(set(steps.values())) == 1, f"ranks stopped at different steps: {steps}"
     assert 4 <= steps[0] < 190
     check_goes_on(serve, server, pids, 402)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("what", ["denoiser", "decoder"])
+def test_cancel_inside_one_long_call(serve, ranks, what):
+    """Ranks that cannot stop together within their patience leave one after the other, between two blocks."""
+    server = serve(ranks)
+    pids = server.pids()
+    label = f"long-{what}{ranks}-"
+    prompt = flux(seed=411, steps=1)
+    if what == "denoiser":
+        insert(prompt, "slow", "TestSlowBlocks", label=label, seconds=1.5)
+        last, blocks = "sample", 5
+    else:
+        insert(prompt, "slow", "TestSlowVae", "decode", "vae", label=label, seconds=0.8)
+        last, blocks = "decode", 10
+    with server.page() as page:
+        page.post(prompt)
+        page.wait("executing", lambda m: m["data"]["node"] == last)
+        assert wait_until(lambda: len(server.records(label)) == ranks, 20)
+        server.request("/interrupt", {})
+        told = page.wait("execution_interrupted", timeout=30)
+        assert told["data"]["node_id"] == last
+        page.finish()
+    ran = {rank: len(lines) for rank, lines in server.records(label).items()}
+    assert len(ran) == ranks and max(ran.values()) < blocks, f"blocks that each rank ran: {ran} of {blocks}"
+    check_goes_on(serve, server, pids, 412)
 
 
 def test_cancel_what_waits_and_only_what_was_meant(serve):

@@ -144,3 +144,27 @@ def test_a_gpu_tells_of_itself_and_its_clock_needs_no_waiting() -> None:
     assert clock.run.calls == 2, "the third is read with the next one, or at the end"
     times = clock.read()
     assert times["calls"] == 3 and 0 < times["exchange"] <= times["total"]
+
+
+@pytest.mark.gpu
+def test_a_long_call_ends_soon_after_it_is_cancelled() -> None:
+    """The host is at most a few blocks ahead of the GPU, so it hears of the cancel while the call is under way."""
+    import threading
+
+    import comfy.model_management as management
+    from comfy.ldm.pace import AHEAD, Pace
+
+    made, ran, half_a_second = torch.zeros(1, device="cuda"), [0], 900_000_000
+    timer = threading.Timer(1.5, management.interrupt_current_processing)
+    timer.start()
+    pace = Pace(True)
+    try:
+        with pytest.raises(management.InterruptProcessingException):
+            for ran[0] in range(40):
+                torch.cuda._sleep(half_a_second)
+                pace.step(made)
+    finally:
+        timer.cancel()
+        management.interrupt_current_processing(False)
+        torch.cuda.synchronize()
+    assert ran[0] < 10 + AHEAD

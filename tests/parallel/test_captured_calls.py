@@ -143,6 +143,17 @@ def test_what_cannot_be_seen_is_not_captured(calls: Calls) -> None:
     assert calls.run()["captured"] == 1
 
 
+def test_long_calls_are_not_captured(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that is cancelled can end inside them."""
+    import comfy.ldm.pace as pace
+
+    rows, tokens = len(inputs(9, 13, 11)["x"]), 9 * 13 // 4
+    monkeypatch.setattr(pace, "LONG_PAIRS", rows * tokens**2)
+    assert calls.run(height=9) == {"plain": 3, "captured": 0, "replayed": 0}
+    monkeypatch.setattr(pace, "LONG_PAIRS", rows * tokens**2 + 1)
+    assert calls.run(height=9)["captured"] == 1
+
+
 def test_partly_loaded_weights_are_not_captured(calls: Calls) -> None:
     calls.patcher.patch_model(CPU, lowvram_model_memory=1000)
     assert calls.run() == {"plain": 3, "captured": 0, "replayed": 0}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import comfy.model_management
 from comfy.ldm.dit_state import Compute, DenoiserCall, Meeting, Tokens
 from comfy.ldm.modules import kernels
 from comfy.ldm.modules.kernels import describe_backend, masked, scaled_dot_product, use_fused_attention
@@ -149,6 +150,8 @@ def attention_split(
     step = max(1, min(q.shape[2], (1 << 26) // max(1, q.shape[0] * q.shape[1] * k.shape[2])))
     parts = []
     for start in range(0, q.shape[2], step):
+        if not q.is_cuda:
+            comfy.model_management.throw_exception_if_processing_interrupted()
         rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start : start + step]
         parts.append(F.scaled_dot_product_attention(q[:, :, start : start + step], k, v.to(q.dtype), attn_mask=rows))
     return _join_heads(torch.cat(parts, dim=2).to(v.dtype), skip_output_reshape)

@@ -12,6 +12,10 @@ import math
 import torch
 import torch.nn.functional as F
 
+import comfy.model_management
+
+LONGEST_CPU_CALL = 1 << 37  # multiplications and additions in one piece: a few seconds of one core
+_CPU_BLOCK = 256  # queries that torch's kernel for the CPU takes together
 _fused = True
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -70,6 +74,37 @@ def run(
     cuDNN is asked for by name on Hopper and newer: torch prefers its flash backend, which reaches less than half of
     cuDNN's rate there.
     """
+    rows = _rows_at_once(q, k)
+    if rows < q.shape[2]:
+        return _in_parts(rows, q, k, v, mask, need_lse)
+    return _run(q, k, v, mask, need_lse)
+
+
+def _rows_at_once(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Queries that are attended at a time: on the CPU as many as take a few seconds, a multiple of torch's block."""
+    if q.is_cuda:
+        return q.shape[2]
+    operations = 4 * q.shape[0] * q.shape[1] * q.shape[3] * k.shape[2]  # for each query
+    return max(_CPU_BLOCK, LONGEST_CPU_CALL // max(operations, 1) // _CPU_BLOCK * _CPU_BLOCK)
+
+
+def _in_parts(
+    rows: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, need_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`run`, `rows` queries at a time; between them a cancelled prompt ends."""
+    parts = []
+    for start in range(0, q.shape[2], rows):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        seen = mask if mask is None or mask.shape[-2] == 1 else mask[..., start : start + rows, :]
+        parts.append(_run(q[:, :, start : start + rows], k, v, seen, need_lse))
+    sums = [lse for _, lse in parts if lse is not None]
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat(sums, dim=2) if sums else None
+
+
+def _run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, need_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`run` in one piece."""
     if not _fused:
         return _written_out(q, k, v, mask, need_lse)
     fits = mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.dtype in _HALF

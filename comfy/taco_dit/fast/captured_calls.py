@@ -6,9 +6,12 @@ call makes exactly the exchanges with other ranks that its plain form makes, so 
 whether to capture; before a run they compare whether one of them lost or refused its graphs (`begin_run`).
 
 Only calls that are ours from end to end are captured: a patch, a wrapper, a ControlNet, or weights that wait in host
-memory make the call run plainly. A captured call belongs to the weights' memory (`WeightStore.layout_version`), the plan,
-the structure of its arguments and the identity of every module it ran; all tensor arguments, nested ones too, are copied
-into its own buffers before each replay.
+memory make the call run plainly. So does a call of many seconds (`comfy.ldm.pace`): the time of its launches is nothing to
+it, and a prompt that was cancelled can end inside it, which a graph does not allow.
+
+A captured call belongs to the weights' memory (`WeightStore.layout_version`), the plan, the structure of its arguments
+and the identity of every module it ran; all tensor arguments, nested ones too, are copied into its own buffers before
+each replay.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +29,7 @@ import torch
 from comfy import accounting
 from comfy.ldm import dit
 from comfy.ldm.modules import attention
+from comfy.ldm.pace import is_long
 from comfy.weights.store import store_of
 
 from .signature import ModuleIdentity, NotCapturable, flatten, rebuild
@@ -33,6 +38,13 @@ MAX_GRAPHS = 8
 _FOREIGN_OPTIONS = ("patches", "patches_replace", "optimized_attention_override")
 
 Gather = Callable[[str, Any], list[Any]]
+
+
+def _is_long(network: Any, context: Any, x: torch.Tensor) -> bool:
+    """Whether a call on latents x [B, C, ..., h, w] under a token plan (or None) is to end when its prompt is cancelled."""
+    patch = getattr(network, "patch_size", 1)
+    tokens = math.prod(x.shape[2:]) // (patch if isinstance(patch, int) else patch[-1]) ** 2
+    return is_long(x.shape[0], tokens // getattr(context, "size", 1), tokens)
 
 
 class Captured:
@@ -193,6 +205,8 @@ class CapturedCalls:
         if store_of(model).partly_loaded:
             return None
         network = model.diffusion_model
+        if _is_long(network, context, call["x"]):
+            return None
         if id(network) not in self._checked and not self._unchanged(network):
             return None
         try:

@@ -1,6 +1,7 @@
 """Test nodes for the servers of tests/e2e: they misbehave on chosen ranks and write down what each rank does."""
 
 import asyncio
+import copy
 import os
 import random
 import time
@@ -9,6 +10,8 @@ import torch
 
 import comfy.model_management
 import comfy.patcher_extension
+import comfy.sd
+import folder_paths
 from comfy.taco_dit import runtime
 
 ANY = "*"
@@ -136,6 +139,65 @@ class TestModel(_Node):
         if fail == "block":
             model.set_model_patch_replace(block, "dit", "double_block", 1)
         return (model,)
+
+
+class TestSlowBlocks(_Node):
+    """A model whose every block takes so many seconds longer; each is written down when it begins."""
+
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "label": ("STRING",), "seconds": ("FLOAT",)}}
+
+    def run(self, model, label, seconds):
+        model = model.clone()
+
+        def block(args, extra):
+            record(label, "block")
+            time.sleep(seconds)
+            return extra["original_block"](args)
+
+        for kind, count in (("double_block", 2), ("single_block", 3)):
+            for index in range(count):
+                model.set_model_patch_replace(block, "dit", kind, index)
+        return (model,)
+
+
+class TestSlowVae(_Node):
+    """A copy of a VAE whose every residual block takes so many seconds longer; each is written down."""
+
+    RETURN_TYPES = ("VAE",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",), "label": ("STRING",), "seconds": ("FLOAT",)}}
+
+    def run(self, vae, label, seconds):
+        vae = copy.copy(vae)
+        vae.first_stage_model = copy.deepcopy(vae.first_stage_model)
+
+        def wait(module, inputs):
+            record(label, "block")
+            time.sleep(seconds)
+
+        for module in vae.first_stage_model.modules():
+            if type(module).__name__ == "ResnetBlock":
+                module.register_forward_pre_hook(wait)
+        return (vae,)
+
+
+class TestLoader(_Node):
+    """A pack's loader of diffusion models, which does not look whether its file has changed."""
+
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING",)}}
+
+    def run(self, name):
+        return (comfy.sd.load_diffusion_model(folder_paths.get_full_path("diffusion_models", name)),)
 
 
 class TestFail(_Node):

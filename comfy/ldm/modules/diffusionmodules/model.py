@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 import comfy.ops
 from comfy.ldm.modules.attention import scaled_dot_product
+from comfy.ldm.pace import LONG_CELLS, Pace
 
 ops = comfy.ops.manual_cast
 
@@ -92,8 +93,16 @@ def _middle(channels: int) -> nn.Module:
     return mid
 
 
-def _through_middle(mid: Any, h: torch.Tensor) -> torch.Tensor:
-    return mid.block_2(mid.attn_1(mid.block_1(h)))
+def _middle_parts(mid: Any) -> list[nn.Module]:
+    return [mid.block_1, mid.attn_1, mid.block_2]
+
+
+def _through(pace: Pace, parts: Iterable[nn.Module], h: torch.Tensor) -> torch.Tensor:
+    """`parts` one after the other; between them a cancelled prompt ends."""
+    for part in parts:
+        h = part(h)
+        pace.step(h)
+    return h
 
 
 class Encoder(nn.Module):
@@ -129,14 +138,14 @@ class Encoder(nn.Module):
         self.conv_out = ops.Conv2d(last, 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(x)
+        parts: list[nn.Module] = [self.conv_in]
         stage: Any
         for stage in self.down:
-            for block in stage.block:
-                h = block(h)
-            if hasattr(stage, "downsample"):
-                h = stage.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(_through_middle(self.mid, h))))
+            parts += [*stage.block, *([stage.downsample] if hasattr(stage, "downsample") else [])]
+        h = _through(
+            Pace(x.shape[0] * x.shape[2] * x.shape[3] >= 64 * LONG_CELLS), [*parts, *_middle_parts(self.mid)], x
+        )
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -165,11 +174,9 @@ class Decoder(nn.Module):
         self.conv_out = ops.Conv2d(last, out_ch, kernel_size=3, stride=1, padding=1)
 
     def forward(self, z: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        h = _through_middle(self.mid, self.conv_in(z))
+        parts: list[nn.Module] = [self.conv_in, *_middle_parts(self.mid)]
         stage: Any
         for stage in reversed(self.up):
-            for block in stage.block:
-                h = block(h)
-            if hasattr(stage, "upsample"):
-                h = stage.upsample(h)
+            parts += [*stage.block, *([stage.upsample] if hasattr(stage, "upsample") else [])]
+        h = _through(Pace(z.shape[0] * z.shape[2] * z.shape[3] >= LONG_CELLS), parts, z)
         return self.conv_out(F.silu(self.norm_out(h)))

@@ -1,0 +1,46 @@
+"""What `WeightStore` knows of one weight, and of the weights of one module."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from comfy.weight_files import WeightFile
+
+from .patching import Patch
+
+
+class Weight:
+    """One weight. `patches`: those with which `placed` was made; `pristine`: the unpatched value on the device, if kept;
+    `wanted`: the patches of the last `place`, and `patch_files` the files that they are from."""
+
+    __slots__ = ("key", "source", "placed", "pristine", "patches", "wanted", "patch_files")
+
+    def __init__(self, key: str, source: torch.Tensor) -> None:
+        self.key = key
+        self.source = source
+        self.placed: torch.Tensor | None = None
+        self.pristine: torch.Tensor | None = None
+        self.patches: tuple[Patch, ...] = ()
+        self.wanted: tuple[Patch, ...] = ()
+        self.patch_files: set[WeightFile] = set()
+
+    @property
+    def current(self) -> torch.Tensor:
+        """What the network uses."""
+        return self.source if self.placed is None else self.placed
+
+
+class Group(NamedTuple):
+    """The weights of one module, which are on a device together or not at all. `size` in bytes."""
+
+    size: int
+    path: str
+    module: Any
+    keys: tuple[str, ...]
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether the module can compute while its weights are in host memory."""
+        return hasattr(self.module, "comfy_cast_weights")
