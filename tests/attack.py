@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from tests import attack_files
 
 SECRET = b"nobody may see this"
@@ -52,6 +54,7 @@ class Target:
     url: str
     token: str = ""
     base: str | None = None
+    pid: int | None = None  # of the supervisor, when it is ours
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
@@ -410,6 +413,19 @@ def wrong_tokens(target: Target) -> None:
     refuse(set(statuses) <= {401, 429} and 429 in statuses, f"guesses are answered with {statuses}")
 
 
+def ranks_from_outside(target: Target) -> None:
+    """The ranks' messages to each other: no port and no named socket leads there."""
+    if target.pid is None:
+        raise Skipped("needs the server's processes")
+    parent = psutil.Process(target.pid)
+    for process in (parent, *parent.children(recursive=True)):
+        for found in process.net_connections("inet"):
+            listens = found.status == psutil.CONN_LISTEN or found.type == socket.SOCK_DGRAM
+            refuse(not listens or found.laddr.port == target.port, f"{process.name()} listens on {found.laddr}")
+        for found in process.net_connections("unix"):
+            refuse(not found.laddr, f"{process.name()} has the socket {found.laddr!r}")
+
+
 def attacks(short: bool) -> dict[str, Callable[[Target], None]]:
     """Every attack by what it is; the token's last, for the server slows the address after them."""
     every: dict[str, Callable[[Target], None]] = {
@@ -429,6 +445,7 @@ def attacks(short: bool) -> dict[str, Callable[[Target], None]]:
         "playlist called .mp3": playlist,
     }
     every |= {name: bad_picture(*picture) for name, picture in attack_files.PICTURES.items()}
+    every["the ranks' own messages"] = ranks_from_outside
     return every | {"no token, wrong tokens, guessing": wrong_tokens}
 
 
@@ -447,7 +464,7 @@ def scratch(ranks: int) -> Iterator[Target]:
         flags = ["--output-directory", os.path.join(base, "output")]
         server = Server(base, ranks, flags, env={"TACO_TOKEN": token})
         with server:
-            yield Target(f"http://127.0.0.1:{server.port}", token, base)
+            yield Target(f"http://127.0.0.1:{server.port}", token, base, server.process.pid)
 
 
 def attack(target: Target, short: bool, say: Callable[[str], None] = print) -> list[str]:
