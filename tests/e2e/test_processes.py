@@ -15,7 +15,7 @@ import pytest
 
 from tests.e2e.compare import furthest
 from tests.e2e.server import ROOT, Server, is_alive, wait_until
-from tests.e2e.workflows import flux, insert
+from tests.e2e.workflows import flux, insert, node
 
 
 def free_port():
@@ -92,6 +92,19 @@ def test_ranks_are_forked_from_one_process_and_outlive_its_end(base, serve):
         assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
         assert furthest(server.pictures(flux(seed=802)), serve(1).pictures(flux(seed=802))) <= 1
         assert psutil.Process(server.pids()[1]).parent() != template
+
+
+def test_a_server_that_starts_again_in_its_process(base, serve):
+    """The followers are replaced, and the supervisor does not count that as a fault."""
+    with Server(base, 2, ["--port", str(free_port())]) as server:
+        pids = server.pids()
+        for _ in range(2):
+            server.run({"restart": node("TestRestart", seconds=1.0)})
+            server.listening_again()
+            server.wait_ready()
+            assert furthest(server.pictures(flux(seed=802)), serve(1).pictures(flux(seed=802))) <= 1
+        after = server.pids()
+        assert after[0] == pids[0] and after[1] != pids[1]
 
 
 def test_a_pack_that_prepares_the_start_has_ranks_started_one_by_one(tmp_path):

@@ -4,6 +4,8 @@ import asyncio
 import copy
 import os
 import random
+import sys
+import threading
 import time
 
 import torch
@@ -34,6 +36,22 @@ def record(label, text):
 class _Node:
     CATEGORY = "test"
     FUNCTION = "run"
+
+
+class TestRestart(_Node):
+    """Starts the server again in the same process, as ComfyUI-Manager does after an installation."""
+
+    RETURN_TYPES = ("INT",)
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seconds": ("FLOAT",)}}
+
+    def run(self, seconds):
+        arguments = [sys.executable, *sys.argv]
+        threading.Timer(seconds, os.execv, (sys.executable, arguments)).start()
+        return (0,)
 
 
 class TestRaise(_Node):
