@@ -115,21 +115,17 @@ class WeightStore:
 
     # --- files -----------------------------------------------------------------------------------------------------
 
-    def _files_of(
-        self, groups: Sequence[Group], patches: Mapping[str, Sequence[Patch]]
-    ) -> set[weight_files.WeightFile]:
-        """The files that the network's weights and these patches are from."""
-        files = set(self.loaded_from)
-        for group in groups:
-            for key in group.keys:
-                weight, wanted = self.weight(key), patches.get(key, ())
-                file = weight_files.file_of(weight.source)
-                if file is not None:
-                    files.add(file)
-                if not same_patches(weight.wanted, wanted):
-                    weight.wanted, weight.patch_files = tuple(wanted), weight_files.files_in(wanted)
-                files |= weight.patch_files
-        return files
+    def _files_of(self, patches: Mapping[str, Sequence[Patch]]) -> set[weight_files.WeightFile]:
+        """The files that the network's weights, all of which are recorded, and these patches are from."""
+        found: list[weight_files.WeightFile | None] = [*self.loaded_from]
+        for key, weight in self.weights.items():
+            wanted = patches.get(key, ())
+            found.append(weight_files.file_of(weight.source))
+            if not same_patches(weight.wanted, wanted):
+                weight.wanted, weight.patch_files = tuple(wanted), weight_files.files_in(wanted)
+            found += weight.patch_files
+        known = {id(file): file for file in found if file is not None}  # far fewer objects than weights
+        return set(known.values())
 
     def check_files(self) -> None:
         """Raises WeightFileChangedError when a file that the network depends on is not what was loaded.
@@ -162,8 +158,6 @@ class WeightStore:
         """
         self.device = device
         groups = self.groups()
-        self._files = self._files_of(groups, patches)
-        self.check_files()
         resident = self._choose(groups, device, budget)
         waiting = [group for group in groups if group.path not in resident]
         for group in waiting:
@@ -173,6 +167,8 @@ class WeightStore:
             wipe_lowvram_weight(group.module)
             if group.path in resident:
                 arriving += self._arrivals(group, device)
+        self._files = self._files_of(patches)
+        self.check_files()
         self._bring(arriving)
         self._patch_resident([g for g in groups if g.path in resident], patches, device, calculate, foreign)
         self.patched_at_use = 0
