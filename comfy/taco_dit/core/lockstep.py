@@ -97,7 +97,6 @@ class RankLockstep(RankGroup):
             with self._changed:
                 self._open = False
             self._running.clear()
-        self._turns = {}
         if problem is None and self._abort is None and not self._failed:
             if self.rank == 0:
                 self._control.set(HEALTHY, str(self.epoch).encode())
