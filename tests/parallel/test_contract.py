@@ -1,4 +1,7 @@
-"""The contract on 2 and 3 ranks with uneven shards: each case once serially and once on shards, in one set of ranks."""
+"""The contract on 2 to 4 ranks with uneven shards: each case once serially and once on shards, in one set of ranks.
+
+Rings are tried in the same ranks as Ulysses, and Ulysses within a ring on four.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,37 @@ import torch
 
 from comfy.ldm import dit
 from comfy.ldm.modules.attention import AttentionSpec
-from comfy.taco_dit.parallel.exchange import CollectiveExchange, head_ranges
-from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
+from comfy.taco_dit.core.plan import ParallelDims
+from comfy.taco_dit.parallel.exchange import head_ranges
+from comfy.taco_dit.parallel.ring_parallel import native_plan
 
 from .contract_cases import CASES
 from .engine_cases import engine_results
 from .ranks import run_ranks
 
 
-def _everything(manager):
-    group = manager.data.group(range(manager.world_size))
-    call = dit.DenoiserCall(UlyssesPlan(CollectiveExchange(group)))
+def _deviations(manager, splits):
+    """{(case, Ulysses degree, ring degree): deviation from one rank}."""
+    plans = {
+        split: native_plan(
+            manager.data.group, ParallelDims(ulysses_degree=split[0], ring_degree=split[1]), manager.rank
+        )
+        for split in splits
+    }
     deviations = {}
     for case in CASES:
         with torch.inference_mode():
-            serial, parallel = case(dit.DenoiserCall()), case(call)
-        assert serial.shape == parallel.shape, f"{case.__name__}: {serial.shape} and {parallel.shape}"
-        deviations[case.__name__] = ((parallel - serial).abs().max() / serial.abs().max()).item()
-    return deviations, engine_results(manager)
+            serial = case(dit.DenoiserCall())
+            for split, plan in plans.items():
+                parallel = case(dit.DenoiserCall(plan))
+                assert serial.shape == parallel.shape, f"{case.__name__}: {serial.shape} and {parallel.shape}"
+                deviations[case.__name__, *split] = ((parallel - serial).abs().max() / serial.abs().max()).item()
+    return deviations
+
+
+def _everything(manager):
+    world = manager.world_size
+    return _deviations(manager, [(world, 1), (1, world)]), engine_results(manager)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -33,12 +49,20 @@ def results(request):
     return request.param, run_ranks(request.param, _everything)
 
 
+def _assert_equal(deviations, splits):
+    assert len(deviations) == splits * len(CASES)
+    wrong = {name: deviation for name, deviation in deviations.items() if not deviation < 1e-5}
+    assert not wrong
+
+
 def test_shards_equal_whole(results):
-    _, found = results
-    for deviations, _ in found:
-        assert len(deviations) == len(CASES)
-        wrong = {name: deviation for name, deviation in deviations.items() if not deviation < 1e-5}
-        assert not wrong
+    for deviations, _ in results[1]:
+        _assert_equal(deviations, 2)
+
+
+def test_a_ring_around_ulysses_equals_whole():
+    for deviations in run_ranks(4, _deviations, [(2, 2)]):
+        _assert_equal(deviations, 1)
 
 
 def test_foreign_code_keeps_rows_together(results):
