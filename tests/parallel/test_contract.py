@@ -10,12 +10,13 @@ import torch
 
 from comfy.ldm import dit
 from comfy.ldm.modules.attention import AttentionSpec
-from comfy.taco_dit.core.plan import ParallelDims
+from comfy.taco_dit.core.plan import ParallelDims, share
 from comfy.taco_dit.parallel.exchange import head_ranges
 from comfy.taco_dit.parallel.ring_parallel import native_plan
+from comfy.taco_dit.parallel.zigzag import Zigzag
 
 from .contract_cases import CASES
-from .engine_cases import engine_results
+from .engine_cases import engine_results, ring_results
 from .ranks import run_ranks
 
 
@@ -60,9 +61,28 @@ def test_shards_equal_whole(results):
         _assert_equal(deviations, 2)
 
 
+def _on_a_ring(manager):
+    return _deviations(manager, [(2, 2)]), ring_results(manager)
+
+
 def test_a_ring_around_ulysses_equals_whole():
-    for deviations in run_ranks(4, _deviations, [(2, 2)]):
+    for deviations, engine in run_ranks(4, _on_a_ring):
         _assert_equal(deviations, 1)
+        plan, deviation, captured = engine.pop("areas")
+        assert plan == "cfg 2 x ring 2" and deviation < 1e-4 and captured
+        assert all(deviation < 1e-5 for _, deviation in engine.values()), engine
+        plans = {name: plan for name, (plan, _) in engine.items()}
+        assert {plans["plain"], plans["declared"]} == {"data 2 x ring 2"}
+        assert {plans[name] for name in ("override", "replaced", "patched", "wrapped")} == {"ulysses 2 x ring 2"}
+
+
+def test_a_zigzag_evens_out_the_work_under_a_causal_mask():
+    parts = [torch.arange(*share(310, 3, i)) for i in range(3)]
+    dealt = [Zigzag(parts, i, torch.device("cpu")) for i in range(3)]
+    seen = [int((zigzag.places(i) + 1).sum()) for i, zigzag in enumerate(dealt)]
+    assert sorted(torch.cat([zigzag.places(i) for i, zigzag in enumerate(dealt)]).tolist()) == list(range(310))
+    assert max(seen) < 1.05 * min(seen), "keys that the queries of each part see"
+    assert [[zigzag.sent[i] for zigzag in dealt] for i in range(3)] == [zigzag.received for zigzag in dealt]
 
 
 def test_foreign_code_keeps_rows_together(results):

@@ -131,8 +131,8 @@ def _cost(dims: ParallelDims, work: Workload) -> float:
     heads = math.ceil(work.heads / degree) / work.heads / ring
     # An exchange moves 8 bytes per token and channel in bf16 against 24 C flops: about 1/15 of a GPU's time on NVLink.
     exchange = 0.07 * (degree - 1) / degree * rows
-    # Each pass of a ring moves half as much, keys and values, most of it while a part is attended to.
-    passes = 0.02 * (ring - 1) * rows
+    # A ring brings the keys and values of all other parts to each rank: 4 bytes per token and channel.
+    passes = 0.035 * (ring - 1) / ring * rows
     latency = 0.01 * (degree > 1) + 0.01 * (ring > 1)
     return rows * ((1 - attention) * tokens + attention * heads) + exchange + passes + latency
 
