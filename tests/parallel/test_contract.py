@@ -5,17 +5,20 @@ Rings are tried in the same ranks as Ulysses, and Ulysses within a ring on four.
 
 from __future__ import annotations
 
+import threading
+import types
+
 import pytest
 import torch
 
 from comfy.ldm import dit
-from comfy.ldm.modules.attention import AttentionSpec
+from comfy.ldm.modules.attention import AttentionSpec, attention, own_attention
 from comfy.taco_dit.core.plan import ParallelDims, share
-from comfy.taco_dit.parallel.exchange import head_ranges
-from comfy.taco_dit.parallel.ring_parallel import native_plan
+from comfy.taco_dit.parallel.exchange import SingleExchange, head_ranges
+from comfy.taco_dit.parallel.ring_parallel import RingPlan, native_plan
 from comfy.taco_dit.parallel.zigzag import Zigzag
 
-from .contract_cases import CASES
+from .contract_cases import CASES, draw, split_heads
 from .engine_cases import engine_results, ring_results
 from .ranks import run_ranks
 
@@ -61,19 +64,57 @@ def test_shards_equal_whole(results):
         _assert_equal(deviations, 2)
 
 
+def _half_precision(manager):
+    """(dtype of an attention in bf16 on a ring, deviation from one rank in fp32)."""
+    plan = native_plan(manager.data.group, ParallelDims(ulysses_degree=2, ring_degree=2), manager.rank)
+    q, k, v = (split_heads(draw(1, 301, 96, seed=seed)).bfloat16() for seed in (1, 2, 3))
+    start, stop = plan.bounds(301)
+    mine = (t[:, :, start:stop] for t in (q, k, v))
+    spec = AttentionSpec(4, dit.Tokens((301,), sharded=True))
+    out = attention(*mine, spec, dit.DenoiserCall(plan))
+    wanted = own_attention(q.float(), k.float(), v.float()).transpose(1, 2).flatten(2)
+    return out.dtype, ((plan.gather(out, 1, [301]) - wanted).abs().max() / wanted.abs().max()).item()
+
+
 def _on_a_ring(manager):
-    return _deviations(manager, [(2, 2)]), ring_results(manager)
+    return _deviations(manager, [(2, 2)]), ring_results(manager), _half_precision(manager)
 
 
 def test_a_ring_around_ulysses_equals_whole():
-    for deviations, engine in run_ranks(4, _on_a_ring):
+    for deviations, engine, (dtype, rounding) in run_ranks(4, _on_a_ring):
         _assert_equal(deviations, 1)
+        assert dtype == torch.bfloat16 and rounding < 2**-7
         plan, deviation, captured = engine.pop("areas")
         assert plan == "cfg 2 x ring 2" and deviation < 1e-4 and captured
         assert all(deviation < 1e-5 for _, deviation in engine.values()), engine
         plans = {name: plan for name, (plan, _) in engine.items()}
         assert {plans["plain"], plans["declared"]} == {"data 2 x ring 2"}
         assert {plans[name] for name in ("override", "replaced", "patched", "wrapped")} == {"ulysses 2 x ring 2"}
+
+
+def _leave_a_pass(manager):
+    """What ends a wait for a rank that never sends."""
+    group = manager.data.group(range(2))
+    if manager.rank == 1:
+        manager.control.get("left")
+        return None
+    pending = group.shift(torch.zeros(5), torch.ones(3))
+    threading.Timer(0.1, manager.data.abort).start()
+    try:
+        pending.wait()
+    except ConnectionError as error:
+        return str(error)
+    finally:
+        manager.control.set("left", b"1")
+
+
+def test_a_pass_can_be_left():
+    assert "connection closed" in run_ranks(2, _leave_a_pass, timeout=20)[0]
+
+
+def test_ranks_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="1 x 1 ranks are not the 3 ranks of the token group"):
+        RingPlan(types.SimpleNamespace(size=3, index=0), SingleExchange(), types.SimpleNamespace(size=1, index=0))
 
 
 def test_a_zigzag_evens_out_the_work_under_a_causal_mask():
