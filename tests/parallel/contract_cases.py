@@ -103,6 +103,14 @@ def one_key_head(call):
     return _grouped(call, 4, 1)
 
 
+def one_head(call):
+    return _grouped(call, 1, 1)
+
+
+def one_head_causal(call):
+    return _grouped(call, 1, 1, causal=True)
+
+
 def causal(call):
     return _grouped(call, 4, 4, causal=True)
 
@@ -326,9 +334,9 @@ def around_blocks(call):
 CASES = [
     mask_within_one_stream, joint_mask_per_head, cross_attention_to_another_stream, cross_attention_with_mask_of_keys,
     cross_attention_to_a_whole_prompt, whole_queries_to_shards, fewer_key_heads, fewer_key_heads_unevenly_dealt,
-    one_key_head, causal, causal_with_mask, causal_over_two_streams, causal_keys_of_another_stream,
-    keys_of_a_rank_are_hidden, keys_of_a_rank_are_hidden_by_addition, modulation_by_token, skip_stack,
-    work_between_moments, keys_in_parts, replaced_block_adds_a_text_token, replaced_attention_gets_options,
-    changed_vector_in_a_replaced_block, modulation_ranges, picture_before_text, layers_are_named, blocks_in_slices,
-    hooked_block, around_blocks,
+    one_key_head, one_head, one_head_causal, causal, causal_with_mask, causal_over_two_streams,
+    causal_keys_of_another_stream, keys_of_a_rank_are_hidden, keys_of_a_rank_are_hidden_by_addition,
+    modulation_by_token, skip_stack, work_between_moments, keys_in_parts, replaced_block_adds_a_text_token,
+    replaced_attention_gets_options, changed_vector_in_a_replaced_block, modulation_ranges, picture_before_text,
+    layers_are_named, blocks_in_slices, hooked_block, around_blocks,
 ]  # fmt: skip

@@ -76,7 +76,8 @@ def run(
     cuDNN is asked for by name on Hopper and newer: torch prefers its flash backend, which reaches less than half of
     cuDNN's rate there.
     """
-    rows = _rows_at_once(q, k, written_out=need_lse and mask is not None)
+    written_out = need_lse and not (_fused and _fits_half_kernels(q, k, v, mask))
+    rows = _rows_at_once(q, k, written_out)
     if rows < q.shape[2]:
         return _in_parts(rows, q, k, v, mask, need_lse)
     return _run(q, k, v, mask, need_lse)
@@ -112,8 +113,7 @@ def _run(
     """`run` in one piece."""
     if not _fused:
         return _written_out(q, k, v, mask, need_lse)
-    fits = mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.dtype in _HALF
-    fits = fits and all(t.stride(-1) == 1 for t in (q, k, v))
+    fits = _fits_half_kernels(q, k, v, mask)
     if fits and _prefers_cudnn(q.device.index):
         k, v = repeat_heads(q, k, v)
         # The derivative needs the sums of exponentials; without them it is NaN.
@@ -124,6 +124,12 @@ def _run(
         return _with_lse(q, k, v, mask, fits)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped), None
+
+
+def _fits_half_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the GPU kernels that give a log-sum-exp can do it, cuDNN's and torch's flash: half precision, no mask."""
+    fits = mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.dtype in _HALF
+    return fits and all(t.stride(-1) == 1 for t in (q, k, v))
 
 
 def _with_lse(

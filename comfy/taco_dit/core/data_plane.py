@@ -54,7 +54,7 @@ class Group(Protocol):
     def shift(self, out: torch.Tensor, send: torch.Tensor) -> Pending:
         """Begin to send `send` to the next rank and to fill `out` from the previous one; both are flat, of any size.
 
-        Neither may be changed before `Pending.wait` returned, and the group takes no other call until then.
+        Neither may be changed before `Pending.wait` returned, and the group takes no call but `shift` until then.
         """
 
     def abort(self) -> None:

@@ -49,7 +49,9 @@ class SocketGroup:
         self._channels: dict[int, Channel] = {}
         # A thread per peer sends, so that receiving in any order cannot block a circle of ranks.
         self._senders = ThreadPoolExecutor(max(1, self.size - 1), "taco-send")
-        self._receiver = ThreadPoolExecutor(1, "taco-receive")  # a thread from the first `shift` on
+        # One thread each way from the first `shift` on, so that several end in the order in which they began.
+        self._to_next = ThreadPoolExecutor(1, "taco-to-next")
+        self._from_previous = ThreadPoolExecutor(1, "taco-from-previous")
         for peer in range(self.size):
             if peer != self.index:
                 low, high = sorted((peer, self.index))
@@ -108,10 +110,10 @@ class SocketGroup:
         futures: list[Future[None]] = []
         if send.numel():
             channel = self._channels[(self.index + 1) % self.size]
-            futures.append(self._senders.submit(channel.send_bytes, _bytes_of(send)))
+            futures.append(self._to_next.submit(channel.send_bytes, _bytes_of(send)))
         if out.numel():
             channel = self._channels[(self.index - 1) % self.size]
-            futures.append(self._receiver.submit(channel.receive_into, _bytes_of(out)))
+            futures.append(self._from_previous.submit(channel.receive_into, _bytes_of(out)))
         return _InThreads(futures, (out, send))
 
     def abort(self) -> None:
@@ -122,5 +124,5 @@ class SocketGroup:
             self._closed = True
         for channel in self._channels.values():
             channel.close()
-        self._senders.shutdown(wait=False)
-        self._receiver.shutdown(wait=False)
+        for threads in (self._senders, self._to_next, self._from_previous):
+            threads.shutdown(wait=False)
