@@ -75,7 +75,12 @@ class TACODiTModelLoader:
                     f"sequence_parallel_degree is {sequence_parallel_degree}, which does not divide the {world} ranks; "
                     f"use {allowed}, or turn auto_detect on"
                 )
-            changes |= {"sequence_parallel_degree": sequence_parallel_degree, "ulysses_degree": None}
+            degrees = {
+                "sequence_parallel_degree": sequence_parallel_degree,
+                "ulysses_degree": None,
+                "ring_degree": None,
+            }
+            changes |= degrees
         patcher = model.clone()
         patcher.taco_parallel = dataclasses.replace(parallel, **changes)
         if not use_flash_attention:

@@ -44,7 +44,10 @@ class Meeting(Protocol):
 
 
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""`compute(q, k, v, mask)`: attention over the tokens given, [B, h, Lq, D] and [B, kv, Lk, D] -> [B, h, Lq, D]."""
+"""`compute(q, k, v, mask)`: attention over the tokens given, [B, h, Lq, D] and [B, kv, Lk, D] -> [B, h, Lq, D].
+
+It is `attention.own_attention`, or a custom node's function, which sees all tokens of the heads it is given.
+"""
 
 
 class TokenPlan(Protocol):

@@ -31,10 +31,7 @@ def test_explicit_values_win_and_auto_means_not_said() -> None:
         ({"parallel": {"enabled": 1}}, r"parallel.enabled is 1; allowed: true, false"),
         ({"parallel": {"ulysses_degree": 0}}, r"parallel.ulysses_degree is 0; allowed: auto, or a whole number"),
         ({"parallel": {"ulysses_degree": True}}, r"parallel.ulysses_degree is True"),
-        (
-            {"parallel": {"ring_degree": 2}},
-            r"parallel.ring_degree is 2, but this version cannot do that yet; allowed: 1",
-        ),
+        ({"parallel": {"ring_degree": "2"}}, r"parallel.ring_degree is '2'; allowed: auto, or a whole number"),
         ({"parallel": {"tensor_parallel": True}}, r"cannot do that yet; allowed: false"),
         ({"optimization": {"engine": "xdit"}}, r"optimization.engine is 'xdit'; allowed: native, xfuser"),
         ({"optimization": {"use_cuda_graph": "yes"}}, r"allowed: auto, true, false"),
@@ -63,12 +60,32 @@ def test_degrees_must_fit_together() -> None:
     config = parse_config({"parallel": {"sequence_parallel_degree": 2, "data_parallel_degree": 4}}, "taco.yaml")
     with pytest.raises(ConfigError, match="does not divide the 4 ranks"):
         validate_for(config, 4)
-    config = parse_config({"parallel": {"sequence_parallel_degree": 2, "ulysses_degree": 4}}, "taco.yaml")
-    with pytest.raises(ConfigError, match="without ring they must be equal"):
-        validate_for(config, 8)
     config = parse_config({"parallel": {"sequence_parallel": False, "ulysses_degree": 2}}, "taco.yaml")
     with pytest.raises(ConfigError, match="sequence_parallel is false"):
         validate_for(config, 2)
+
+
+@pytest.mark.parametrize(
+    "sequence,ulysses,ring,message",
+    [
+        (None, 2, 2, None), (4, 2, None, None), (4, None, 2, None), (4, 2, 2, None), (8, None, 8, None),
+        (2, 4, None, "ulysses_degree is 4, which does not divide parallel.sequence_parallel_degree 2; allowed: auto, 1, 2"),
+        (4, None, 8, "ring_degree is 8, which does not divide parallel.sequence_parallel_degree 4"),
+        (None, None, 3, "ring_degree is 3, which does not divide the 8 ranks; allowed: auto, 1, 2, 4, 8"),
+        (8, 2, 2, "ulysses_degree 2 times parallel.ring_degree 2 is 4, but parallel.sequence_parallel_degree is 8"),
+        (None, 4, 4, "ulysses_degree 4 times parallel.ring_degree 4 is 16, which does not divide the 8 ranks"),
+    ],
+)  # fmt: skip
+def test_ulysses_and_ring_multiply(
+    sequence: int | None, ulysses: int | None, ring: int | None, message: str | None
+) -> None:
+    degrees = {"sequence_parallel_degree": sequence, "ulysses_degree": ulysses, "ring_degree": ring}
+    config = parse_config({"parallel": degrees}, "taco.yaml")
+    if message is None:
+        assert validate_for(config, 8) is config
+    else:
+        with pytest.raises(ConfigError, match=message):
+            validate_for(config, 8)
 
 
 def test_files(tmp_path: Path) -> None:

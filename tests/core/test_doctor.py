@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import types
 
 import pytest
 import torch
@@ -133,13 +134,16 @@ def test_wrong_values_are_noticed():
         def broadcast(self, tensor, source=0):
             tensor += 1
 
+        def shift(self, out, send):
+            return types.SimpleNamespace(wait=lambda: None)
+
     rank = ranks.Rank.__new__(ranks.Rank)
     rank.device, rank.results, rank.manager = torch.device("cpu"), [], type("Manager", (), {"rank": 0})
     rank.doing = lambda what: None
     rank._collectives(Broken(), "ranks 0, 1")
     assert len(rank.results) == 1
     assert rank.results[0]["level"] == PROBLEM
-    assert rank.results[0]["text"].startswith("all-to-all, broadcast: wrong values on rank 0")
+    assert rank.results[0]["text"].startswith("all-to-all, broadcast, shift: wrong values on rank 0")
 
 
 def test_every_group_of_every_plan_is_tested():

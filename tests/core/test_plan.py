@@ -61,6 +61,25 @@ def test_foreign_code_keeps_rows_together() -> None:
     assert plan(4, conds=2, rows_split=False, tokens_split=False).replicas == 4
 
 
+def test_a_ring_is_used_where_it_is_configured() -> None:
+    assert plan(4, ParallelConfig(ring_degree=2)).describe() == "ulysses 2 x ring 2"
+    assert plan(4, ParallelConfig(ring_degree=2), conds=2).describe() == "cfg 2 x ring 2"
+    assert plan(6, ParallelConfig(sequence_parallel_degree=6, ulysses_degree=2)).describe() == "ulysses 2 x ring 3"
+    assert plan(4, ParallelConfig(sequence_parallel_degree=4, ring_degree=4)).describe() == "ring 4"
+    assert plan(4, ParallelConfig(auto_detect=False, ring_degree=2)).describe() == "ring 2 x replicas 2"
+    assert plan(4, ParallelConfig(ring_degree=2), tokens_split=False).replicas == 4
+
+
+def test_a_ring_comes_where_ranks_are_more_than_heads() -> None:
+    found = choose_plan(ParallelConfig(), dataclasses.replace(FLUX, heads=4, tokens=20000), 8)
+    assert found.dims.describe() == "ulysses 4 x ring 2"
+    assert "a ring of 2, as there are more ranks than heads" in found.reason
+    assert plan(8, heads=8, tokens=20000).describe() == "ulysses 8"
+    assert plan(8, ParallelConfig(ring_degree=1), heads=4, tokens=20000).describe() == "ulysses 8"
+    for world in range(1, 17):
+        assert plan(world, heads=3, tokens=20000).replicas == 1
+
+
 def test_a_fixed_data_degree_shrinks_with_the_batch() -> None:
     assert plan(4, ParallelConfig(data_parallel_degree=4), pictures=3).data_degree == 2
     assert plan(4, ParallelConfig(data_parallel_degree=4), pictures=1).data_degree == 1
@@ -71,7 +90,8 @@ def test_impossible_layouts_are_refused() -> None:
         plan(4, ParallelConfig(ulysses_degree=3))
 
 
-@pytest.mark.parametrize("dims", [ParallelDims(2, 3, 2, 2), ParallelDims(1, 1, 5), ParallelDims(3, 2, 1, 1)])
+@pytest.mark.parametrize("dims", [ParallelDims(2, 3, 2, 2), ParallelDims(1, 1, 5), ParallelDims(3, 2, 1, 1, 2),
+                                  ParallelDims(2, 1, 2, 2, 3)])  # fmt: skip
 def test_groups_partition_the_ranks(dims: ParallelDims) -> None:
     world = range(dims.world_size)
     assert sorted(itertools.chain(*{dims.token_group(r) for r in world})) == list(world)
@@ -80,6 +100,11 @@ def test_groups_partition_the_ranks(dims: ParallelDims) -> None:
         assert rank in dims.token_group(rank)
         cfg, data, _, _ = dims.coordinates(rank)
         assert dims.row_group(rank)[cfg * dims.data_degree + data] == rank
+        members, near, ring = dims.token_group(rank), dims.ulysses_group(rank), dims.ring_group(rank)
+        place = members.index(rank)
+        assert near == members[place - near.index(rank) :][: dims.ulysses_degree]
+        assert len(ring) == dims.ring_degree and ring[place // dims.ulysses_degree] == rank
+        assert set(near) & set(ring) == {rank} and set(ring) <= set(members)
 
 
 @pytest.mark.parametrize("total,parts", [(0, 3), (1, 4), (7, 3), (4608, 5)])

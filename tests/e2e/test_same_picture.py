@@ -7,6 +7,7 @@ import functools
 import pytest
 
 from tests.e2e.compare import furthest
+from tests.e2e.server import Server
 from tests.e2e.workflows import DEV, SCHNELL, TEXT, custom_sampling, flux, picture_to_picture, with_areas
 
 LONG = TEXT + ", " + "very detailed " * 130
@@ -60,3 +61,18 @@ def test_the_work_is_really_spread(serve):
     last = server.json("/taco_dit/status")["last_run"]
     assert last["world_size"] == 4
     assert "cfg 2" in last["plan"] and "ulysses 2" in last["plan"]
+
+
+def test_same_picture_on_a_ring(base, expected, tmp_path):
+    config = tmp_path / "taco.yaml"
+    config.write_text("parallel:\n  ring_degree: 2\n")
+    server = Server(base, 4, ["--taco-config", str(config)])
+    try:
+        server.wait_ready()
+        plans = []
+        for case in ("tall", "guidance", "three at once", "areas"):
+            assert furthest(server.pictures(CASES[case]), expected(case)) <= 1
+            plans.append(server.json("/taco_dit/status")["last_run"]["plan"])
+    finally:
+        server.stop()
+    assert plans == ["ulysses 2 x ring 2", "cfg 2 x ring 2", "ulysses 2 x ring 2", "cfg 2 x ring 2"]

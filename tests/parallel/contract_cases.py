@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -102,12 +103,54 @@ def one_key_head(call):
     return _grouped(call, 4, 1)
 
 
+def one_head(call):
+    return _grouped(call, 1, 1)
+
+
+def one_head_causal(call):
+    return _grouped(call, 1, 1, causal=True)
+
+
 def causal(call):
     return _grouped(call, 4, 4, causal=True)
 
 
 def causal_with_mask(call):
     return _grouped(call, 4, 2, causal=True, mask=draw(20, 20))
+
+
+def causal_over_two_streams(call):
+    state = two_streams(call)
+    x = split_heads(state.joint())
+    spec = AttentionSpec(HEADS, state.tokens(), causal=True)
+    return state.with_joint(attention(x, x, x, spec, call)).whole("txt", "img")
+
+
+def causal_keys_of_another_stream(call):
+    state = two_streams(call)
+    q, kv = split_heads(state.streams["img"]), split_heads(state.streams["txt"])
+    spec = AttentionSpec(HEADS, state.tokens("img"), state.tokens("txt"), causal=True)
+    return answer(state, "img", attention(q, kv, kv, spec, call))
+
+
+def _hiding_mask(call, hidden, dtype):
+    state = two_streams(call)
+    x = split_heads(state.streams["img"])
+    mask = draw(2, 1, 20, 20) > -0.5
+    mask[0, :, 3] = False
+    mask[..., hidden] = False
+    added = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    spec = AttentionSpec(HEADS, state.tokens("img"), mask=mask if dtype == torch.bool else added)
+    return answer(state, "img", attention(x, x, x, spec, call))
+
+
+def keys_of_a_rank_are_hidden(call):
+    """A query that sees no key of some ranks, and one that sees none at all."""
+    return _hiding_mask(call, slice(0, 11), torch.bool)
+
+
+def keys_of_a_rank_are_hidden_by_addition(call):
+    return _hiding_mask(call, slice(9, 20), torch.float32)
 
 
 def modulation_by_token(call):
@@ -139,12 +182,14 @@ def work_between_moments(call):
 
 
 def keys_in_parts(call):
-    """Log-sum-exp of attentions over parts of the keys merges them exactly."""
+    """Log-sum-exp of attentions over parts of the keys merges them exactly, without overflow for large scores."""
     q, k, v = (split_heads(draw(2, 20, 96, seed=s)) for s in (1, 2, 3))
-    parts = [kernels.run(q, k[:, :, a:b], v[:, :, a:b], None, True) for a, b in ((0, 7), (7, 20))]
-    weights = torch.stack([lse for _, lse in parts]).softmax(0).unsqueeze(-1)
-    merged = sum(w * out for w, (out, _) in zip(weights, parts))
-    torch.testing.assert_close(merged, kernels.run(q, k, v)[0], rtol=1e-5, atol=1e-5)
+    for scale, tolerance in ((1000.0, 1e-2), (1.0, 1e-5)):
+        keys = torch.cat((k[:, :, :7], k[:, :, 7:] * scale), dim=2)
+        parts = [kernels.run(q, keys[:, :, a:b], v[:, :, a:b], None, True) for a, b in ((0, 7), (7, 9), (9, 20))]
+        merged, sums = functools.reduce(lambda before, part: kernels.merge(*before, *part), parts)
+        torch.testing.assert_close(sums, kernels.run(q, keys, v, None, True)[1], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(merged, kernels.run(q, keys, v)[0], rtol=tolerance, atol=tolerance)
     masked, lse = kernels.run(q, k, v, draw(20, 20), True)
     torch.testing.assert_close(masked, kernels.run(q, k, v, draw(20, 20))[0], rtol=1e-5, atol=1e-5)
     return merged
@@ -289,7 +334,9 @@ def around_blocks(call):
 CASES = [
     mask_within_one_stream, joint_mask_per_head, cross_attention_to_another_stream, cross_attention_with_mask_of_keys,
     cross_attention_to_a_whole_prompt, whole_queries_to_shards, fewer_key_heads, fewer_key_heads_unevenly_dealt,
-    one_key_head, causal, causal_with_mask, modulation_by_token, skip_stack, work_between_moments, keys_in_parts,
-    replaced_block_adds_a_text_token, replaced_attention_gets_options, changed_vector_in_a_replaced_block,
-    modulation_ranges, picture_before_text, layers_are_named, blocks_in_slices, hooked_block, around_blocks,
+    one_key_head, one_head, one_head_causal, causal, causal_with_mask, causal_over_two_streams,
+    causal_keys_of_another_stream, keys_of_a_rank_are_hidden, keys_of_a_rank_are_hidden_by_addition,
+    modulation_by_token, skip_stack, work_between_moments, keys_in_parts, replaced_block_adds_a_text_token,
+    replaced_attention_gets_options, changed_vector_in_a_replaced_block, modulation_ranges, picture_before_text,
+    layers_are_named, blocks_in_slices, hooked_block, around_blocks,
 ]  # fmt: skip

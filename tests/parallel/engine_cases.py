@@ -12,7 +12,7 @@ from comfy.denoiser_batch import DenoiserBatch, evaluate_serially
 from comfy.ldm import dit
 from comfy.ldm.modules import attention as attention_module
 from comfy.taco_dit import runtime
-from comfy.taco_dit.core.config_manager import TacoConfig
+from comfy.taco_dit.core.config_manager import ParallelConfig, TacoConfig
 from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
 from comfy.taco_dit.core.lockstep import RankLockstep
 from comfy.taco_dit.core.spread import spread, spread_batch
@@ -223,6 +223,17 @@ class Lines(logging.Handler):
 
     def emit(self, record):
         self.lines.append(record.getMessage())
+
+
+def ring_results(manager):
+    """Rows and areas on a ring of two: {case: (plan, deviation, ...)}."""
+    lockstep = RankLockstep(manager)
+    config = TacoConfig(parallel=ParallelConfig(ring_degree=2))
+    engine = TACODiTExecutionEngine(config, manager, lockstep)
+    lockstep.begin("ring")
+    out = {**coupled_rows(engine), "areas": area_prompts(engine)}
+    lockstep.end()
+    return out
 
 
 def engine_results(manager):

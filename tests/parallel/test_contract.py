@@ -1,30 +1,50 @@
-"""The contract on 2 and 3 ranks with uneven shards: each case once serially and once on shards, in one set of ranks."""
+"""The contract on 2 to 4 ranks with uneven shards: each case once serially and once on shards, in one set of ranks.
+
+Rings are tried in the same ranks as Ulysses, and Ulysses within a ring on four.
+"""
 
 from __future__ import annotations
+
+import threading
+import types
 
 import pytest
 import torch
 
 from comfy.ldm import dit
-from comfy.ldm.modules.attention import AttentionSpec
-from comfy.taco_dit.parallel.exchange import CollectiveExchange, head_ranges
-from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
+from comfy.ldm.modules.attention import AttentionSpec, attention, own_attention
+from comfy.taco_dit.core.plan import ParallelDims, share
+from comfy.taco_dit.parallel.exchange import SingleExchange, head_ranges
+from comfy.taco_dit.parallel.ring_parallel import RingPlan, native_plan
+from comfy.taco_dit.parallel.zigzag import Zigzag
 
-from .contract_cases import CASES
-from .engine_cases import engine_results
+from .contract_cases import CASES, draw, split_heads
+from .engine_cases import engine_results, ring_results
 from .ranks import run_ranks
 
 
-def _everything(manager):
-    group = manager.data.group(range(manager.world_size))
-    call = dit.DenoiserCall(UlyssesPlan(CollectiveExchange(group)))
+def _deviations(manager, splits):
+    """{(case, Ulysses degree, ring degree): deviation from one rank}."""
+    plans = {
+        split: native_plan(
+            manager.data.group, ParallelDims(ulysses_degree=split[0], ring_degree=split[1]), manager.rank
+        )
+        for split in splits
+    }
     deviations = {}
     for case in CASES:
         with torch.inference_mode():
-            serial, parallel = case(dit.DenoiserCall()), case(call)
-        assert serial.shape == parallel.shape, f"{case.__name__}: {serial.shape} and {parallel.shape}"
-        deviations[case.__name__] = ((parallel - serial).abs().max() / serial.abs().max()).item()
-    return deviations, engine_results(manager)
+            serial = case(dit.DenoiserCall())
+            for split, plan in plans.items():
+                parallel = case(dit.DenoiserCall(plan))
+                assert serial.shape == parallel.shape, f"{case.__name__}: {serial.shape} and {parallel.shape}"
+                deviations[case.__name__, *split] = ((parallel - serial).abs().max() / serial.abs().max()).item()
+    return deviations
+
+
+def _everything(manager):
+    world = manager.world_size
+    return _deviations(manager, [(world, 1), (1, world)]), engine_results(manager)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -33,12 +53,77 @@ def results(request):
     return request.param, run_ranks(request.param, _everything)
 
 
+def _assert_equal(deviations, splits):
+    assert len(deviations) == splits * len(CASES)
+    wrong = {name: deviation for name, deviation in deviations.items() if not deviation < 1e-5}
+    assert not wrong
+
+
 def test_shards_equal_whole(results):
-    _, found = results
-    for deviations, _ in found:
-        assert len(deviations) == len(CASES)
-        wrong = {name: deviation for name, deviation in deviations.items() if not deviation < 1e-5}
-        assert not wrong
+    for deviations, _ in results[1]:
+        _assert_equal(deviations, 2)
+
+
+def _half_precision(manager):
+    """(dtype of an attention in bf16 on a ring, deviation from one rank in fp32)."""
+    plan = native_plan(manager.data.group, ParallelDims(ulysses_degree=2, ring_degree=2), manager.rank)
+    q, k, v = (split_heads(draw(1, 301, 96, seed=seed)).bfloat16() for seed in (1, 2, 3))
+    start, stop = plan.bounds(301)
+    mine = (t[:, :, start:stop] for t in (q, k, v))
+    spec = AttentionSpec(4, dit.Tokens((301,), sharded=True))
+    out = attention(*mine, spec, dit.DenoiserCall(plan))
+    wanted = own_attention(q.float(), k.float(), v.float()).transpose(1, 2).flatten(2)
+    return out.dtype, ((plan.gather(out, 1, [301]) - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def _on_a_ring(manager):
+    return _deviations(manager, [(2, 2)]), ring_results(manager), _half_precision(manager)
+
+
+def test_a_ring_around_ulysses_equals_whole():
+    for deviations, engine, (dtype, rounding) in run_ranks(4, _on_a_ring):
+        _assert_equal(deviations, 1)
+        assert dtype == torch.bfloat16 and rounding < 2**-7
+        plan, deviation, captured = engine.pop("areas")
+        assert plan == "cfg 2 x ring 2" and deviation < 1e-4 and captured
+        assert all(deviation < 1e-5 for _, deviation in engine.values()), engine
+        plans = {name: plan for name, (plan, _) in engine.items()}
+        assert {plans["plain"], plans["declared"]} == {"data 2 x ring 2"}
+        assert {plans[name] for name in ("override", "replaced", "patched", "wrapped")} == {"ulysses 2 x ring 2"}
+
+
+def _leave_a_pass(manager):
+    """What ends a wait for a rank that never sends."""
+    group = manager.data.group(range(2))
+    if manager.rank == 1:
+        manager.control.get("left")
+        return None
+    pending = group.shift(torch.zeros(5), torch.ones(3))
+    threading.Timer(0.1, manager.data.abort).start()
+    try:
+        pending.wait()
+    except ConnectionError as error:
+        return str(error)
+    finally:
+        manager.control.set("left", b"1")
+
+
+def test_a_pass_can_be_left():
+    assert "connection closed" in run_ranks(2, _leave_a_pass, timeout=20)[0]
+
+
+def test_ranks_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="1 x 1 ranks are not the 3 ranks of the token group"):
+        RingPlan(types.SimpleNamespace(size=3, index=0), SingleExchange(), types.SimpleNamespace(size=1, index=0))
+
+
+def test_a_zigzag_evens_out_the_work_under_a_causal_mask():
+    parts = [torch.arange(*share(310, 3, i)) for i in range(3)]
+    dealt = [Zigzag(parts, i, torch.device("cpu")) for i in range(3)]
+    seen = [int((zigzag.places(i) + 1).sum()) for i, zigzag in enumerate(dealt)]
+    assert sorted(torch.cat([zigzag.places(i) for i, zigzag in enumerate(dealt)]).tolist()) == list(range(310))
+    assert max(seen) < 1.05 * min(seen), "keys that the queries of each part see"
+    assert [[zigzag.sent[i] for zigzag in dealt] for i in range(3)] == [zigzag.received for zigzag in dealt]
 
 
 def test_foreign_code_keeps_rows_together(results):

@@ -9,7 +9,9 @@ import torch
 
 import comfy.ldm.flux.layers as layers
 from comfy.ldm import dit
+from comfy.taco_dit.core.plan import ParallelDims
 from comfy.taco_dit.parallel.exchange import CollectiveExchange
+from comfy.taco_dit.parallel.ring_parallel import native_plan
 from comfy.taco_dit.parallel.sequence_parallel import HeadMeeting, UlyssesPlan
 
 from .ranks import run_ranks
@@ -165,29 +167,32 @@ CASES = [
 ]  # fmt: skip
 
 
-def _compare(manager, shapes, names):
-    """Largest relative deviation of each case and shape from the serial run on the same rank."""
-    group = manager.data.group(range(manager.world_size))
+def _compare(manager, shapes, rings):
+    """Largest relative deviation of each case, shape and ring degree from the serial run on the same rank."""
+    world = manager.world_size
+    dims = [ParallelDims(ulysses_degree=world // ring, ring_degree=ring) for ring in rings]
+    plans = {ring: native_plan(manager.data.group, d, manager.rank) for ring, d in zip(rings, dims)}
     worst = {}
-    for case in [c for c in CASES if c.__name__ in names]:
+    for case in CASES:
         for height, width, text, batch in shapes:
             arguments = inputs(height, width, text, batch)
             with torch.inference_mode():
                 serial = case(tiny_flux(), arguments, {})
-                call = dit.DenoiserCall(UlyssesPlan(CollectiveExchange(group)))
-                with dit.fallback_call(call):
-                    parallel = case(tiny_flux(), arguments, call.within({}))
-            deviation = ((parallel - serial).abs().max() / serial.abs().max()).item()
-            worst[case.__name__, height, width] = deviation
+                for ring, plan in plans.items():
+                    call = dit.DenoiserCall(plan)
+                    with dit.fallback_call(call):
+                        parallel = case(tiny_flux(), arguments, call.within({}))
+                    deviation = ((parallel - serial).abs().max() / serial.abs().max()).item()
+                    worst[case.__name__, height, width, ring] = deviation
     return worst
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 5])
-def test_shards_equal_whole(world_size):
-    """Every case at every shape, with more ranks than heads too (5 ranks, 4 heads)."""
+@pytest.mark.parametrize("world_size,rings", [(2, [1, 2]), (3, [1, 3]), (4, [1, 2]), (5, [1, 5])])
+def test_shards_equal_whole(world_size, rings):
+    """Every case at every shape, by Ulysses and on a ring, with more ranks than heads too (5 ranks, 4 heads)."""
     shapes = SHAPES if world_size < 5 else SHAPES[:1]
-    for worst in run_ranks(world_size, _compare, shapes, [c.__name__ for c in CASES]):
-        assert len(worst) == len(CASES) * len({s[:2] for s in shapes})
+    for worst in run_ranks(world_size, _compare, shapes, rings):
+        assert len(worst) == len(CASES) * len({s[:2] for s in shapes}) * len(rings)
         for case, deviation in worst.items():
             assert deviation < 1e-5, f"{case}: {deviation}"
 

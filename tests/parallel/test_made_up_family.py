@@ -83,8 +83,8 @@ def cases(patcher):
     }
 
 
-def serial_and_parallel(manager):
-    """{case: (plan, deviation from one rank)}, and what the LoRA and the mask change."""
+def serial_and_parallel(manager, rings):
+    """{case: (plan, deviation from one rank)} for each ring degree, and what the LoRA changes."""
     import dataclasses
 
     from comfy.taco_dit import runtime
@@ -95,19 +95,18 @@ def serial_and_parallel(manager):
     lockstep = RankLockstep(manager)
     engine = TACODiTExecutionEngine(TacoConfig(), manager, lockstep)
     runtime.activate(runtime.Runtime(TacoConfig(), manager, lockstep, engine))
-    out, pictures = {}, {}
+    found, pictures = {ring: {} for ring in rings}, {}
     lockstep.begin("made up")
     for name, (patcher, arguments) in cases(load()).items():
         patcher.taco_parallel = dataclasses.replace(ParallelConfig(), enabled=False)
-        serial = draw(patcher, **arguments)
-        patcher.taco_parallel = None
-        parallel = draw(patcher, **arguments)
-        pictures[name] = serial
-        out[name] = engine.last_run.plan, ((parallel - serial).abs().max() / serial.abs().max()).item()
+        pictures[name] = serial = draw(patcher, **arguments)
+        for ring, out in found.items():
+            patcher.taco_parallel = dataclasses.replace(ParallelConfig(), ring_degree=ring)
+            parallel = draw(patcher, **arguments)
+            out[name] = engine.last_run.plan, ((parallel - serial).abs().max() / serial.abs().max()).item()
+    lora_changes = (pictures["LoRA"] - draw_plain(load())).abs().max().item()
     lockstep.end()
-    plain = draw_plain(load())
-    out["LoRA changes"] = "", (pictures["LoRA"] - plain).abs().max().item()
-    return out
+    return found, lora_changes
 
 
 def draw_plain(patcher):
@@ -122,13 +121,22 @@ def draw_plain(patcher):
     return draw(patcher, height=7, width=3)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_parallel_equals_serial(world):
-    for found in run_ranks(world, serial_and_parallel):
-        assert found.pop("LoRA changes")[1] > 1e-2
-        assert all(deviation < 1e-5 for _, deviation in found.values()), found
-        assert found["one picture"][0] == found["LoRA"][0] == found["replaced block"][0] == f"ulysses {world}"
-        assert found["guidance and mask"][0] == ("cfg 2" if world == 2 else "ulysses 3")
+@pytest.mark.parametrize(
+    "world,plans",
+    [
+        (2, {None: ("ulysses 2", "cfg 2"), 2: ("ring 2", "ring 2")}),
+        (3, {None: ("ulysses 3", "ulysses 3"), 3: ("ring 3", "ring 3")}),
+        (4, {2: ("ulysses 2 x ring 2", "cfg 2 x ring 2")}),
+    ],
+)
+def test_parallel_equals_serial(world, plans):
+    for found, lora_changes in run_ranks(world, serial_and_parallel, list(plans)):
+        assert lora_changes > 1e-2
+        for ring, (one_row, two_rows) in plans.items():
+            out = found[ring]
+            assert all(deviation < 1e-5 for _, deviation in out.values()), out
+            assert out["one picture"][0] == out["LoRA"][0] == out["replaced block"][0] == one_row
+            assert out["guidance and mask"][0] == two_rows
 
 
 def test_public_names_come_from_the_record():

@@ -80,7 +80,7 @@ def _join_heads(out: torch.Tensor, skip_output_reshape: bool) -> torch.Tensor:
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
-def _broadcast_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+def broadcast_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     """[L, S] or [B, L, S] -> [B or 1, 1, L, S]."""
     if mask is None:
         return None
@@ -107,7 +107,7 @@ def attention_pytorch(
     `skip_output_reshape`. `mask` is boolean (True = attend) or added to the scores.
     """
     q, k, v = _split_heads(q, k, v, heads, skip_reshape)
-    return _join_heads(scaled_dot_product(q, k, v, _broadcast_mask(mask)), skip_output_reshape)
+    return _join_heads(scaled_dot_product(q, k, v, broadcast_mask(mask)), skip_output_reshape)
 
 
 @wrap_attn
@@ -126,7 +126,7 @@ def attention_basic(
     q, k, v = _split_heads(q, k, v, heads, skip_reshape)
     if attn_precision == torch.float32:
         q, k = q.float(), k.float()
-    scores = masked(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, _broadcast_mask(mask))
+    scores = masked(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, broadcast_mask(mask))
     return _join_heads(scores.softmax(-1).to(v.dtype) @ v, skip_output_reshape)
 
 
@@ -144,7 +144,7 @@ def attention_split(
 ) -> torch.Tensor:
     """Attention a slice of queries at a time, for little memory. Shapes as `attention_pytorch`."""
     q, k, v = _split_heads(q, k, v, heads, skip_reshape)
-    mask = _broadcast_mask(mask)
+    mask = broadcast_mask(mask)
     if attn_precision == torch.float32:
         q, k = q.float(), k.float()
     step = max(1, min(q.shape[2], (1 << 26) // max(1, q.shape[0] * q.shape[1] * k.shape[2])))
@@ -231,18 +231,28 @@ class AttentionSpec:
         return self.mask is not None or self.causal
 
     def block(
-        self, device: torch.device, rows: torch.Tensor | None = None, heads: tuple[int, int] | None = None
+        self,
+        device: torch.device,
+        rows: torch.Tensor | None = None,
+        heads: tuple[int, int] | None = None,
+        columns: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """The mask of some queries (their places in whole streams) and some heads, causality included; None: no mask."""
+        """The mask of some queries and keys (their places in whole streams) and some heads, causality included.
+
+        None: no mask.
+        """
         mask = self.mask
         if mask is not None and rows is not None and mask.shape[-2] > 1:
             mask = mask.index_select(-2, rows)
         if mask is not None and heads is not None and mask.ndim == 4 and mask.shape[1] > 1:
             mask = mask[:, heads[0] : heads[1]]
+        if mask is not None and columns is not None and mask.shape[-1] > 1:
+            mask = mask.index_select(-1, columns)
         if not self.causal:
             return mask
         places = torch.arange(sum(self.queries.lengths), device=device) if rows is None else rows
-        earlier = places[:, None] >= torch.arange(sum(self.sources.lengths), device=device)
+        keys = torch.arange(sum(self.sources.lengths), device=device) if columns is None else columns
+        earlier = places[:, None] >= keys
         if mask is None:
             return earlier
         return mask & earlier if mask.dtype == torch.bool else mask.masked_fill(~earlier, float("-inf"))
@@ -277,21 +287,27 @@ def replaced_attention(options: Any = None) -> bool:
     )
 
 
+def own_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The `Compute` of this module's kernels.
+
+    Token plans may compute it in other ways (in parts, merged by log-sum-exp); of any other function they know nothing.
+    """
+    return scaled_dot_product(q, k, v, broadcast_mask(mask))
+
+
 def meet(spec: AttentionSpec, call: DenoiserCall, compute: Compute | None = None) -> Meeting:
     """An attention in four steps; see `Meeting`. `compute`: a custom node's function, used instead of this module's."""
     options, plan = call.options, call.plan
     foreign = compute is not None or replaced_attention(options)
 
-    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        if not foreign:
-            return scaled_dot_product(q, k, v, _broadcast_mask(mask))
+    def replaced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         k, v = kernels.repeat_heads(q, k, v)
         function = optimized_attention if mask is None else optimized_attention_masked
         return function(
             q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, transformer_options=options
         )
 
-    compute = compute or kernel
+    compute = compute or (replaced if foreign else own_attention)
     if plan is None or not (spec.queries.sharded or spec.sources.sharded):
         return _LocalMeeting(spec, compute)
     return plan.meet(spec, compute, in_order=foreign or spec.ordered)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import comfy.model_management
 
 LONGEST_CPU_CALL = 1 << 37  # multiplications and additions in one piece: a few seconds of one core
+MOST_SCORES = 1 << 28  # scores that are written out at a time on a GPU: 1 GiB in fp32
 _CPU_BLOCK = 256  # queries that torch's kernel for the CPU takes together
 _fused = True
 _HALF = (torch.bfloat16, torch.float16)
@@ -70,20 +71,25 @@ def run(
     """Attention of q [B, H, Lq, D] to k, v [B, KV, Lk, D], KV a divisor of H (grouped queries).
 
     mask [B or 1, H or 1, Lq, Lk]: boolean (True = attend) or added to the scores. Returns the output [B, H, Lq, D] and,
-    with `need_lse`, the natural logarithm of the sum of exponentials of each query's scores, [B, H, Lq] fp32.
+    with `need_lse`, the natural logarithm of the sum of exponentials of each query's scores, [B, H, Lq] fp32. A query for
+    which every key is masked gets zeros, and -inf as its log-sum-exp.
     cuDNN is asked for by name on Hopper and newer: torch prefers its flash backend, which reaches less than half of
     cuDNN's rate there.
     """
-    rows = _rows_at_once(q, k)
+    written_out = need_lse and not (_fused and _fits_half_kernels(q, k, v, mask))
+    rows = _rows_at_once(q, k, written_out)
     if rows < q.shape[2]:
         return _in_parts(rows, q, k, v, mask, need_lse)
     return _run(q, k, v, mask, need_lse)
 
 
-def _rows_at_once(q: torch.Tensor, k: torch.Tensor) -> int:
-    """Queries that are attended at a time: on the CPU as many as take a few seconds, a multiple of torch's block."""
+def _rows_at_once(q: torch.Tensor, k: torch.Tensor, written_out: bool = False) -> int:
+    """Queries that are attended at a time: on the CPU as many as take a few seconds, a multiple of torch's block.
+
+    On a GPU all of them, or as many as memory allows where their scores are written out.
+    """
     if q.is_cuda:
-        return q.shape[2]
+        return max(1, MOST_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2])) if written_out else q.shape[2]
     operations = 4 * q.shape[0] * q.shape[1] * q.shape[3] * k.shape[2]  # for each query
     return max(_CPU_BLOCK, LONGEST_CPU_CALL // max(operations, 1) // _CPU_BLOCK * _CPU_BLOCK)
 
@@ -107,8 +113,7 @@ def _run(
     """`run` in one piece."""
     if not _fused:
         return _written_out(q, k, v, mask, need_lse)
-    fits = mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.dtype in _HALF
-    fits = fits and all(t.stride(-1) == 1 for t in (q, k, v))
+    fits = _fits_half_kernels(q, k, v, mask)
     if fits and _prefers_cudnn(q.device.index):
         k, v = repeat_heads(q, k, v)
         # The derivative needs the sums of exponentials; without them it is NaN.
@@ -119,6 +124,12 @@ def _run(
         return _with_lse(q, k, v, mask, fits)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped), None
+
+
+def _fits_half_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the GPU kernels that give a log-sum-exp can do it, cuDNN's and torch's flash: half precision, no mask."""
+    fits = mask is None and q.is_cuda and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.dtype in _HALF
+    return fits and all(t.stride(-1) == 1 for t in (q, k, v))
 
 
 def _with_lse(
@@ -140,11 +151,27 @@ def _written_out(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, need_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     k, v = repeat_heads(q, k, v)
-    if need_lse:  # half precision would lose what merging needs
-        q, k = q.float(), k.float()
-    scores = masked(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), mask)
-    lse = scores.logsumexp(-1) if need_lse else None
-    return scores.softmax(-1).to(v.dtype) @ v, lse
+    if not need_lse:
+        scores = masked(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), mask)
+        return scores.softmax(-1).to(v.dtype) @ v, None
+    scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])  # merging needs more than half precision
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    lse = scores.logsumexp(-1)
+    finite = lse.masked_fill(lse == float("-inf"), 0.0)
+    return (scores - finite.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An attention to some keys, and one to others of the same queries, as one to both: (output, log-sum-exp).
+
+    out [B, H, Lq, D] and lse [B, H, Lq] in fp32, as is the result; part in any precision. Each output is weighted with its
+    share of the sum of exponentials, which the difference of the logarithms gives without overflow.
+    """
+    share = torch.sigmoid(part_lse - lse).masked_fill(part_lse == float("-inf"), 0.0)
+    return torch.lerp(out, part.float(), share.unsqueeze(-1)), torch.logaddexp(lse, part_lse)
 
 
 def masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

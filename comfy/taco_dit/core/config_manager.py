@@ -93,7 +93,6 @@ _CHOICES = {
 }
 # Strategies whose names are promised but which this version cannot run yet: only "off" is accepted.
 _NOT_YET: dict[str, Any] = {
-    "parallel.ring_degree": 1,
     "parallel.pipeline_parallel": False,
     "parallel.pipeline_parallel_degree": 1,
     "parallel.tensor_parallel": False,
@@ -183,6 +182,36 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+def sequence_degree(parallel: ParallelConfig) -> int | None:
+    """How many ranks share the tokens of a picture, or its part that is configured; None: nothing is."""
+    ulysses, ring = parallel.ulysses_degree, parallel.ring_degree
+    if parallel.sequence_parallel_degree is not None or (ulysses is None and ring is None):
+        return parallel.sequence_parallel_degree
+    return (ulysses or 1) * (ring or 1)
+
+
+def _validate_sequence(config: TacoConfig) -> None:
+    """Check the degrees of tokens against each other. Raises ConfigError."""
+    parallel, source = config.parallel, config.source
+    sequence, ulysses, ring = parallel.sequence_parallel_degree, parallel.ulysses_degree, parallel.ring_degree
+    if sequence is not None:
+        for name, degree in (("ulysses_degree", ulysses), ("ring_degree", ring)):
+            if degree is not None and sequence % degree:
+                allowed = ", ".join(map(str, divisors(sequence)))
+                raise ConfigError(
+                    f"{source}: parallel.{name} is {degree}, which does not divide parallel.sequence_parallel_degree "
+                    f"{sequence}; allowed: auto, {allowed}"
+                )
+        if ulysses is not None and ring is not None and ulysses * ring != sequence:
+            raise ConfigError(
+                f"{source}: parallel.ulysses_degree {ulysses} times parallel.ring_degree {ring} is {ulysses * ring}, but "
+                f"parallel.sequence_parallel_degree is {sequence}; set one of the three to auto"
+            )
+    degree = sequence_degree(parallel) or 1
+    if not parallel.sequence_parallel and degree > 1:
+        raise ConfigError(f"{source}: parallel.sequence_parallel is false but its degree is {degree}; allowed: auto, 1")
+
+
 def validate_for(config: TacoConfig, world_size: int) -> TacoConfig:
     """Check fixed degrees against the number of ranks. Raises ConfigError."""
     parallel = config.parallel
@@ -190,6 +219,7 @@ def validate_for(config: TacoConfig, world_size: int) -> TacoConfig:
     fixed = {
         "sequence_parallel_degree": parallel.sequence_parallel_degree,
         "ulysses_degree": parallel.ulysses_degree,
+        "ring_degree": parallel.ring_degree,
         "data_parallel_degree": parallel.data_parallel_degree,
     }
     for name, degree in fixed.items():
@@ -198,16 +228,12 @@ def validate_for(config: TacoConfig, world_size: int) -> TacoConfig:
                 f"{config.source}: parallel.{name} is {degree}, which does not divide the {world_size} ranks; "
                 f"allowed: auto, {allowed}"
             )
-    sequence, ulysses = parallel.sequence_parallel_degree, parallel.ulysses_degree
-    if sequence is not None and ulysses is not None and sequence != ulysses:
+    _validate_sequence(config)
+    degree = sequence_degree(parallel) or 1
+    if world_size % degree:
         raise ConfigError(
-            f"{config.source}: parallel.ulysses_degree is {ulysses} but parallel.sequence_parallel_degree is "
-            f"{sequence}; without ring they must be equal"
-        )
-    degree = sequence or ulysses or 1
-    if not parallel.sequence_parallel and degree > 1:
-        raise ConfigError(
-            f"{config.source}: parallel.sequence_parallel is false but its degree is {degree}; allowed: auto, 1"
+            f"{config.source}: parallel.ulysses_degree {parallel.ulysses_degree} times parallel.ring_degree "
+            f"{parallel.ring_degree} is {degree}, which does not divide the {world_size} ranks; set one of them to auto"
         )
     data = parallel.data_parallel_degree or 1
     if world_size % (degree * data):

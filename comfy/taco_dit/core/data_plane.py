@@ -26,6 +26,13 @@ ABORT_DEADLINE_S = 8.0
 ABANDONED = "this prompt was abandoned by another rank"
 
 
+class Pending(Protocol):
+    """Communication under way."""
+
+    def wait(self) -> None:
+        """Return when its result can be used: at once on a GPU, whose current stream waits instead."""
+
+
 class Group(Protocol):
     """Collectives among some ranks, on tensors of one kind of device. `index` is this rank's position among `ranks`."""
 
@@ -44,12 +51,29 @@ class Group(Protocol):
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         """Overwrite `tensor` with that of the rank at position `source`."""
 
+    def shift(self, out: torch.Tensor, send: torch.Tensor) -> Pending:
+        """Begin to send `send` to the next rank and to fill `out` from the previous one; both are flat, of any size.
+
+        Neither may be changed before `Pending.wait` returned, and the group takes no call but `shift` until then.
+        """
+
     def abort(self) -> None:
         """Leave collectives in progress; the group is unusable afterwards."""
 
 
+class _OnStream:
+    """Communication on a side stream. It keeps its tensors: their memory must not be reused before the streams meet."""
+
+    def __init__(self, stream: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._stream, self._tensors = stream, tensors
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self._tensors[0].device).wait_stream(self._stream)
+        self._tensors = self._tensors[:1]
+
+
 class NcclGroup:
-    """A group on GPUs. Collectives run on the caller's stream."""
+    """A group on GPUs. Collectives run on the caller's stream, `shift` on one of the group's own."""
 
     def __init__(self, backend: Any, ranks: tuple[int, ...], rank: int, store: Any = None) -> None:
         self._backend = backend
@@ -57,6 +81,7 @@ class NcclGroup:
         self.ranks = ranks
         self.size = len(ranks)
         self.index = ranks.index(rank)
+        self._side: Any = None
 
     @staticmethod
     def _options(kind: type[Any]) -> Any:
@@ -95,6 +120,18 @@ class NcclGroup:
         work = self._backend.broadcast([tensor], options)
         if work is not None:
             work.wait()
+
+    def shift(self, out: torch.Tensor, send: torch.Tensor) -> Pending:
+        """As `Group.shift`. An all-to-all in which only neighbours get something: it can be captured in CUDA graphs."""
+        sent, received = [0] * self.size, [0] * self.size
+        sent[(self.index + 1) % self.size] = send.numel()
+        received[(self.index - 1) % self.size] = out.numel()
+        if self._side is None:
+            self._side = torch.cuda.Stream(out.device)
+        self._side.wait_stream(torch.cuda.current_stream(out.device))
+        with torch.cuda.stream(self._side):
+            self.all_to_all(out, send, received, sent)
+        return _OnStream(self._side, (out, send))
 
     def abort(self) -> None:
         """As `Group.abort`."""

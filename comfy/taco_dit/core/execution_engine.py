@@ -23,6 +23,7 @@ from comfy.denoiser_batch import DenoiserBatch, evaluate_serially
 from comfy.ldm import dit
 from comfy.taco_dit.fast.captured_calls import CapturedCalls
 from comfy.taco_dit.parallel.exchange import CollectiveExchange
+from comfy.taco_dit.parallel.ring_parallel import native_plan
 from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
 from comfy_execution.lockstep import Lockstep, is_alone
@@ -94,27 +95,31 @@ class TACODiTExecutionEngine:
     def token_plan(self, dims: ParallelDims) -> UlyssesPlan | None:
         """The token plan of this rank's token group, or None when tokens are not split."""
         data = self.manager.data
-        if dims.ulysses_degree == 1 or data is None:
+        if dims.sequence_degree == 1 or data is None:
             return None
         members = dims.token_group(self.manager.rank)
-        key = (data.generation, members)
+        key = (data.generation, members, dims.ring_degree)
         if key not in self._token_plans:
-            if any(generation != data.generation for generation, _ in self._token_plans):
+            if any(generation != data.generation for generation, _, _ in self._token_plans):
                 self._token_plans = {}
                 self.runner.forget()  # captured exchanges belong to groups that are gone
-            self._token_plans[key] = self._new_plan(members)
+            self._token_plans[key] = self._new_plan(members, dims)
         return self._token_plans[key]
 
-    def _new_plan(self, members: tuple[int, ...]) -> UlyssesPlan:
-        exchange = CollectiveExchange(self.manager.data.group(members), self.clock)  # type: ignore[union-attr]
+    def _new_plan(self, members: tuple[int, ...], dims: ParallelDims) -> UlyssesPlan:
+        data, rank = self.manager.data, self.manager.rank
+        assert data is not None
         if self.config.optimization.engine != "xfuser":
-            return UlyssesPlan(exchange)
-        if len(members) != self.manager.world_size:
-            self._warn_once("xfuser's attention runs over all ranks or none; this plan uses the native exchange")
-            return UlyssesPlan(exchange)
+            return native_plan(data.group, dims, rank, self.clock)
+        if dims.ulysses_degree != self.manager.world_size:
+            self._warn_once(
+                "xfuser's attention runs by Ulysses over all ranks or not at all; this plan uses the native exchange"
+            )
+            return native_plan(data.group, dims, rank, self.clock)
         from comfy.taco_dit.parallel.xfuser_engine import XfuserPlan, start
 
-        return XfuserPlan(exchange, start(self.manager.rank, self.manager.world_size))
+        exchange = CollectiveExchange(data.group(members), self.clock)
+        return XfuserPlan(exchange, start(rank, self.manager.world_size))
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 

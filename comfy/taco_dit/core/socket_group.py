@@ -22,6 +22,18 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
 
 
+class _InThreads:
+    """Communication in other threads. It keeps its tensors, whose memory the threads read and write."""
+
+    def __init__(self, futures: list[Future[None]], tensors: tuple[torch.Tensor, ...]) -> None:
+        self._futures, self._tensors = futures, tensors
+
+    def wait(self) -> None:
+        """Raises ConnectionLost when a peer ended or left."""
+        for future in self._futures:
+            future.result()
+
+
 class SocketGroup:
     """One rank's part in a group. `open_pair(name)` gives a stream to the rank that asks for the same name.
 
@@ -37,6 +49,9 @@ class SocketGroup:
         self._channels: dict[int, Channel] = {}
         # A thread per peer sends, so that receiving in any order cannot block a circle of ranks.
         self._senders = ThreadPoolExecutor(max(1, self.size - 1), "taco-send")
+        # One thread each way from the first `shift` on, so that several end in the order in which they began.
+        self._to_next = ThreadPoolExecutor(1, "taco-to-next")
+        self._from_previous = ThreadPoolExecutor(1, "taco-from-previous")
         for peer in range(self.size):
             if peer != self.index:
                 low, high = sorted((peer, self.index))
@@ -88,6 +103,19 @@ class SocketGroup:
         if whole is not tensor:
             tensor.copy_(whole)
 
+    def shift(self, out: torch.Tensor, send: torch.Tensor) -> _InThreads:
+        """Begin to send `send` to the next rank and to fill `out` from the previous one; both flat and contiguous."""
+        if self._closed:
+            raise ConnectionLost("connection closed: this group was left")
+        futures: list[Future[None]] = []
+        if send.numel():
+            channel = self._channels[(self.index + 1) % self.size]
+            futures.append(self._to_next.submit(channel.send_bytes, _bytes_of(send)))
+        if out.numel():
+            channel = self._channels[(self.index - 1) % self.size]
+            futures.append(self._from_previous.submit(channel.receive_into, _bytes_of(out)))
+        return _InThreads(futures, (out, send))
+
     def abort(self) -> None:
         """Leave collectives in progress, from any thread; the group is unusable afterwards."""
         with self._lock:
@@ -96,4 +124,5 @@ class SocketGroup:
             self._closed = True
         for channel in self._channels.values():
             channel.close()
-        self._senders.shutdown(wait=False)
+        for threads in (self._senders, self._to_next, self._from_previous):
+            threads.shutdown(wait=False)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from comfy.taco_dit.core.config_manager import divisors
 from comfy.taco_dit.core.control_hub import Hub
 from comfy.taco_dit.core.control_plane import DOOR
 from comfy.taco_dit.core.data_plane import Group
@@ -33,20 +34,23 @@ _MOST_PAIRS = 28  # all pairs of 8 ranks
 
 
 def layouts(ranks: int) -> list[ParallelDims]:
-    """Every split of `ranks` into cfg x data x ulysses."""
+    """Every split of `ranks` into cfg x data x ulysses x ring."""
     return [
-        ParallelDims(cfg, data, ranks // (cfg * data))
-        for cfg in range(1, ranks + 1)
-        if ranks % cfg == 0
-        for data in range(1, ranks // cfg + 1)
-        if ranks // cfg % data == 0
+        ParallelDims(cfg, data, ulysses, ring_degree=ranks // (cfg * data * ulysses))
+        for cfg in divisors(ranks)
+        for data in divisors(ranks // cfg)
+        for ulysses in divisors(ranks // (cfg * data))
     ]
 
 
 def groups_of(ranks: int) -> list[tuple[int, ...]]:
     """Every group that some plan on `ranks` ranks would use, the largest first."""
-    found = {dims.token_group(rank) for dims in layouts(ranks) for rank in range(ranks)}
-    found |= {dims.row_group(rank) for dims in layouts(ranks) for rank in range(ranks)}
+    found = {
+        group
+        for dims in layouts(ranks)
+        for rank in range(ranks)
+        for group in (dims.token_group(rank), dims.row_group(rank), dims.ulysses_group(rank), dims.ring_group(rank))
+    }
     return sorted((group for group in found if len(group) > 1), key=lambda group: (-len(group), group))
 
 
@@ -99,7 +103,7 @@ class Rank:
     def _collectives(self, group: Group, name: str) -> None:
         wrong = []
         for collective, works in (("all-to-all", self._all_to_all), ("all-gather", self._all_gather),
-                                  ("broadcast", self._broadcast)):  # fmt: skip
+                                  ("broadcast", self._broadcast), ("shift", self._shift)):  # fmt: skip
             self.doing(f"{collective} among {name}")
             if not works(group):
                 wrong.append(collective)
@@ -107,7 +111,7 @@ class Rank:
             remedy = "wrong sums mean a faulty link or driver: test with NCCL_P2P_DISABLE=1, update the driver"
             self.note(PROBLEM, name, f"{', '.join(wrong)}: wrong values on rank {self.manager.rank}", remedy)
         elif group.index == 0:
-            self.note(OK, name, "all-to-all, all-gather, broadcast right, with even and uneven parts")
+            self.note(OK, name, "all-to-all, all-gather, broadcast, shift right, with even and uneven parts")
 
     def _tensor(self, *values: float) -> torch.Tensor:
         return torch.tensor(values, device=self.device)
@@ -137,6 +141,14 @@ class Rank:
             if not torch.equal(tensor, self._tensor(float(source), 7.0)):
                 return False
         return True
+
+    def _shift(self, group: Group) -> bool:
+        """Each rank sends its index to the next one, index + 1 times."""
+        before = (group.index - 1) % group.size
+        out = torch.full((before + 1,), -1.0, device=self.device)
+        pending = group.shift(out, torch.full((group.index + 1,), float(group.index), device=self.device))
+        pending.wait()
+        return torch.equal(out, torch.full_like(out, float(before)))
 
     def _link(self, group: Group, pair: tuple[int, int]) -> None:
         """Both ranks send half of a buffer to each other at once; the best of five."""

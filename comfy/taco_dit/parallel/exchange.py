@@ -6,6 +6,8 @@ then the whole sequence, contiguous, and attention kernels take it as a strided 
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -37,6 +39,26 @@ class Exchange(Protocol):
 
     def gather(self, local: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
         """Shards along `dim`, concatenated in rank order."""
+
+
+class Ring(Protocol):
+    """A transport from each rank of a ring to the next."""
+
+    size: int
+    index: int
+
+    def pass_on(self, tensor: torch.Tensor, shape: Sequence[int]) -> Passing:
+        """Begin to send `tensor` to the next rank and to receive one of `shape` from the previous rank."""
+
+    def deal(self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        """`sent[i]` rows of the first axis to rank i, in order -> `received[i]` rows from rank i, in order."""
+
+
+class Passing(Protocol):
+    """A tensor on its way."""
+
+    def result(self) -> torch.Tensor:
+        """What came from the previous rank."""
 
 
 def head_ranges(heads: int, shared: int, size: int) -> tuple[list[Range], list[Range]]:
@@ -79,6 +101,59 @@ def unpack_heads(received: torch.Tensor, counts: list[int], local: int, batch: i
     blocks = received.split([unit * count for count in counts])
     joined = torch.cat([block.view(local, batch, n, size) for block, n in zip(blocks, counts)], dim=2)
     return joined.permute(1, 2, 0, 3)
+
+
+class SingleExchange:
+    """The exchange of a rank with itself: all heads and all tokens are here."""
+
+    size, index = 1, 0
+
+    def to_heads(
+        self, parts: Sequence[torch.Tensor], heads: Sequence[Range], tokens: Sequence[int]
+    ) -> list[torch.Tensor]:
+        return list(parts)
+
+    def to_tokens(self, out: torch.Tensor, heads: Sequence[Range], tokens: Sequence[int]) -> torch.Tensor:
+        return out
+
+    def gather(self, local: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
+        return local
+
+
+class CollectiveRing:
+    """A ring over the ranks of a process group. What is waited for counts as exchange, not what overlaps."""
+
+    def __init__(self, group: Any, clock: Any = None) -> None:
+        self._group = group
+        self.size = group.size
+        self.index = group.index
+        self._exchange = contextlib.nullcontext if clock is None else clock.exchange
+
+    def pass_on(self, tensor: torch.Tensor, shape: Sequence[int]) -> Passing:
+        out = tensor.new_empty(tuple(shape))
+        pending = self._group.shift(out.view(-1), tensor.contiguous().view(-1))
+        return _Received(out, pending, self._exchange)
+
+    def deal(self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        out = rows.new_empty((sum(received), *rows.shape[1:]))
+        width = math.prod(rows.shape[1:])
+        with self._exchange():
+            self._group.all_to_all(
+                out.view(-1), rows.contiguous().view(-1), [n * width for n in received], [n * width for n in sent]
+            )
+        return out
+
+
+class _Received:
+    """A tensor that `pending` fills."""
+
+    def __init__(self, out: torch.Tensor, pending: Any, exchange: Any) -> None:
+        self._out, self._pending, self._exchange = out, pending, exchange
+
+    def result(self) -> torch.Tensor:
+        with self._exchange():
+            self._pending.wait()
+        return self._out
 
 
 class CollectiveExchange:

@@ -51,6 +51,23 @@ def _counts(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
     return tuple(sum(stop - start for start, stop in parts) for parts in bounds)
 
 
+def bring_heads(
+    exchange: Exchange,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ranges: tuple[list[Range], list[Range]],
+    queries: Sequence[int],
+    sources: Sequence[int],
+) -> list[torch.Tensor]:
+    """q [B, H, Lq, D], k and v [B, KV, Lk, D] of this rank's tokens -> its heads of all tokens, in rank order.
+
+    ranges: as from `head_ranges`. queries, sources: tokens of each rank on both sides.
+    """
+    (q, k, v), (heads, shared) = inputs, ranges
+    if q.shape == k.shape and queries == sources and heads == shared:
+        return exchange.to_heads((q, k, v), heads, queries)
+    return [*exchange.to_heads((q,), heads, queries), *exchange.to_heads((k, v), shared, sources)]
+
+
 class UlyssesPlan:
     """A `comfy.ldm.dit.TokenPlan` over one token group."""
 
@@ -81,6 +98,16 @@ class UlyssesPlan:
             return ranked  # rank order is the stream's order
         return ranked.index_select(dim, self.orders(tuple(lengths), local.device)[0])
 
+    def fitting_keys(
+        self, spec: AttentionSpec, mine: Range, keys: Range, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v [B, kv, L, D] of the key heads `keys`, one for each query head `mine` where they share unevenly."""
+        group = spec.heads // spec.shared_heads
+        if group == 1 or not (mine[0] % group or mine[1] % group):
+            return k, v
+        index = self.head_index(mine, keys[0], group, k.device)
+        return k.index_select(1, index), v.index_select(1, index)
+
     def meet(self, spec: AttentionSpec, compute: Compute, in_order: bool) -> Meeting:
         """See `comfy.ldm.dit.TokenPlan.meet`."""
         if spec.queries.sharded and spec.sources.sharded:
@@ -98,22 +125,13 @@ class HeadMeeting:
         self._sources = plan.counts(spec.sources.lengths)
 
     def send(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        exchange, (heads, shared) = self._plan.exchange, self._ranges
-        if q.shape == k.shape and self._queries == self._sources and heads == shared:
-            self._inputs = exchange.to_heads((q, k, v), heads, self._queries)
-        else:
-            self._inputs = [
-                *exchange.to_heads((q,), heads, self._queries), *exchange.to_heads((k, v), shared, self._sources)
-            ]  # fmt: skip
+        self._inputs = bring_heads(self._plan.exchange, (q, k, v), self._ranges, self._queries, self._sources)
 
     def attend(self) -> None:
         plan, spec = self._plan, self._spec
         q, k, v = self._inputs
         mine, keys = (ranges[plan.index] for ranges in self._ranges)
-        group = spec.heads // spec.shared_heads
-        if group > 1 and (mine[0] % group or mine[1] % group):  # the kernel's even grouping does not fit these heads
-            index = plan.head_index(mine, keys[0], group, k.device)
-            k, v = k.index_select(1, index), v.index_select(1, index)
+        k, v = plan.fitting_keys(spec, mine, keys, k, v)
         if q.shape[1] == 0:  # more ranks than heads: this one only keeps tokens
             self._out = q
             return
