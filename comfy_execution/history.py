@@ -11,6 +11,7 @@ from typing import Any
 
 from comfy_execution import jobs
 from comfy_execution.prompt_store import Key, PromptStore, pack
+from utils import json_text
 
 Entry = dict[str, Any]
 Rows = dict[Key, tuple[Any, ...] | None]
@@ -152,7 +153,7 @@ class History(dict[str, Any]):
     def text(self, kept: Kept) -> str | None:
         """JSON of an entry, as it is on disk where it was not read yet; None when it is gone."""
         if kept.entry is not None:
-            return json.dumps(kept.entry, default=str)
+            return json_text.dumps(kept.entry)
         return None if self._store is None else self._store.entry_text(kept.place)
 
     def prepare(self, prompt_id: str, entry: Entry) -> tuple[Kept, Rows]:
@@ -162,8 +163,8 @@ class History(dict[str, Any]):
         if self._store is None:
             return kept, rows
         try:
-            job = json.dumps(kept.job, default=str)
-            rows["entries", kept.place] = (pack(entry, default=str),)
+            job = json_text.dumps(kept.job)
+            rows["entries", kept.place] = (pack(json_text.finite(entry), default=str),)
             rows["history", kept.place] = (json.dumps(prompt_id), job)
         except (TypeError, ValueError, RecursionError) as error:
             logging.warning("prompt %s ended; its history would be lost by a restart, for %s", prompt_id, error)

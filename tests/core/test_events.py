@@ -64,7 +64,7 @@ def test_copies_do_not_reach_the_list():
         ("without effect in this version: --async-offload", "leave these flags out"),
         ("rank 1 (cuda:1) failed: OutOfMemoryError: CUDA out of memory. Tried to allocate", "smaller picture"),
         ("rank 2 would sample tensors of other shapes than rank 0; a custom node differs by rank", "TACO_RANKS"),
-        ("the launcher started all ranks again, 1 times so far", "queue again"),
+        ("the launcher started all ranks again, 1 times so far", "The queue goes on"),
         ("Cannot import /x/pack module for custom nodes", ".venv"),
         ("something nobody foresaw", "console"),
     ],

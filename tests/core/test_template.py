@@ -14,7 +14,7 @@ def test_a_process_with_a_thread_is_unfit():
     thread = threading.Thread(target=over.wait, name="of a module")
     thread.start()
     try:
-        assert "started the thread of a module" in template._unfit()
+        assert "started the thread" in template._unfit()
     finally:
         over.set()
         thread.join()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .config_manager import DEFAULT_FILE, ConfigError, TacoConfig, load_config, validate_for
-from .template import name_process
+from .processes import die_with_parent, name_process
 
 START_MESSAGES = "TACO_START_MESSAGES"  # messages of the start, one per line, for rank 0 to show in the page
 
@@ -142,14 +140,6 @@ def launch(plan: LaunchPlan, script: str, argv: Sequence[str], fork: bool) -> in
 def name_rank(environ: Mapping[str, str]) -> None:
     """Name this process after its rank, for `ps` and our own tools."""
     name_process(f"taco-rank-{environ['RANK']}")
-
-
-def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends, so that no rank is left behind."""
-    if sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
 
 
 __all__ = [

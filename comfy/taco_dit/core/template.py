@@ -18,11 +18,12 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .processes import die_with_parent, name_process
 
 TEMPLATE = "TACO_TEMPLATE_FD"
 _PACKET = 1 << 18  # bytes: a request carries a rank's whole environment
@@ -30,13 +31,6 @@ _MODULES = (
     "app.panel", "app.run", "comfy.sd", "comfy.samplers", "comfy.taco_dit.core.execution_engine",
     "comfy.taco_dit.core.lockstep", "comfy.taco_dit.utils.monitor", "comfy_execution.worker", "execution", "nodes", "server",
 )  # fmt: skip
-
-
-def name_process(name: str) -> None:
-    """What `ps` and `top` show of this process: up to 15 characters."""
-    if sys.platform == "linux":
-        pr_set_name = 15
-        ctypes.CDLL(None).prctl(pr_set_name, name.encode(), 0, 0, 0)
 
 
 class ForkedProcess:
@@ -162,8 +156,6 @@ def serve() -> None:
 
     The template itself leaves by SystemExit, when the supervisor closes the socket.
     """
-    from .launcher import die_with_parent
-
     die_with_parent()
     name_process("taco-template")
     requests = socket.socket(fileno=int(os.environ.pop(TEMPLATE)))
