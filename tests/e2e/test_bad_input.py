@@ -80,14 +80,21 @@ def nested(depth):
     return {"a": nested(depth - 1)} if depth else {}
 
 
-@pytest.mark.parametrize("text, value", [("x" * 12_000_000, {}), ("value", nested(600)), ("value", {"a": [0] * 300_000})],
-                         ids=["12 MB", "nested 600 deep", "300,000 values"])  # fmt: skip
+@pytest.mark.parametrize("text, value", [("x" * 12_000_000, {}), ("value", nested(190)), ("value", {"a": [0] * 300_000})],
+                         ids=["12 MB", "nested 190 deep", "300,000 values"])  # fmt: skip
 def test_large_and_deep_prompts_reach_every_rank(lives_on, request, text, value):
     label = request.node.callspec.id.replace(" ", "-")
     outcome = lives_on.run({"record": node("TestRecord", label=label, text=text, value=value)})
     assert outcome.error is None
     wanted = str(value) if text == "value" else text
     assert lives_on.records(label) == {0: [wanted], 1: [wanted]}
+
+
+def test_a_prompt_that_is_nested_too_deeply_is_refused(lives_on):
+    status, content = lives_on.request(
+        "/prompt", {"prompt": {"1": node("TestRecord", label="deep", text="", value=nested(600))}}
+    )
+    assert status == 400 and b"nested more than 200 levels deep" in content
 
 
 def test_an_exception_with_a_huge_message(lives_on):

@@ -157,7 +157,7 @@ class _Received:
 
 
 class CollectiveExchange:
-    """Exchange by all-to-all and all-gather of a process group (NCCL, gloo). Heads and tokens may be uneven."""
+    """Exchange by all-to-all and all-gather of a `Group`. Heads and tokens may be uneven."""
 
     def __init__(self, group: Any, clock: Any = None) -> None:
         self._group = group
