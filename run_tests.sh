@@ -21,16 +21,17 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
-# Tests without servers and browsers run in two processes. Then the tests of servers run in this shell and those of
-# browsers, packs and training in the background; the output of the latter is shown at the end.
+# Tests without servers and browsers run in two processes. Then the tests that share servers run in this shell, and those
+# of browsers, packs, training and starts in the background; the output of the latter is shown at the end.
+own_servers=(tests/e2e/test_{chaos,network,processes,restart,weight_files}.py)
 second=(tests/demo tests/packs tests/web)
 .venv/bin/python -m pytest -n 2 --dist loadfile --ignore=tests/e2e "${second[@]/#/--ignore=}"
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
-.venv/bin/python -m pytest -p no:cacheprovider "${second[@]}" >"$output" 2>&1 &
+.venv/bin/python -m pytest -p no:cacheprovider "${own_servers[@]}" "${second[@]}" >"$output" 2>&1 &
 background=$!
 status=0
-.venv/bin/python -m pytest tests/e2e || status=$?
+.venv/bin/python -m pytest tests/e2e "${own_servers[@]/#/--ignore=}" || status=$?
 wait "$background" || status=$?
 cat "$output"
 exit "$status"
