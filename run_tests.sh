@@ -23,7 +23,7 @@ fi
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
 # Tests without servers and browsers run in two processes. Then the tests that share servers run in this shell, and those
 # of browsers, packs, training and starts in the background; the output of the latter is shown at the end.
-own_servers=(tests/e2e/test_{chaos,network,processes,restart,weight_files}.py)
+own_servers=(tests/e2e/test_{network,processes,restart}.py)
 second=(tests/demo tests/packs tests/web)
 .venv/bin/python -m pytest -n 2 --dist loadfile --ignore=tests/e2e "${second[@]/#/--ignore=}"
 output=$(mktemp)
