@@ -66,7 +66,7 @@ def rank_device(info: RankInfo, cpu: bool) -> torch.device:
 
 
 class TACODiTDistributedManager:
-    """This rank's identity, device, control store and data plane. One process alone needs none of the channels."""
+    """This rank's identity, device, control plane and data plane. One process alone needs none of the channels."""
 
     def __init__(self, info: RankInfo, device: torch.device, environ: Mapping[str, str] | None = None) -> None:
         self.info = info

@@ -195,7 +195,8 @@ class Supervisor:
     def _count_end(self, rank: int, status: int) -> None:
         """Raises GivingUp when ranks end again and again and no prompt succeeds."""
         now, healthy = time.monotonic(), self._hub.peek(HEALTHY)
-        if now - self._last_end > QUIET_S or healthy != self._healthy:
+        succeeded = bool(healthy) and healthy != self._healthy  # empty: all ranks were started again since
+        if now - self._last_end > QUIET_S or succeeded:
             self._series = 0
         self._last_end, self._healthy = now, healthy
         self._series += 1
