@@ -39,3 +39,15 @@ def test_layouts_that_cannot_be() -> None:
 def test_description() -> None:
     layout = Layout(Placement.SHARDED, 2, ((0, 3), (3, 9)))
     assert layout.describe() == "sharded x tensor 2 x pipeline 2" and Layout().describe() == "whole"
+
+
+def test_ranks_hold_parts_of_copies() -> None:
+    layout = Layout(tensor_degree=2, pipeline_stages=((0, 19), (19, 57)))
+    places = [layout.place_of(rank) for rank in range(8)]
+    assert places[:5] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0)]
+    assert [layout.rank_of(*place) for place in places] == list(range(8))
+    assert layout.tensor_group(6) == (6, 7) and layout.stage_group(5) == (5, 7)
+    assert layout.ranks_of((0, 1), 3) == (3, 7), "a group of copies is that of the ranks with the same part"
+    assert Layout().ranks_of((2, 5), 1) == (2, 5) and Layout().tensor_group(4) == (4,)
+    with pytest.raises(ValueError, match="tensor 2 x pipeline 2 has no copy 0, stage 2"):
+        layout.rank_of(0, 2)

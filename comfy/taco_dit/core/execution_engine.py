@@ -92,33 +92,39 @@ class TACODiTExecutionEngine:
             if self.lockstep.is_first:
                 logging.warning("TACO-DiT: %s", text)
 
-    def token_plan(self, dims: ParallelDims) -> UlyssesPlan | None:
+    def token_plan(self, dims: ParallelDims, layout: Layout = Layout()) -> UlyssesPlan | None:  # noqa: B008
         """The token plan of this rank's token group, or None when tokens are not split."""
         data = self.manager.data
         if dims.sequence_degree == 1 or data is None:
             return None
-        members = dims.token_group(self.manager.rank)
-        key = (data.generation, members, dims.ring_degree)
+        key = (data.generation, dims, layout)
         if key not in self._token_plans:
             if any(generation != data.generation for generation, _, _ in self._token_plans):
                 self._token_plans = {}
                 self.runner.forget()  # captured exchanges belong to groups that are gone
-            self._token_plans[key] = self._new_plan(members, dims)
+            self._token_plans[key] = self._new_plan(dims, layout)
         return self._token_plans[key]
 
-    def _new_plan(self, members: tuple[int, ...], dims: ParallelDims) -> UlyssesPlan:
+    def _copies_group(self, layout: Layout, copies: Sequence[int]) -> Any:
+        """The group of the ranks that hold of these copies of the network what this rank holds of its own."""
+        data = self.manager.data
+        assert data is not None
+        return data.group(layout.ranks_of(copies, self.manager.rank))
+
+    def _new_plan(self, dims: ParallelDims, layout: Layout) -> UlyssesPlan:
         data, rank = self.manager.data, self.manager.rank
         assert data is not None
+        group, copy = functools.partial(self._copies_group, layout), layout.place_of(rank).copy
         if self.config.optimization.engine != "xfuser":
-            return native_plan(data.group, dims, rank, self.clock)
+            return native_plan(group, dims, copy, self.clock)
         if dims.ulysses_degree != self.manager.world_size:
             self._warn_once(
                 "xfuser's attention runs by Ulysses over all ranks or not at all; this plan uses the native exchange"
             )
-            return native_plan(data.group, dims, rank, self.clock)
+            return native_plan(group, dims, copy, self.clock)
         from comfy.taco_dit.parallel.xfuser_engine import XfuserPlan, start
 
-        exchange = CollectiveExchange(data.group(members), self.clock)
+        exchange = CollectiveExchange(data.group(dims.token_group(rank)), self.clock)
         return XfuserPlan(exchange, start(rank, self.manager.world_size))
 
     # --- evaluation ------------------------------------------------------------------------------------------------
@@ -153,14 +159,16 @@ class TACODiTExecutionEngine:
         dims: ParallelDims,
         layout: Layout,
     ) -> list[torch.Tensor]:
-        token_plan = self.token_plan(dims)
+        token_plan = self.token_plan(dims, layout)
         if dims.cfg_degree * dims.data_degree == 1:
             return self._run(model, batches, model_options, token_plan, layout)
-        cfg, data, _, _ = dims.coordinates(self.manager.rank)
+        copy = layout.place_of(self.manager.rank).copy
+        cfg, data, _, _ = dims.coordinates(copy)
         mine = rows_of(batches, dims, cfg, data)
         parts = [batches[i].select_conds(conds).select_samples(*samples) for i, conds, samples in mine]
         outs = self._run(model, parts, model_options, token_plan, layout)
-        return collect_rows(batches, dims, outs, functools.partial(self._gather_rows, dims))
+        group = self._copies_group(layout, dims.row_group(copy))
+        return collect_rows(batches, dims, outs, functools.partial(self._gather_rows, group))
 
     def _run(
         self,
@@ -176,8 +184,7 @@ class TACODiTExecutionEngine:
         with dit.fallback_call(call), self._fast(model, token_plan):
             return evaluate_serially(model, batches, model_options)
 
-    def _gather_rows(self, dims: ParallelDims, flat: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        group = self.manager.data.group(dims.row_group(self.manager.rank))  # type: ignore[union-attr]
+    def _gather_rows(self, group: Any, flat: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         with self.clock.exchange():
             return group.all_gather(flat, counts)
 

@@ -2,13 +2,18 @@
 
 A layout outlives many denoiser calls; the plan of a call (`plan.py`) is chosen within it. Ranks that hold parts of one
 copy of a network (`ranks` of them) always work on the same rows and tokens; a plan distributes work over whole copies.
+
+Rank = copy * ranks + stage * tensor_degree + tensor index: the ranks of a copy are neighbours, and of these the nearest
+share linears, which communicates most. A group of copies, as plans name them, is for each rank the group of those ranks
+that hold the same part of these copies as it does.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Placement(enum.Enum):
@@ -20,6 +25,14 @@ class Placement(enum.Enum):
     """In host memory, at least in part; brought over layer by layer."""
     SHARDED = "sharded"
     """Each rank keeps 1/N on its device and gathers a block's weights when it is its turn."""
+
+
+class Place(NamedTuple):
+    """What a rank holds: a part of copy number `copy` of the network, in pipeline stage `stage`, slices `tensor`."""
+
+    copy: int
+    stage: int
+    tensor: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Layout:
     @property
     def ranks(self) -> int:
         """Ranks that hold one copy of the network."""
-        return self.tensor_degree * max(1, len(self.pipeline_stages))
+        return self.tensor_degree * self.stages
 
     def copies(self, world_size: int) -> int:
         """Copies of the network on `world_size` ranks. Raises ValueError when ranks are left over."""
@@ -58,6 +71,37 @@ class Layout:
                 f"{world_size}"
             )
         return world_size // self.ranks
+
+    @property
+    def stages(self) -> int:
+        """Number of pipeline stages, at least 1."""
+        return max(1, len(self.pipeline_stages))
+
+    def place_of(self, rank: int) -> Place:
+        """What a rank holds."""
+        copy, inside = divmod(rank, self.ranks)
+        return Place(copy, *divmod(inside, self.tensor_degree))
+
+    def rank_of(self, copy: int, stage: int = 0, tensor: int = 0) -> int:
+        """The rank that holds a part. Raises ValueError when the layout has no such part."""
+        if not (0 <= stage < self.stages and 0 <= tensor < self.tensor_degree and copy >= 0):
+            raise ValueError(f"{self.describe()} has no copy {copy}, stage {stage}, tensor index {tensor}")
+        return copy * self.ranks + stage * self.tensor_degree + tensor
+
+    def ranks_of(self, copies: Iterable[int], rank: int) -> tuple[int, ...]:
+        """The ranks that hold of these copies what `rank` holds of its own, in the order of the copies."""
+        _, stage, tensor = self.place_of(rank)
+        return tuple(self.rank_of(copy, stage, tensor) for copy in copies)
+
+    def tensor_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the other slices of this rank's blocks, by tensor index."""
+        copy, stage, _ = self.place_of(rank)
+        return tuple(self.rank_of(copy, stage, tensor) for tensor in range(self.tensor_degree))
+
+    def stage_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same slices of this copy's other blocks, by stage."""
+        copy, _, tensor = self.place_of(rank)
+        return tuple(self.rank_of(copy, stage, tensor) for stage in range(self.stages))
 
     def describe(self) -> str:
         """`whole`; `sharded x tensor 2 x pipeline 3`."""
