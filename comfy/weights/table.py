@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,23 @@ PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 Wrapper = Callable[..., Any]
 
 
+class Arrangement(Protocol):
+    """How somebody arranged that a network computes with parts of its weights."""
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes on the device beside the weights held."""
+
+    def changed(self) -> None:
+        """Weights have, or may have, other values."""
+
+    def release(self) -> None:
+        """The network leaves its device."""
+
+    def undo(self) -> None:
+        """Let the network compute with whole weights again."""
+
+
 class WeightTable:
     """See the module's docstring. `always_copy` treats the CPU as a device of its own, for tests."""
 
@@ -38,6 +55,7 @@ class WeightTable:
         self.patched_at_use = 0
         self.always_copy = False
         self.loaded_from: set[weight_files.WeightFile] = set()
+        self.arrangement: Arrangement | None = None
         self._held: dict[str, Held] = {}  # of these weights only a part is wanted
         self._files: set[weight_files.WeightFile] = set()  # those that the network as it is placed depends on
         self._resident: set[str] = set()  # paths of modules whose weights are on the device
@@ -50,6 +68,7 @@ class WeightTable:
         memo[id(self)] = other
         other.model = copy.deepcopy(self.model, memo)
         other.weights = copy.deepcopy(self.weights, memo)
+        other.arrangement = copy.deepcopy(self.arrangement, memo)
         other._wrapped, other._stream = [], None
         other.loaded_from, other._files = set(), set()  # its weights are copies
         other.layout_version = next(_versions)
@@ -104,8 +123,9 @@ class WeightTable:
         return bool(self._held)
 
     def held_bytes(self) -> int:
-        """Bytes of weights that are wanted on the device."""
-        return sum(group.size for group in self.groups())
+        """Bytes that are wanted on the device."""
+        extra = 0 if self.arrangement is None else self.arrangement.extra_bytes
+        return extra + sum(group.size for group in self.groups())
 
     def _note_held(self, groups: Sequence[Group]) -> None:
         """Copies of other parts than those wanted now are dropped."""
@@ -131,6 +151,10 @@ class WeightTable:
     def partly_loaded(self) -> bool:
         """Whether some modules bring their weights over at each use."""
         return self._waiting > 0
+
+    def _changed(self) -> None:
+        if self.arrangement is not None:
+            self.arrangement.changed()
 
     def _moved(self) -> None:
         """Memory moved. Versions are never used twice in a process, so that no captured graph mistakes a network."""

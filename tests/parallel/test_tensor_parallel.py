@@ -10,6 +10,7 @@ from comfy.ldm import dit
 from .ranks import run_ranks
 from .tensor_cases import call_for, cut
 from .test_flux_tokens import CASES, SHAPES
+from .test_made_up_family import cases, draw, load
 from .tiny import inputs, tiny_flux
 
 
@@ -36,3 +37,53 @@ def test_cut_networks_equal_whole_ones(world, degree, ulysses, ring):
     for worst in run_ranks(world, _compare, degree, ulysses, ring, shapes):
         for case, deviation in worst.items():
             assert deviation < 1e-5, f"{case}: {deviation}"
+
+
+def _made_up(manager, configs):
+    """{configuration: {case: (plan, layout, deviation from one rank)}} of whole sampling runs with the made-up family."""
+    from comfy.taco_dit import runtime
+    from comfy.taco_dit.core.config_manager import parse_config, validate_for
+    from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
+    from comfy.taco_dit.core.lockstep import RankLockstep
+
+    serial = {name: draw(patcher, **arguments) for name, (patcher, arguments) in cases(load()).items()}
+    found, lockstep = {}, RankLockstep(manager)
+    for key, content in configs.items():
+        config = validate_for(parse_config(content, key), manager.world_size)
+        engine = TACODiTExecutionEngine(config, manager, lockstep)
+        runtime.activate(runtime.Runtime(config, manager, lockstep, engine))
+        lockstep.begin(key)
+        patcher, out = load(), {}
+        for name, (each, arguments) in cases(patcher).items():
+            parallel = draw(each, **arguments)
+            deviation = ((parallel - serial[name]).abs().max() / serial[name].abs().max()).item()
+            out[name] = engine.last_run.plan, engine.last_run.layout, deviation
+        found[key] = out, patcher.loaded_size(), patcher.weight_store.partly_loaded
+        lockstep.end()
+    return found
+
+
+TENSOR = {"parallel": {"tensor_parallel": True}}
+HALF = {"parallel": {"tensor_parallel": True, "tensor_parallel_degree": 2}}
+SHARDED = {"memory": {"shard_weights": True}}
+RING = {"memory": {"shard_weights": True}, "parallel": {"ring_degree": 2, "cfg_parallel": False}}
+
+
+@pytest.mark.parametrize(
+    "world,configs,plans",
+    [
+        (2, {"tensor": TENSOR, "sharded": SHARDED, "ring": RING}, {
+            "tensor": ("one rank", "one rank", "tensor 2"), "sharded": ("ulysses 2", "cfg 2", "sharded"),
+            "ring": ("ring 2", "ring 2", "sharded")}),
+        (3, {"tensor": TENSOR, "sharded": SHARDED}, {
+            "tensor": ("one rank", "one rank", "tensor 3"), "sharded": ("ulysses 3", "ulysses 3", "sharded")}),
+        (4, {"half": HALF}, {"half": ("ulysses 2", "cfg 2", "tensor 2")}),
+    ],
+)  # fmt: skip
+def test_sampling_with_parts_of_weights_equals_one_rank(world, configs, plans):
+    for found in run_ranks(world, _made_up, configs, timeout=40):
+        for key, (one_row, two_rows, layout) in plans.items():
+            out, _, _ = found[key]
+            assert all(deviation < 1e-5 for _, _, deviation in out.values()), (key, out)
+            assert {where for _, where, _ in out.values()} == {layout}
+            assert (out["one picture"][0], out["guidance and mask"][0]) == (one_row, two_rows)
