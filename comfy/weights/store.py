@@ -341,6 +341,11 @@ class WeightStore(WeightTable):
         wanted = []
         for group in groups if wrappers else ():
             for key in group.keys:
+                if key in self._held and wrappers.get(key):
+                    raise ValueError(
+                        f"a function is to change {key} at each use, of which this process holds only a part; set "
+                        "parallel.tensor_parallel and memory.shard_weights to false for this workflow"
+                    )
                 name = f"{key.rpartition('.')[2]}_function"
                 if hasattr(group.module, name):
                     wanted += [(group.module, name, function) for function in wrappers.get(key, ())]

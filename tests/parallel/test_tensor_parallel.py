@@ -7,6 +7,7 @@ import torch
 
 from comfy.ldm import dit
 
+from .arranged_cases import arranged
 from .ranks import run_ranks
 from .tensor_cases import call_for, cut
 from .test_flux_tokens import CASES, SHAPES
@@ -87,3 +88,35 @@ def test_sampling_with_parts_of_weights_equals_one_rank(world, configs, plans):
             assert all(deviation < 1e-5 for _, _, deviation in out.values()), (key, out)
             assert {where for _, where, _ in out.values()} == {layout}
             assert (out["one picture"][0], out["guidance and mask"][0]) == (one_row, two_rows)
+
+
+def test_weights_that_change_while_they_are_cut_or_sharded():
+    """Adapters, hooks, fp8 with scales, areas, layers that foreign code calls, saving: as with whole weights."""
+    names = ["weights_change", "scaled_fp8", "unequal_rows", "replaced_layers"]
+    for found in run_ranks(3, arranged, {"tensor": TENSOR, "sharded": SHARDED}, names, timeout=60):
+        for key, out in found.items():
+            assert all(value < 1e-5 for value in out["weights_change"].values()), (key, out["weights_change"])
+            assert out["scaled_fp8"] < 1e-5 and out["unequal_rows"] < 1e-5, (key, out)
+            layer, wrapper, saved = out["replaced_layers"]
+            assert "a function is to change diffusion_model.single_blocks.0.linear1.weight at each use" in wrapper
+            assert saved, "files get whole weights"
+            assert "img_attn.qkv of Model were replaced by a custom node" in layer and out["status"] in layer
+        assert [out["status"] for out in found.values()] == ["tensor 3", "sharded"]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_bytes_held(world):
+    """At most 1/N of the blocks' weights and a tenth of them, buffers included."""
+    for found in run_ranks(world, arranged, {"tensor": TENSOR, "sharded": SHARDED}, ["bytes_held"]):
+        for key, out in found.items():
+            held, whole = out["bytes_held"]
+            assert held <= whole / world + whole / 10, (key, held / whole)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_text_encoders_share_their_linears(world):
+    for found in run_ranks(world, arranged, {"tensor": TENSOR, "sharded": SHARDED}, ["text_encoder"]):
+        deviation, held, whole = found["tensor"]["text_encoder"]
+        assert deviation < 1e-5 and held <= whole / world + whole / 10
+        deviation, held, whole = found["sharded"]["text_encoder"]
+        assert deviation == 0 and held == whole

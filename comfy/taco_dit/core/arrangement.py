@@ -159,12 +159,14 @@ class Arranger:
     def check(self, model: Any) -> None:
         """Before a run. Raises ValueError where somebody has replaced parts of a network without which it cannot be cut."""
         known = self._known(model)
-        replaced = [] if known is None else known.weights.replaced(model)
+        if known is None:
+            return
+        replaced = known.weights.replaced(model)
         if replaced:
             raise ValueError(
                 f"{', '.join(replaced[:3])}{' and others' if replaced[3:] else ''} of {type(model).__name__} were replaced by "
-                "a custom node with whole layers, which cannot be combined with tensor parallelism; set "
-                "parallel.tensor_parallel: false (memory.shard_weights: true pools memory, too)"
+                f"a custom node, which cannot be combined with weights dealt over ranks ({known.layout.describe()}); set "
+                "parallel.tensor_parallel and memory.shard_weights to false for this workflow"
             )
 
     def _say(self, text: str) -> None:

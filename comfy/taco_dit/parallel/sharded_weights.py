@@ -130,8 +130,9 @@ class ShardedWeights:
                 _set_forward(entry.module, entry.forward)
 
     def replaced(self, model: nn.Module) -> list[str]:
-        """Nothing: whoever replaces a linear brings its weights along."""
-        return []
+        """Names of sharded linears in whose place somebody has put another module."""
+        names = {entry.key.removesuffix(".weight"): entry.module for block in self._blocks for entry in block.entries}
+        return [name for name, module in names.items() if module_at(model, name) is not module]
 
     # --- gathering -------------------------------------------------------------------------------------------------
 
@@ -246,6 +247,14 @@ class _Surround:
     def block(self, module: nn.Module, state: DiTState) -> contextlib.AbstractContextManager[None]:
         """What surrounds the block, on whichever tokens it runs."""
         return self.weights.running(self.place)
+
+
+def module_at(model: nn.Module, name: str) -> Any:
+    """What is at a dotted path now, None where nothing is."""
+    owner: Any = model
+    for step in name.split("."):
+        owner = getattr(owner, step, None)
+    return owner
 
 
 def _set_forward(module: nn.Module, forward: Callable[..., torch.Tensor] | None) -> None:

@@ -29,6 +29,7 @@ from comfy.weights.store import WeightStore
 
 from .exchange import CollectiveExchange, Range
 from .sequence_parallel import UlyssesPlan
+from .sharded_weights import module_at
 
 
 class TensorPlan:
@@ -355,10 +356,8 @@ class TensorWeights:
         """Names of cut linears in whose place somebody has put another module or another `forward`."""
         out = []
         for name, part in self.parts.items():
-            owner: Any = model
-            for step in name.split("."):
-                owner = getattr(owner, step, None)
-            if owner is not part.module or vars(owner).get("forward") is not part:
+            found = module_at(model, name)
+            if found is not part.module or vars(found).get("forward") is not part:
                 out.append(name)
         return out
 
