@@ -56,6 +56,7 @@ class WeightTable:
         self.always_copy = False
         self.loaded_from: set[weight_files.WeightFile] = set()
         self.arrangement: Arrangement | None = None
+        self._held_bytes: int | None = None
         self._held: dict[str, Held] = {}  # of these weights only a part is wanted
         self._files: set[weight_files.WeightFile] = set()  # those that the network as it is placed depends on
         self._resident: set[str] = set()  # paths of modules whose weights are on the device
@@ -94,6 +95,7 @@ class WeightTable:
         known = self.weights.get(key)
         if known is None or (current is not known.source and current is not known.placed):
             known = self.weights[key] = Weight(key, current)
+            self._held_bytes = None
             self._moved()
         return known
 
@@ -115,7 +117,7 @@ class WeightTable:
                     f"{key} is stored as {type(source).__name__}, of which no part can be held; load this network whole "
                     "(parallel.tensor_parallel and memory.shard_weights: false), or use a file in bf16 or fp8"
                 )
-        self._held = dict(held)
+        self._held, self._held_bytes = dict(held), None
 
     @property
     def holds_parts(self) -> bool:
@@ -124,8 +126,9 @@ class WeightTable:
 
     def held_bytes(self) -> int:
         """Bytes that are wanted on the device."""
-        extra = 0 if self.arrangement is None else self.arrangement.extra_bytes
-        return extra + sum(group.size for group in self.groups())
+        if self._held_bytes is None:
+            self._held_bytes = sum(group.size for group in self.groups())
+        return self._held_bytes + (0 if self.arrangement is None else self.arrangement.extra_bytes)
 
     def _note_held(self, groups: Sequence[Group]) -> None:
         """Copies of other parts than those wanted now are dropped."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from comfy.taco_dit.parallel.exchange import CollectiveExchange
 from comfy.taco_dit.parallel.sharded_weights import ShardedWeights
 from comfy.taco_dit.parallel.tensor_parallel import TensorWeights
 from comfy.weights.store import WeightStore, store_of
+from comfy.weights.table import PLAIN_TENSORS
 from comfy_execution.lockstep import Lockstep, is_alone
 
 from .config_manager import TacoConfig
@@ -107,6 +109,7 @@ class Arranger:
     def __init__(self, config: TacoConfig, manager: Any, lockstep: Lockstep, clock: Any) -> None:
         self.config, self._manager, self._lockstep, self._clock = config, manager, lockstep, clock
         self._said: set[str] = set()
+        self._known_facts: weakref.WeakKeyDictionary[Any, NetworkFacts | None] = weakref.WeakKeyDictionary()
 
     def layout_of(self, model: Any) -> Layout:
         """The layout of a loaded model."""
@@ -140,8 +143,7 @@ class Arranger:
             if known is not None:
                 self._give(model, None)
             return
-        declared = list(_declared(model))
-        facts = self._facts(model, declared)
+        facts = self._facts(model)
         if facts is None:
             return
         layout, reason = choose_layout(
@@ -153,7 +155,7 @@ class Arranger:
             return
         self._give(model, None)
         if layout != WHOLE:
-            self._give(model, self._make(model, declared, layout, reason))
+            self._give(model, self._make(model, layout, reason))
             self._say(f"{type(model).__name__}: {layout.describe()} ({reason})")
 
     def check(self, model: Any) -> None:
@@ -177,9 +179,14 @@ class Arranger:
 
     # --- facts -----------------------------------------------------------------------------------------------------
 
-    def _facts(self, model: Any, declared: list[Declared]) -> NetworkFacts | None:
+    def _facts(self, model: Any) -> NetworkFacts | None:
         """What the choice depends on; None where there is nothing to choose."""
-        network = _network_of(model)
+        if model not in self._known_facts:
+            self._known_facts[model] = self._find_facts(model)
+        return self._known_facts[model]
+
+    def _find_facts(self, model: Any) -> NetworkFacts | None:
+        network, declared = _network_of(model), list(_declared(model))
         if not declared and network is None:
             return None
         store = store_of(model)
@@ -187,6 +194,7 @@ class Arranger:
         def size(module: nn.Module, prefix: str) -> int:
             return sum(store.source(prefix + name).nbytes for name, _ in module.named_parameters())
 
+        kinds = {type(store.source(name)) for name, _ in model.named_parameters()} - set(PLAIN_TENSORS)
         blocks = [] if network is None else [
             size(block.module, f"diffusion_model.{block.name}.") for block in network.block_list() if block.own
         ]  # fmt: skip
@@ -195,6 +203,7 @@ class Arranger:
             total_bytes=size(model, ""),
             block_bytes=tuple(blocks),
             cuttable=bool(declared),
+            packed=next((kind.__name__ for kind in kinds), None),
         )
 
     def _free(self, facts: NetworkFacts, device: torch.device) -> int | None:
@@ -207,7 +216,7 @@ class Arranger:
 
     # --- giving ----------------------------------------------------------------------------------------------------
 
-    def _make(self, model: Any, declared: list[Declared], layout: Layout, reason: str) -> Arrangement:
+    def _make(self, model: Any, layout: Layout, reason: str) -> Arrangement:
         manager, clock, store = self._manager, self._clock, store_of(model)
         place = layout.place_of(manager.rank)
         if layout.placement is Placement.SHARDED:
@@ -224,7 +233,7 @@ class Arranger:
             layout.tensor_degree, place.tensor, lambda: CollectiveExchange(manager.data.group(members), clock),
             own_tokens=_network_of(model) is None,
         )  # fmt: skip
-        for each in declared:
+        for each in _declared(model):
             weights.cut(each.network, each.split_of, each.sizes, each.blocks, store, each.path)
         return Arrangement(layout, reason, weights, None)
 

@@ -158,6 +158,8 @@ class TACODiTExecutionEngine:
             with self.clock.call():
                 return self._run(model, batches, model_options, None, layout)
         work = self.workload(model, batches, model_options)
+        if layout.tensor_degree > 1:  # each copy's ranks have some of the heads
+            work = dataclasses.replace(work, heads=max(1, work.heads // layout.tensor_degree))
         plan = choose_plan(parallel, work, self.manager.world_size, layout)
         if layout.placement is Placement.SHARDED and not _equal_calls(batches, plan.dims):
             # All ranks gather each block together, so all must run the network equally often.

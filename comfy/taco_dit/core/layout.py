@@ -120,13 +120,15 @@ class NetworkFacts:
     """What the choice of a layout depends on. Sizes in bytes of whole weights.
 
     block_bytes: of each block of a diffusion transformer, none for other networks. cuttable: whether all linears of its
-    blocks are declared, and blocks run with some of their heads.
+    blocks are declared, and blocks run with some of their heads. packed: the name of a tensor class that keeps weights in
+    a format of its own, of which no parts can be held.
     """
 
     name: str
     total_bytes: int
     block_bytes: tuple[int, ...] = ()
     cuttable: bool = False
+    packed: str | None = None
 
 
 def choose_layout(config: TacoConfig, network: NetworkFacts, memory: int | None, ranks: int) -> tuple[Layout, str]:
@@ -137,11 +139,13 @@ def choose_layout(config: TacoConfig, network: NetworkFacts, memory: int | None,
     """
     parallel, shard = config.parallel, config.memory.shard_weights
     degree = tensor_degree(parallel, ranks)
+    if network.packed is not None and (degree > 1 or shard):
+        return Layout(), f"its weights are stored as {network.packed}, of which no parts can be held, so it stays whole"
     if degree > 1:
         if network.cuttable:
             return Layout(tensor_degree=degree), "parallel.tensor_parallel is true"
         return Layout(), "its linears are not declared for tensor parallelism, so it stays whole on every rank"
-    if shard is False or ranks == 1 or not network.block_bytes:
+    if shard is False or ranks == 1 or not network.block_bytes or network.packed is not None:
         return Layout(), ""
     if shard:
         return Layout(Placement.SHARDED), "memory.shard_weights is true"
