@@ -132,8 +132,8 @@ class Arranger:
     def arrange(self, patcher: Any, whole: bool = False) -> None:
         """Before a patcher's network is placed: choose its layout and prepare network and store for it.
 
-        whole: the network is to be whole on each rank (to be saved). So it is in a node that runs on one rank only. All
-        ranks must call together otherwise.
+        whole: the network is to be whole on each rank (to be saved, or trained). So it is in a node that runs on one rank
+        only. All ranks must call together otherwise.
         """
         model = patcher.model
         if not isinstance(model, nn.Module):
