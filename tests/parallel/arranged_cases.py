@@ -8,14 +8,17 @@ import comfy.hooks
 import comfy.model_management as management
 from comfy import accounting, ops
 from comfy.denoiser_batch import evaluate_serially
+from comfy.ldm import dit
 from comfy.model_patcher import ModelPatcher
 from comfy.taco_dit import runtime
 from comfy.taco_dit.core.config_manager import parse_config, validate_for
 from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
 from comfy.taco_dit.core.lockstep import RankLockstep
+from comfy.taco_dit.core.plan import ParallelDims
 
 from .engine_cases import CallsOnCpu, batch
-from .tiny import tiny_flux
+from .test_flux_tokens import CASES
+from .tiny import inputs, tiny_flux
 
 CPU = torch.device("cpu")
 
@@ -192,6 +195,23 @@ def text_encoder(engine):
     whole = sum(p.nbytes for p in blocks.parameters())
     worst = max(deviation(encode(clip, text)[0], want) for text, want in zip(texts, serial))
     return worst, sum(p.nbytes for p in blocks.parameters()), whole
+
+
+def flux_cases(engine):
+    """{case: deviation} of what custom nodes do to Flux, on all ranks' tokens by Ulysses."""
+    found = {}
+    for case in CASES:
+        patcher = ModelPatcher(Model(), CPU, CPU)
+        management.load_models_gpu([patcher])
+        layout = engine.arranger.layout_of(patcher.model)
+        dims = ParallelDims(ulysses_degree=layout.copies(engine.manager.world_size))
+        call = dit.DenoiserCall(engine.token_plan(dims, layout))
+        with torch.inference_mode():
+            serial = case(tiny_flux(), inputs(9, 13, 11), {})
+            with dit.fallback_call(call):
+                parallel = case(patcher.model.diffusion_model, inputs(9, 13, 11), call.within({}))
+        found[case.__name__] = deviation(parallel, serial)
+    return found
 
 
 def captured(engine):

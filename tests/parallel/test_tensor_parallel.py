@@ -133,3 +133,10 @@ def test_text_encoders_share_their_linears_and_bytes_held_by_three_ranks():
         assert deviation < 1e-5 and held <= whole / 3 + whole / 10
         deviation, held, whole = found["sharded"]["text_encoder"]
         assert deviation == 0 and held == whole
+
+
+def test_sharded_flux_with_what_custom_nodes_do():
+    """Masks, residuals, reference pictures, replaced blocks and forwards, while blocks are gathered before they run."""
+    for found in run_ranks(3, arranged, {"sharded": SHARDED}, ["flux_cases"]):
+        out = found["sharded"]["flux_cases"]
+        assert len(out) == len(CASES) and all(value < 1e-5 for value in out.values()), out
