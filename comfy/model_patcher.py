@@ -105,7 +105,9 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
     # --- identity and size -----------------------------------------------------------------------------------------
 
     def model_size(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all weights, or of those parts of them that this process is to hold."""
+        if self.weight_store.holds_parts:
+            return self.weight_store.held_bytes()
         if self.size <= 0:
             self.size = comfy.model_management.module_size(self.model)
         return self.size
@@ -125,7 +127,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
     def clone(self) -> ModelPatcher:
         """Another patcher of the same network, with copies of all settings."""
         other = self.__class__(
-            self.model, self.load_device, self.offload_device, self.model_size(),
+            self.model, self.load_device, self.offload_device, self.size,
             weight_inplace_update=self.weight_inplace_update,
         )  # fmt: skip
         other.patches = {key: list(patches) for key, patches in self.patches.items()}

@@ -18,12 +18,16 @@ class Split:
     """How a linear [out, in] is cut over ranks (Shoeybi et al. 2019, Megatron-LM).
 
     column: each rank computes some outputs. row: each rank uses some inputs, and the outputs are summed over ranks (the
-    bias is added once). whole: every rank keeps all of it. parts: the names of the sizes, in order, that are fused along
-    the axis that is cut; each part is distributed separately.
+    bias is added once). gathered: each rank computes some outputs and gets those of the others (layers of per-sample
+    tensors, whose weights are large and outputs small). whole: every rank keeps all of it. parts: the names of the sizes,
+    in order, that are fused along the axis that is cut; each part is distributed separately.
+    tokens: the streams whose tokens the linear gets (column) or returns (row), joined in that order; None for all streams
+    of the block's state, () where every rank has all tokens (a prompt that is not a stream; text encoders).
     """
 
-    kind: Literal["column", "row", "whole"]
+    kind: Literal["column", "row", "gathered", "whole"]
     parts: tuple[str, ...] = ()
+    tokens: tuple[str, ...] | None = None
 
     def ranges(self, sizes: Sizes, index: int, count: int) -> list[tuple[int, int]]:
         """[start, stop) along the cut axis of rank `index` of `count`, one for each part; for `whole` there are none."""
@@ -49,7 +53,8 @@ class Family:
     in. from_diffusers: a state dict with diffusers' keys under the family's, or None when it is not of this family.
     lora_keys: `network -> {adapter key prefix: weight, or (weight, part), or (weight, None, transform)}` beyond the
     weights' own names. splits: how each linear of a block is cut, by its name in the network with `*` for numbers.
-    sizes: `network -> Sizes` for the splits.
+    sizes: `network -> Sizes` for the splits. sizes_from_tensors: whether the blocks take their numbers of heads from the
+    tensors that their linears return, and mark rotary tables as `inside`: so they run with the heads that a rank has.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Family:
     lora_keys: Callable[[Any], dict[str, Any]] | None = None
     splits: Mapping[str, Split] = field(default_factory=dict)
     sizes: Callable[[Any], Sizes] | None = None
+    sizes_from_tensors: bool = False
 
     def __post_init__(self) -> None:
         # A class is known by its public name: in messages, in tables, when pickled, and to packs that ask for it.

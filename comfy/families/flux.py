@@ -228,18 +228,18 @@ def _sizes(network: Any) -> Sizes:
 
 
 def _splits() -> dict[str, Split]:
-    """Attention in whole heads, MLPs in columns then rows; modulations are small and the same on every rank."""
+    """Attention in whole heads, MLPs in columns then rows. Modulations, a quarter of the weights, have small outputs."""
     out = {}
     for stream in ("img", "txt"):
         block = f"double_blocks.*.{stream}"
-        out[f"{block}_attn.qkv"] = Split("column", ("heads", "heads", "heads"))
-        out[f"{block}_attn.proj"] = Split("row", ("heads",))
-        out[f"{block}_mlp.0"] = Split("column", ("mlp",))
-        out[f"{block}_mlp.2"] = Split("row", ("mlp",))
-        out[f"{block}_mod.lin"] = Split("whole")
+        out[f"{block}_attn.qkv"] = Split("column", ("heads", "heads", "heads"), (stream,))
+        out[f"{block}_attn.proj"] = Split("row", ("heads",), (stream,))
+        out[f"{block}_mlp.0"] = Split("column", ("mlp",), (stream,))
+        out[f"{block}_mlp.2"] = Split("row", ("mlp",), (stream,))
+        out[f"{block}_mod.lin"] = Split("gathered")
     out["single_blocks.*.linear1"] = Split("column", ("heads", "heads", "heads", "mlp"))
     out["single_blocks.*.linear2"] = Split("row", ("heads", "mlp"))
-    out["single_blocks.*.modulation.lin"] = Split("whole")
+    out["single_blocks.*.modulation.lin"] = Split("gathered")
     return out
 
 
@@ -254,4 +254,5 @@ FAMILY = Family(
     lora_keys=keys.lora_keys,
     splits=_splits(),
     sizes=_sizes,
+    sizes_from_tensors=True,
 )

@@ -139,9 +139,21 @@ class Block:
 def own_block(kind: type[nn.Module]) -> type[nn.Module]:
     """Decorate a block class of ours, which has `forward_state(state, call) -> state` besides `forward`.
 
-    It marks the class's own `forward`: a subclass, an instance or a class with another one is foreign.
+    It marks the class's own `forward`: a subclass, an instance or a class with another one is foreign. While a block's
+    weights are not simply in its layers (cut or sharded over ranks), its `arranged_weights` surround `forward_state`,
+    whoever called it.
     """
-    kind._own_forward = kind.forward  # type: ignore[attr-defined]
+    own: Callable[..., DiTState] = kind.forward_state  # type: ignore[attr-defined]
+
+    @functools.wraps(own)
+    def forward_state(self: nn.Module, state: DiTState, call: DenoiserCall, *args: Any, **kwargs: Any) -> DiTState:
+        weights = vars(self).get("arranged_weights")
+        if weights is None:
+            return own(self, state, call, *args, **kwargs)
+        with weights.block(self, state):
+            return own(self, state, call, *args, **kwargs)
+
+    kind._own_forward, kind.forward_state = kind.forward, forward_state  # type: ignore[attr-defined]
     return kind
 
 
@@ -166,12 +178,14 @@ def _prepared(layers: Sequence[PreparedLayer], plan: TokenPlan) -> dict[int, tor
     """
     if not layers:
         return {}
-    start, stop = plan.bounds(len(layers))
-    mine = [layer.compute().flatten(1) for layer in layers[start:stop]]
-    flat = torch.cat(mine, dim=1) if mine else layers[0].compute().flatten(1)[:, :0]
-    shares = [plan.bounds(len(layers), rank) for rank in range(plan.size)]
-    counts = [sum(layer.width for layer in layers[a:b]) for a, b in shares]
-    parts = plan.gather_parts(flat, 1, counts).split([layer.width for layer in layers], dim=1)
+    spread = plan.inside  # where linears are cut, ranks with parts of one layer compute it together
+    start, stop = (0, len(layers)) if spread is None else spread.bounds(len(layers))
+    mine = [out.flatten(1) for out in plan.outputs([layer.compute for layer in layers[start:stop] or layers[:1]])]
+    flat = torch.cat(mine, dim=1) if stop > start else mine[0][:, :0]
+    if spread is not None:
+        shares = [spread.bounds(len(layers), rank) for rank in range(spread.size)]
+        flat = spread.gather_parts(flat, 1, [sum(layer.width for layer in layers[a:b]) for a, b in shares])
+    parts = flat.split([layer.width for layer in layers], dim=1)
     return {id(layer.module): part.unsqueeze(1) for layer, part in zip(layers, parts)}
 
 
@@ -190,7 +204,7 @@ def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequen
     sharded where `call.plan` says so. Between blocks a prompt that was cancelled ends (see `pace`).
     """
     plan, options = call.plan, call.options
-    if plan is not None and hasattr(network, "prepared_layers"):
+    if plan is not None and hasattr(network, "prepared_layers") and vars(network).get("layers_prepared", True):
         call = dataclasses.replace(call, prepared=_prepared(network.prepared_layers(state), plan))
     state = state if state.plan is plan else state.shard(plan)
     replacements = options.get("patches_replace", {}).get("dit", {})

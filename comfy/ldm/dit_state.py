@@ -59,6 +59,14 @@ class TokenPlan(Protocol):
     index: int
     """This rank's place among them."""
 
+    @property
+    def inside(self) -> TokenPlan | None:
+        """How the tokens between a block's cut linears are spread: attention runs on them. It is this plan itself unless
+        linears are cut over ranks; None: they are not spread."""
+
+    def outputs(self, layers: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+        """What these functions return, each the output [.., width] of one linear of per-sample tensors."""
+
     def bounds(self, length: int, rank: int | None = None) -> tuple[int, int]:
         """[start, stop) of a rank's tokens (by default this rank's) in a stream of `length` tokens."""
 
@@ -146,6 +154,8 @@ class TokenAxis:
     """A tensor whose axis `dim` has one entry for each token of `streams`, joined in that order.
 
     lengths: tokens of each whole stream. whole: the whole tensor where `value` is a part of it and it is still there.
+    inside: whether it goes with the tokens of attention (rotary tables), not with those between blocks: where linears are
+    cut over ranks, these are more tokens with fewer heads.
     """
 
     value: torch.Tensor
@@ -153,6 +163,7 @@ class TokenAxis:
     dim: int
     lengths: tuple[int, ...] | None = None
     whole: torch.Tensor | None = None
+    inside: bool = False
 
     def of(self, lengths: Mapping[str, int], name: str) -> TokenAxis:
         """With its streams' lengths filled in. Raises ValueError when the axis does not fit them."""
@@ -167,9 +178,12 @@ class TokenAxis:
     def shard(self, plan: TokenPlan) -> TokenAxis:
         """This rank's part."""
         assert self.lengths is not None
+        spread = plan.inside if self.inside else plan
+        if spread is None:
+            return dataclasses.replace(self, whole=self.value)
         parts, offset = [], 0
         for length in self.lengths:
-            start, stop = plan.bounds(length)
+            start, stop = spread.bounds(length)
             parts.append(self.value.narrow(self.dim, offset + start, stop - start))
             offset += length
         value = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
@@ -182,7 +196,8 @@ class TokenAxis:
         if self.whole is not None:
             return self.whole
         assert self.lengths is not None
-        return plan.gather(self.value, self.dim, self.lengths)
+        spread = plan.inside if self.inside else plan
+        return self.value if spread is None else spread.gather(self.value, self.dim, self.lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,6 +284,15 @@ class DiTState:
     def tokens(self, *names: str) -> Tokens:
         """The tokens of some streams (all without names) as one side of an attention."""
         return Tokens(tuple(self.lengths[name] for name in names or self.streams), self.plan is not None)
+
+    def inside(self, *names: str) -> list[int]:
+        """How many tokens of each of these streams (all without names) attention gets on this rank."""
+        spread = None if self.plan is None else self.plan.inside
+        lengths = [self.lengths[name] for name in names or self.streams]
+        if spread is None:
+            return lengths
+        bounds = [spread.bounds(length) for length in lengths]
+        return [stop - start for start, stop in bounds]
 
     def whole(self, *names: str) -> torch.Tensor:
         """All tokens of the streams named, joined in that order, [B, L, C], on every rank."""

@@ -9,9 +9,7 @@ processes of a host share, and are never written to.
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ import torch
 import comfy.utils
 from comfy import accounting, weight_files
 
+from .fetching import fetch, has_room, pairs_of
 from .patching import (
     Calculate,
     LowVramPatch,
@@ -31,108 +30,11 @@ from .patching import (
 from .records import Group, Weight
 from .staging import Pair, copy_all
 from .streaming import WeightStream
-
-_versions = itertools.count(1)
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+from .table import PLAIN_TENSORS, WeightTable, Wrapper
 
 
-Wrapper = Callable[..., Any]
-
-
-class WeightStore:
-    """See the module's docstring. `always_copy` treats the CPU as a device of its own, for tests."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.weights: dict[str, Weight] = {}
-        self.layout_version = next(_versions)
-        self.loaded_bytes = 0
-        self.device: torch.device | None = None
-        self.patched_at_use = 0
-        self.always_copy = False
-        self.loaded_from: set[weight_files.WeightFile] = set()
-        self._files: set[weight_files.WeightFile] = set()  # those that the network as it is placed depends on
-        self._resident: set[str] = set()  # paths of modules whose weights are on the device
-        self._wrapped: list[tuple[Any, str, Wrapper]] = []
-        self._stream: WeightStream | None = None
-        self._waiting = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> WeightStore:
-        other = copy.copy(self)
-        memo[id(self)] = other
-        other.model = copy.deepcopy(self.model, memo)
-        other.weights = copy.deepcopy(self.weights, memo)
-        other._wrapped, other._stream = [], None
-        other.loaded_from, other._files = set(), set()  # its weights are copies
-        other.layout_version = next(_versions)
-        return other
-
-    # --- what there is ---------------------------------------------------------------------------------------------
-
-    def groups(self) -> list[Group]:
-        """Every module that has weights, largest first; the order is the same on every rank."""
-        found = []
-        for path, module in self.model.named_modules():
-            names = [name for name, _ in module.named_parameters(recurse=False)]
-            names += [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None]
-            if names:
-                size = sum(getattr(module, name).nbytes for name in names)
-                keys = tuple(f"{path}.{name}" if path else name for name in names)
-                found.append(Group(size, path, module, keys))
-        return sorted(found, key=lambda group: (-group.size, group.path))
-
-    def weight(self, key: str) -> Weight:
-        """The record of a weight. A tensor that other code assigned becomes the new original."""
-        current = comfy.utils.get_attr(self.model, key)
-        known = self.weights.get(key)
-        if known is None or (current is not known.source and current is not known.placed):
-            known = self.weights[key] = Weight(key, current)
-            self._moved()
-        return known
-
-    def source(self, key: str) -> torch.Tensor:
-        """The original of a weight."""
-        return self.weight(key).source
-
-    @property
-    def partly_loaded(self) -> bool:
-        """Whether some modules bring their weights over at each use."""
-        return self._waiting > 0
-
-    def _moved(self) -> None:
-        """Memory moved. Versions are never used twice in a process, so that no captured graph mistakes a network."""
-        self.layout_version = next(_versions)
-
-    def _must_copy(self, source: torch.Tensor, device: torch.device) -> bool:
-        return source.device != device or self.always_copy
-
-    def _use(self, weight: Weight, value: torch.Tensor | None) -> None:
-        """Let the network use `value` (None: the original)."""
-        wrap = isinstance(weight.source, torch.nn.Parameter) and not isinstance(value, torch.nn.Parameter)
-        weight.placed = torch.nn.Parameter(value, requires_grad=False) if wrap and value is not None else value
-        comfy.utils.set_attr(self.model, weight.key, weight.current)
-        self._moved()
-
-    # --- files -----------------------------------------------------------------------------------------------------
-
-    def _files_of(self, patches: Mapping[str, Sequence[Patch]]) -> set[weight_files.WeightFile]:
-        """The files that the network's weights, all of which are recorded, and these patches are from."""
-        found: list[weight_files.WeightFile | None] = [*self.loaded_from]
-        for key, weight in self.weights.items():
-            wanted = patches.get(key, ())
-            found.append(weight_files.file_of(weight.source))
-            if not same_patches(weight.wanted, wanted):
-                weight.wanted, weight.patch_files = tuple(wanted), weight_files.files_in(wanted)
-            found += weight.patch_files
-        known = {id(file): file for file in found if file is not None}  # far fewer objects than weights
-        return set(known.values())
-
-    def check_files(self) -> None:
-        """Raises WeightFileChangedError when a file that the network depends on is not what was loaded.
-
-        `place` calls it before and after it reads; whoever computes with the network, afterwards.
-        """
-        weight_files.check(self._files)
+class WeightStore(WeightTable):
+    """See the module's docstring."""
 
     # --- placing ---------------------------------------------------------------------------------------------------
 
@@ -158,6 +60,7 @@ class WeightStore:
         """
         self.device = device
         groups = self.groups()
+        self._note_held(groups)
         resident = self._choose(groups, device, budget)
         waiting = [group for group in groups if group.path not in resident]
         for group in waiting:
@@ -178,7 +81,9 @@ class WeightStore:
         if self._resident != resident:
             self._moved()
         self._resident, self._waiting = resident, len(waiting)
-        self.loaded_bytes = sum(group.size for group in groups if group.path in resident)
+        extra = 0 if self.arrangement is None else self.arrangement.extra_bytes
+        self.loaded_bytes = extra + sum(group.size for group in groups if group.path in resident)
+        self._changed()
         self._set_stream(waiting, device)
         self.check_files()  # what was read while a file was written to cannot be trusted
 
@@ -199,7 +104,9 @@ class WeightStore:
         out = []
         for key in group.keys:
             weight = self.weight(key)
-            if not self._must_copy(weight.source, device):
+            if weight.absent:
+                continue
+            if not self._must_copy(weight, device):
                 if weight.placed is not None and weight.placed.device != device:
                     self._drop(weight)
             elif weight.placed is None or weight.placed.device != device:
@@ -208,23 +115,18 @@ class WeightStore:
         return out
 
     def _bring(self, weights: list[Weight]) -> None:
-        pairs = []
-        for weight in weights:
-            source = weight.source
-            if type(source) in _PLAIN_TENSORS:
+        def copies() -> Iterator[Pair]:
+            for weight in weights:
+                source = weight.source
+                if type(source) not in PLAIN_TENSORS:  # a tensor class of its own knows how to move
+                    self._use(weight, source.to(self.device, copy=True))
+                    continue
                 with torch.inference_mode(False):  # training saves weights for its derivatives
-                    target = torch.empty_like(source, device=self.device, memory_format=torch.contiguous_format)
-                pairs.append((source, target))
-            else:  # a tensor class of its own knows how to move
-                target = source.to(self.device, copy=True)
-            self._use(weight, target)
-        _fetch(pairs)
+                    target = torch.empty(weight.shape, dtype=source.dtype, device=self.device)
+                self._use(weight, target)
+                yield from pairs_of(weight, target)
 
-    def _drop(self, weight: Weight) -> None:
-        """Back to the original; copies on the device are freed."""
-        if weight.placed is not None:
-            self._use(weight, None)
-        weight.pristine, weight.patches = None, ()
+        fetch(copies())
 
     def _evict(self, group: Group) -> None:
         for key in group.keys:
@@ -247,7 +149,7 @@ class WeightStore:
         for group in groups:
             for key in group.keys:
                 weight = self.weights[key]
-                if not same_patches(weight.patches, patches.get(key, ())):
+                if not weight.absent and not same_patches(weight.patches, patches.get(key, ())):
                     changed.append(weight)
         self._restore([weight for weight in changed if not patches.get(weight.key)], device)
         for weight in changed:
@@ -259,48 +161,59 @@ class WeightStore:
                 self._patch_by(foreign, weight)
             else:
                 base = self._pristine_value(weight, device)
-                real = calculate(wanted, real_value(self.model, weight.key, base), weight.key)
-                self._write(weight, stored_value(self.model, weight.key, real, weight.source))
+                self._write(weight, weight.part(self._patched_value(weight, wanted, base, calculate)))
             weight.patches = wanted
+
+    def _patched_value(
+        self, weight: Weight, patches: Sequence[Patch], base: torch.Tensor, calculate: Calculate
+    ) -> torch.Tensor:
+        """The whole weight, patched, in the form in which its layer stores it; `base` is its unpatched value."""
+        real = calculate(patches, real_value(self.model, weight.key, base), weight.key)
+        return stored_value(self.model, weight.key, real, weight.source)
 
     def _restore(self, weights: list[Weight], device: torch.device) -> None:
         """Unpatched values again, in the memory the weights have."""
-        fetched, kept = [], []
+        fetched: list[Pair] = []
+        kept: list[Pair] = []
         for weight in weights:
-            if not self._must_copy(weight.source, device):
+            if not self._must_copy(weight, device):
                 self._drop(weight)
                 continue
             placed = weight.placed
             assert placed is not None
-            plain = type(weight.source) in _PLAIN_TENSORS  # other tensor classes may carry patches of their own
-            if not plain or placed.shape != weight.source.shape or placed.dtype != weight.source.dtype:
+            plain = type(weight.source) in PLAIN_TENSORS  # other tensor classes may carry patches of their own
+            if not plain or placed.shape != weight.shape or placed.dtype != weight.source.dtype:
                 self._drop(weight)
                 self._bring([weight])
                 continue
             if weight.pristine is None:
-                fetched.append((weight.source, placed))
+                fetched += pairs_of(weight, placed)
             else:
                 kept.append((weight.pristine, placed))
             weight.pristine, weight.patches = None, ()
         copy_all(kept)
-        _fetch(fetched)
+        fetch(fetched)
 
     def _pristine_value(self, weight: Weight, device: torch.device) -> torch.Tensor:
-        """The unpatched value on the device, kept for the next change where there is room for it."""
-        if not self._must_copy(weight.source, device):
+        """The whole unpatched value on the device, kept for the next change where there is room for it."""
+        if not self._must_copy(weight, device):
             return weight.source
         if weight.pristine is not None:
             return weight.pristine
+        if weight.held is not None:  # room for whole weights is what is missing
+            whole = torch.empty_like(weight.source, device=device, memory_format=torch.contiguous_format)
+            fetch([(weight.source, whole)])
+            return whole
         assert weight.placed is not None
         if weight.patches:
             with torch.inference_mode(False):
                 value = torch.empty_like(weight.source, device=device, memory_format=torch.contiguous_format)
-            _fetch([(weight.source, value)])
-        elif not _has_room(device, weight.placed.nbytes):
+            fetch([(weight.source, value)])
+        elif not has_room(device, weight.placed.nbytes):
             return weight.placed  # it is overwritten only when the patched value has been calculated
         else:
             value = weight.placed.detach().clone()
-        if _has_room(device, 0):
+        if has_room(device, 0):
             weight.pristine = value
         return value
 
@@ -315,8 +228,11 @@ class WeightStore:
 
     def _patch_by(self, foreign: Callable[[str], Any], weight: Weight) -> None:
         """Let somebody's own method patch a weight from its original; what it put in place is then ours to undo."""
+        if weight.held is not None:
+            self._patch_whole_by(foreign, weight)
+            return
         if weight.patches:
-            if self.device is not None and self._must_copy(weight.source, self.device):
+            if self.device is not None and self._must_copy(weight, self.device):
                 self._restore([weight], self.device)
             else:
                 self._drop(weight)
@@ -326,17 +242,45 @@ class WeightStore:
             weight.placed = made
             self._moved()
 
+    def _patch_whole_by(self, foreign: Callable[[str], Any], weight: Weight) -> None:
+        """The same where a part is held: the method finds the whole weight in place, of which the part is then taken."""
+        assert self.device is not None
+        placed, held = weight.placed, weight.held
+        weight.held = None
+        weight.placed = whole = torch.nn.Parameter(
+            self._pristine_value(weight, self.device).to(self.device, copy=True), requires_grad=False
+        )
+        comfy.utils.set_attr(self.model, weight.key, whole)
+        try:
+            foreign(weight.key)
+            made = comfy.utils.get_attr(self.model, weight.key).detach()
+        finally:
+            weight.held, weight.placed, weight.pristine = held, placed, None
+            comfy.utils.set_attr(self.model, weight.key, weight.current)
+        self._write(weight, weight.part(made))
+
     def patch_one(self, key: str, patches: Sequence[Patch], device: torch.device, calculate: Calculate) -> None:
         """Give one weight its patched value on `device`, whatever the others are."""
         weight = self.weight(key)
         weight_files.check(weight_files.files_in([weight.source, patches]))
-        if self._must_copy(weight.source, device) and (weight.placed is None or weight.placed.device != device):
+        if self._must_copy(weight, device) and (weight.placed is None or weight.placed.device != device):
             self.device = device
             self._drop(weight)
             self._bring([weight])
-        real = calculate(patches, real_value(self.model, key, self._pristine_value(weight, device)), key)
-        self._write(weight, stored_value(self.model, key, real, weight.source))
+        made = self._patched_value(weight, patches, self._pristine_value(weight, device), calculate)
+        self._write(weight, weight.part(made))
+        self._changed()
         weight.patches = tuple(patches)
+
+    def whole_value(self, key: str, calculate: Calculate) -> torch.Tensor:
+        """A weight as the network has it now, all of it, also where only a part is held; on the weight's device."""
+        weight = self.weight(key)
+        if weight.held is None:
+            return weight.current
+        base = self._pristine_value(weight, weight.current.device)
+        if not weight.patches:
+            return base
+        return self._patched_value(weight, weight.patches, base, calculate)
 
     def release_pristine(self) -> None:
         """Give up the unpatched values that are kept on the device for quick changes."""
@@ -346,6 +290,7 @@ class WeightStore:
     def rewrite(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """Give a weight a value for a while (hooks); returns what was there, for `rewrite` to put back."""
         weight = self.weights.get(key) or self.weight(key)
+        self._changed()
         if weight.placed is not None and weight.placed.shape == value.shape and weight.placed.dtype == value.dtype:
             before = weight.placed.detach().clone()
             self._write(weight, value)
@@ -357,6 +302,7 @@ class WeightStore:
     def put_back(self, key: str, before: torch.Tensor) -> None:
         """Undo `rewrite`."""
         weight = self.weights[key]
+        self._changed()
         if before is weight.source or before is weight.placed:
             comfy.utils.set_attr(self.model, key, before)
             self._moved()
@@ -381,8 +327,7 @@ class WeightStore:
             name = key.rpartition(".")[2]
             if wanted and patch_host and calculate is not None:
                 if not same_patches(weight.patches, wanted):
-                    real = calculate(wanted, real_value(self.model, key, weight.source.to(device)), key)
-                    value = stored_value(self.model, key, real, weight.source)
+                    value = self._patched_value(weight, wanted, weight.source.to(device), calculate)
                     self._use(weight, value.detach().to(weight.source.device))
                     weight.patches = wanted
                 continue
@@ -396,6 +341,11 @@ class WeightStore:
         wanted = []
         for group in groups if wrappers else ():
             for key in group.keys:
+                if key in self._held and wrappers.get(key):
+                    raise ValueError(
+                        f"a function is to change {key} at each use, of which this process holds only a part; set "
+                        "parallel.tensor_parallel and memory.shard_weights to false for this workflow"
+                    )
                 name = f"{key.rpartition('.')[2]}_function"
                 if hasattr(group.module, name):
                     wanted += [(group.module, name, function) for function in wrappers.get(key, ())]
@@ -428,6 +378,8 @@ class WeightStore:
             for key in group.keys:
                 self._drop(self.weight(key))
         self._wrap([], {})
+        if self.arrangement is not None:
+            self.arrangement.release()
         self._resident, self._waiting, self._stream = set(), 0, None
         self.loaded_bytes = self.patched_at_use = 0
 
@@ -440,7 +392,7 @@ class WeightStore:
         for group in groups:
             if freed >= amount:
                 break
-            on_device = any(self._must_copy(self.weight(key).source, self.device) for key in group.keys)
+            on_device = any(self._must_copy(self.weight(key), self.device) for key in group.keys)
             if group.path in self._resident and group.can_wait and on_device:
                 leaving.append(group)
                 freed += group.size
@@ -460,21 +412,6 @@ class WeightStore:
     def patched_keys(self) -> dict[str, torch.Tensor]:
         """Originals of the weights that are patched now, by key."""
         return {weight.key: weight.source for weight in self.weights.values() if weight.patches}
-
-
-def _fetch(pairs: Sequence[Pair]) -> None:
-    """Copy originals to the device."""
-    accounting.count("weight_bytes", sum(source.nbytes for source, _ in pairs))
-    copy_all(pairs)
-
-
-def _has_room(device: torch.device, size: int) -> bool:
-    """Whether `size` bytes can be spent on speed: a fifth of the device stays free for computing."""
-    if device.type != "cuda":
-        return True
-    import comfy.model_management as management
-
-    return management.get_free_memory(device) - size > management.get_total_memory(device) // 5
 
 
 def store_of(model: Any) -> WeightStore:

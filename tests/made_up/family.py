@@ -80,7 +80,8 @@ def lora_keys(network: Any) -> dict[str, Any]:
 def sizes(network: Any) -> Sizes:
     head = network.hidden_size // network.num_heads
     kv = network.blocks[0].kv_heads * head
-    return {"heads": (network.hidden_size, head), "kv": (kv, head), "mlp": (3 * network.hidden_size, 1)}
+    group = network.hidden_size // network.blocks[0].kv_heads  # query heads with their key head
+    return {"heads": (network.hidden_size, group), "kv": (kv, head), "mlp": (3 * network.hidden_size, 1)}
 
 
 FAMILY = Family(
@@ -92,15 +93,16 @@ FAMILY = Family(
     latent_formats={"Pebble": PebbleLatent},
     lora_keys=lora_keys,
     splits={
-        "blocks.*.mod": Split("whole"),
+        "blocks.*.mod": Split("gathered"),
         "blocks.*.q": Split("column", ("heads",)),
         "blocks.*.kv": Split("column", ("kv", "kv")),
         "blocks.*.out": Split("row", ("heads",)),
         "blocks.*.cross_q": Split("column", ("heads",)),
-        "blocks.*.cross_kv": Split("column", ("heads", "heads")),
+        "blocks.*.cross_kv": Split("column", ("heads", "heads"), tokens=()),
         "blocks.*.cross_out": Split("row", ("heads",)),
         "blocks.*.up": Split("column", ("mlp",)),
         "blocks.*.down": Split("row", ("mlp",)),
     },
     sizes=sizes,
+    sizes_from_tensors=True,
 )

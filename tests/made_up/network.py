@@ -25,9 +25,9 @@ _ARGUMENTS = dit.BlockArguments(
 )
 
 
-def _heads(x: torch.Tensor, count: int) -> torch.Tensor:
-    """[B, L, count * D] -> [B, count, L, D]."""
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+def _heads(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[B, L, H * size] -> [B, H, L, size], of as many heads as there are here."""
+    return x.unflatten(-1, (x.shape[-1] // size, size)).transpose(1, 2)
 
 
 @dit.own_block
@@ -37,7 +37,7 @@ class PebbleBlock(nn.Module):
     def __init__(self, dim: int, heads: int, kv_heads: int, **place: Any) -> None:
         super().__init__()
         operations = place.pop("operations")
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads, self.kv_heads, self.size = heads, kv_heads, dim // heads
         kv = 2 * kv_heads * (dim // heads)
         sizes = {
             "mod": (dim, 6 * dim), "q": (dim, dim), "kv": (dim, kv), "out": (dim, dim), "cross_q": (dim, dim),
@@ -51,8 +51,8 @@ class PebbleBlock(nn.Module):
         """x [B, L, C] -> q [B, H, L, D], k and v [B, KV, L, D]."""
         normed = norm_modulate(x, scale, shift)
         k, v = self.kv(normed).chunk(2, dim=-1)
-        q, k = apply_rope(_heads(self.q(normed), self.heads), _heads(k, self.kv_heads), pe)
-        return q, k, _heads(v, self.kv_heads)
+        q, k = apply_rope(_heads(self.q(normed), self.size), _heads(k, self.size), pe)
+        return q, k, _heads(v, self.size)
 
     @dit.stage
     def _mlp(self, x: torch.Tensor, mod: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -64,14 +64,16 @@ class PebbleBlock(nn.Module):
         x, txt = state.streams["img"], state.sample["txt"]
         shift, scale, gate, *mlp = self.mod(state.sample["vec"]).unsqueeze(1).chunk(6, dim=-1)
         image, text = state.tokens("img"), dit.Tokens((txt.shape[1],))
-        meeting = meet(AttentionSpec(self.heads, image, kv_heads=self.kv_heads, layer=call.layer), call)
-        meeting.send(*self._into_attention(x, shift, scale, state.local("pe")))
-        k, v = (_heads(t, self.heads) for t in self.cross_kv(txt).chunk(2, dim=-1))  # while tokens travel
+        q, k, v = self._into_attention(x, shift, scale, state.local("pe"))
+        meeting = meet(AttentionSpec(q.shape[1], image, kv_heads=k.shape[1], layer=call.layer), call)
+        meeting.send(q, k, v)
+        k, v = (_heads(t, self.size) for t in self.cross_kv(txt).chunk(2, dim=-1))  # while tokens travel
         meeting.attend()
         meeting.send_back()
         x = add_gated(x, self.out(joined_heads(meeting.result())), gate)
-        spec = AttentionSpec(self.heads, image, text, mask=state.sample.get("mask"))
-        x = x + self.cross_out(attention(_heads(self.cross_q(x), self.heads), k, v, spec, call))
+        q = _heads(self.cross_q(x), self.size)
+        spec = AttentionSpec(q.shape[1], image, text, mask=state.sample.get("mask"))
+        x = x + self.cross_out(attention(q, k, v, spec, call))
         return state.with_stream("img", self._mlp(x, tuple(mlp)))
 
     def forward(
@@ -85,7 +87,7 @@ class PebbleBlock(nn.Module):
     ) -> torch.Tensor:
         """The entrance for foreign code: whole img [B, L, C] -> [B, L, C]."""
         call = dit.call_of(transformer_options)
-        axes = {"pe": dit.TokenAxis(pe, ("img",), 2)}
+        axes = {"pe": dit.TokenAxis(pe, ("img",), 2, inside=True)}
         state = dit.DiTState({"img": img}, axes, {"txt": txt, "vec": vec, "mask": mask})
         return self.forward_state(state.shard(call.plan), call).whole("img")
 
@@ -118,7 +120,7 @@ class Pebble(nn.Module):
         tables = [rope(places, half, 10000) for places in (ids // cols, ids % cols)]
         return dit.DiTState(
             streams={"img": self.pebble_in(patches)},
-            tokenwise={"pe": dit.TokenAxis(torch.cat(tables, dim=-3)[None, None], ("img",), 2)},
+            tokenwise={"pe": dit.TokenAxis(torch.cat(tables, dim=-3)[None, None], ("img",), 2, inside=True)},
             sample={
                 "txt": self.txt_in(context),
                 "vec": nn.functional.silu(self.time_in(timestep[:, None].to(x))),

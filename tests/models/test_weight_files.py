@@ -129,13 +129,13 @@ def test_a_change_while_weights_are_copied_is_noticed(tmp_path: Path, monkeypatc
     import comfy.weights.store as store
 
     path, other = written(tmp_path / "a.safetensors", 1), written(tmp_path / "b.safetensors", 2)
-    patcher, fetch = loaded(path), store._fetch
+    patcher, fetch = loaded(path), store.fetch
 
     def slow(pairs: Any) -> None:
         fetch(pairs)
         rewrite(path, other)
 
-    monkeypatch.setattr(store, "_fetch", slow)
+    monkeypatch.setattr(store, "fetch", slow)
     with pytest.raises(WeightFileChangedError, match="written to"):
         management.load_models_gpu([patcher])
 

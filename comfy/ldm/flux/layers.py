@@ -198,9 +198,9 @@ def _add_gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, dims: Any) 
     return add_gated(x, y, gate) if dims is None else x + apply_mod(y, gate, None, dims)
 
 
-def _heads_first(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[B, L, 3*H*D] -> q, k, v as [B, H, L, D] views."""
-    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+def _heads_first(qkv: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[B, L, 3*H*D] -> q, k, v as [B, H, L, D] views, for heads of D = `size` channels."""
+    return qkv.unflatten(-1, (3, qkv.shape[-1] // (3 * size), size)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _normed(
@@ -270,7 +270,7 @@ def _entrance(
     Modulation by token ranges (`modulation_dims`) is written for whole streams; with it they stay whole.
     """
     call = dit.call_of(options)
-    tokenwise = {} if pe is None else {"pe": dit.TokenAxis(pe, tuple(streams), 2)}
+    tokenwise = {} if pe is None else {"pe": dit.TokenAxis(pe, tuple(streams), 2, inside=True)}
     state = dit.DiTState(streams, tokenwise, {"vec": vec, "attn_mask": mask})
     return state.shard(call.plan if dims is None else None), call
 
@@ -313,7 +313,7 @@ class DoubleStreamBlock(nn.Module):
         """One stream's x [B, L, C] -> q, k, v [B, H, L, D]; q and k rotated by the stream's part of `pe` if given."""
         attn = getattr(self, f"{stream}_attn")
         normed = _modulated(getattr(self, f"{stream}_norm1"), x, mod, dims)
-        q, k, v = _heads_first(attn.qkv(normed), self.num_heads)
+        q, k, v = _heads_first(attn.qkv(normed), self.hidden_size // self.num_heads)
         return (*_normed(attn.norm, q, k, v, pe), v)
 
     @dit.stage
@@ -332,15 +332,16 @@ class DoubleStreamBlock(nn.Module):
         """The block on a state with the streams `img` and `txt`; `dims`: modulation ranges of img and txt."""
         dims = dict(zip(("img", "txt"), dims))
         mods = {name: _modulation(getattr(self, f"{name}_mod"), state.sample["vec"], call) for name in dims}
-        sizes = [tokens.shape[1] for tokens in state.streams.values()]
+        sizes = state.inside()
         pe = _rotary(state)
         tables = (None, None) if pe is None else pe.split(sizes, dim=2)
         parts = [
             self._into_attention(name, tokens, mods[name][0], dims[name], table)
             for (name, tokens), table in zip(state.streams.items(), tables)
         ]
-        meeting = _meeting(state, call, self.num_heads)
-        meeting.send(*_joined(*parts))
+        q, k, v = _joined(*parts)
+        meeting = _meeting(state, call, q.shape[1])
+        meeting.send(q, k, v)
         meeting.attend()
         meeting.send_back()
         outs = joined_heads(meeting.result()).split(sizes, dim=1)
@@ -402,7 +403,7 @@ class SingleStreamBlock(nn.Module):
         """x [B, L, C] -> q, k, v [B, H, L, D], q and k rotated by `pe` if given, and what `_middle` begins from."""
         normed = _modulated(self.pre_norm, x, mod, dims)
         qkv, rest = split_linear(self.linear1, self.mlp_act, normed, 3 * self.hidden_size)
-        q, k, v = _heads_first(qkv, self.num_heads)
+        q, k, v = _heads_first(qkv, self.hidden_size // self.num_heads)
         return (*_normed(self.norm, q, k, v, pe), v, rest)
 
     @dit.stage
@@ -422,7 +423,7 @@ class SingleStreamBlock(nn.Module):
         x = state.joint()
         mod, _ = _modulation(self.modulation, state.sample["vec"], call)
         q, k, v, rest = self._into_attention(x, mod, dims, _rotary(state))
-        meeting = _meeting(state, call, self.num_heads)
+        meeting = _meeting(state, call, q.shape[1])
         meeting.send(q, k, v)
         mlp = self._middle(rest)
         meeting.attend()

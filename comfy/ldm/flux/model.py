@@ -127,7 +127,7 @@ class Flux(nn.Module):
         pe = self.pe_embedder(torch.cat((values["txt_ids"], values["img_ids"]), dim=1))
         return dit.DiTState(
             streams={"txt": values["txt"], "img": values["img"]},
-            tokenwise={"pe": dit.TokenAxis(pe, ("txt", "img"), 2)},
+            tokenwise={"pe": dit.TokenAxis(pe, ("txt", "img"), 2, inside=True)},
             sample={"vec": vec, "attn_mask": attn_mask},
         )
 

@@ -202,7 +202,7 @@ class AttentionSpec:
     causal: bool = False
 
     def __post_init__(self) -> None:
-        if self.heads % self.shared_heads:
+        if self.shared_heads and self.heads % self.shared_heads:
             raise ValueError(
                 f"{self.heads} query heads cannot share {self.shared_heads} key heads; the first must be a multiple"
             )
@@ -258,7 +258,7 @@ class AttentionSpec:
         return mask & earlier if mask.dtype == torch.bool else mask.masked_fill(~earlier, float("-inf"))
 
 
-class _LocalMeeting:
+class LocalMeeting:
     """An attention whose tokens are all on this rank."""
 
     def __init__(self, spec: AttentionSpec, compute: Compute) -> None:
@@ -269,7 +269,8 @@ class _LocalMeeting:
 
     def attend(self) -> None:
         q, k, v = self._inputs
-        self._out = self._compute(q, k, v, self._spec.block(q.device))
+        # A rank may have no heads where there are fewer than ranks.
+        self._out = self._compute(q, k, v, self._spec.block(q.device)) if q.shape[1] else q
 
     def send_back(self) -> None:
         pass
@@ -309,7 +310,7 @@ def meet(spec: AttentionSpec, call: DenoiserCall, compute: Compute | None = None
 
     compute = compute or (replaced if foreign else own_attention)
     if plan is None or not (spec.queries.sharded or spec.sources.sharded):
-        return _LocalMeeting(spec, compute)
+        return LocalMeeting(spec, compute)
     return plan.meet(spec, compute, in_order=foreign or spec.ordered)
 
 

@@ -12,13 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .linear_cut import cut_of, entered, left, outputs_here
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def computes_directly(linear: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Linear]:
-    """Whether a layer is a linear on CUDA in half precision that multiplies by its weight as it is stored."""
+    """Whether a layer is a linear on CUDA in half precision that multiplies by its weight as it is stored.
+
+    Where the linear is cut, x is what it is called with, not what its part multiplies.
+    """
+    cut = cut_of(linear)
     return (
         isinstance(linear, nn.Linear)
+        and (cut is None or (not cut.whole and linear.weight.numel() > 0))
         and linear.bias is not None
         and not getattr(linear, "casts", False)
         and x.is_cuda
@@ -47,7 +54,7 @@ def mlp_gelu(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     layers = list(mlp.children()) if type(mlp) is nn.Sequential else []
     if len(layers) != 3 or not is_tanh_gelu(layers[1]) or not computes_directly(layers[0], x):
         return mlp(x)
-    return layers[2](gelu_linear(x, layers[0].weight, layers[0].bias))
+    return layers[2](gelu_linear(entered(layers[0], x), layers[0].weight, layers[0].bias))
 
 
 def split_linear(
@@ -55,9 +62,12 @@ def split_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `first` outputs of `linear(x)` for x [.., in], and what `split_linear_rest` finishes the others from.
 
-    That is x itself where the rest of the product can be computed on its own, else the rest before its activation.
+    That is what the linear multiplies where the rest of the product can be computed on its own, else the rest before its
+    activation. Of a cut linear it is the outputs that are here.
     """
+    first = outputs_here(linear, first)
     if is_tanh_gelu(activation) and computes_directly(linear, x):
+        x = entered(linear, x)
         return F.linear(x, linear.weight[:first], linear.bias[:first]), x
     out = linear(x)
     return out[..., :first], out[..., first:]
@@ -66,6 +76,7 @@ def split_linear(
 def split_linear_rest(linear: nn.Module, activation: nn.Module, rest: torch.Tensor, first: int) -> torch.Tensor:
     """The outputs of `linear(x)` from `first` on, through `activation`: [.., out - first]."""
     if is_tanh_gelu(activation) and computes_directly(linear, rest):
+        first = outputs_here(linear, first)
         return gelu_linear(rest, linear.weight[first:], linear.bias[first:])
     return activation(rest)
 
@@ -74,5 +85,7 @@ def linear_of_pair(linear: nn.Module, first: torch.Tensor, second: torch.Tensor)
     """`linear(cat(first, second))` over the last axis, without writing the concatenation."""
     if computes_directly(linear, first):
         size = first.shape[-1]
-        return F.linear(first, linear.weight[:, :size], linear.bias) + F.linear(second, linear.weight[:, size:])
+        bias = linear.bias if cut_of(linear) is None else None  # it is added to the sum over ranks
+        out = F.linear(first, linear.weight[:, :size], bias) + F.linear(second, linear.weight[:, size:])
+        return left(linear, out)
     return linear(torch.cat((first, second), dim=-1))

@@ -84,7 +84,7 @@ def norm_and_rotate(
     trains = torch.is_grad_enabled() and q.requires_grad  # the kernel has no derivative
     if torch.compiler.is_compiling():  # the compiler fuses the torch operations by itself
         return None
-    if not fits or trains or table.dtype != torch.float32 or not _available():
+    if not fits or trains or not q.numel() or table.dtype != torch.float32 or not _available():
         return None
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     if any(t.stride(-1) != 1 or t.stride(-2) != size for t in (q, k)):

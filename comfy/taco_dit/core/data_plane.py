@@ -17,7 +17,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions
+from torch.distributed.distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    AllToAllOptions,
+    BroadcastOptions,
+    ReduceScatterOptions,
+)
 
 from .control_client import ControlClient
 from .socket_group import SocketGroup
@@ -47,6 +53,15 @@ class Group(Protocol):
 
     def all_gather(self, local: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """Concatenate every rank's `local` along the first axis; rank i contributes `rows[i]` rows."""
+
+    def gather_into(self, out: torch.Tensor, local: torch.Tensor) -> None:
+        """Fill `out` with every rank's `local` of equal size, in order; `local` may be this rank's place in `out`."""
+
+    def reduce_scatter(self, parts: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """This rank's rows of the sum of every rank's `parts`; rank i gets `rows[i]` rows of the first axis, in order."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `tensor`, the same bits on every rank."""
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         """Overwrite `tensor` with that of the rank at position `source`."""
@@ -103,15 +118,44 @@ class NcclGroup:
     def all_gather(self, local: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """As `Group.all_gather`."""
         most = max(rows)
-        padded = local
+        padded = local.contiguous()
         if local.shape[0] < most:
             padded = local.new_zeros((most, *local.shape[1:]))
             padded[: local.shape[0]] = local
-        out = [torch.empty_like(padded) for _ in range(self.size)]
-        work = self._backend.allgather([out], [padded.contiguous()], self._options(AllgatherOptions))
+        out = padded.new_empty((self.size * most, *local.shape[1:]))
+        if out.numel():
+            self.gather_into(out, padded)
+        if min(rows) == most:
+            return out
+        return torch.cat([part[:count] for part, count in zip(out.split(most), rows)])
+
+    def gather_into(self, out: torch.Tensor, local: torch.Tensor) -> None:
+        """As `Group.gather_into`."""
+        work = self._backend._allgather_base(out, local, self._options(AllgatherOptions))
         if work is not None:
             work.wait()
-        return torch.cat([part[:count] for part, count in zip(out, rows)])
+
+    def reduce_scatter(self, parts: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """As `Group.reduce_scatter`. NCCL's takes equal numbers of rows: fewer are filled up with what nobody reads."""
+        most, padded = max(rows), parts.contiguous()
+        if min(rows) < most:
+            padded = parts.new_zeros((self.size * most, *parts.shape[1:]))
+            for place, part, count in zip(padded.split(most), parts.split(list(rows)), rows):
+                place[:count] = part
+        out = parts.new_empty((most, *parts.shape[1:]))
+        if out.numel():
+            work = self._backend._reduce_scatter_base(out, padded, self._options(ReduceScatterOptions))
+            if work is not None:
+                work.wait()
+        return out[: rows[self.index]]
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As `Group.all_reduce`."""
+        out = tensor.clone(memory_format=torch.contiguous_format)
+        work = self._backend.allreduce([out], self._options(AllreduceOptions))
+        if work is not None:
+            work.wait()
+        return out
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         """As `Group.broadcast`."""
@@ -195,14 +239,15 @@ class DataPlane:
         self.world_size = world_size
         self.device = device
         self.generation = 0
-        self._groups: dict[tuple[str, tuple[int, ...]], Group] = {}
+        self._groups: dict[tuple[str, tuple[int, ...], str], Group] = {}
         self._lock = threading.RLock()
         self._aborted = False
         self._releases: list[Callable[[], None]] = []
 
-    def group(self, ranks: Sequence[int], device_type: str | None = None) -> Group:
+    def group(self, ranks: Sequence[int], device_type: str | None = None, purpose: str = "") -> Group:
         """The group of `ranks` for tensors on `device_type` (this rank's device by default); made on first use.
 
+        Groups of the same ranks for different purposes may be used at the same time.
         Only the ranks named need to call. Raises ConnectionAbortedError when the prompt is abandoned meanwhile.
         """
         members = tuple(ranks)
@@ -210,17 +255,17 @@ class DataPlane:
         with self._lock:
             if self._aborted:
                 raise ConnectionAbortedError(ABANDONED)
-            if (kind, members) in self._groups:
-                return self._groups[kind, members]
-        made = self._make(kind, members)  # without the lock: NCCL waits for peers
+            if (kind, members, purpose) in self._groups:
+                return self._groups[kind, members, purpose]
+        made = self._make(kind, members, purpose)  # without the lock: NCCL waits for peers
         with self._lock:
             if not self._aborted:
-                return self._groups.setdefault((kind, members), made)
+                return self._groups.setdefault((kind, members, purpose), made)
         made.abort()
         raise ConnectionAbortedError(ABANDONED)
 
-    def _make(self, kind: str, members: tuple[int, ...]) -> Group:
-        name = f"generation/{self.generation}/{kind}/{'-'.join(map(str, members))}/"
+    def _make(self, kind: str, members: tuple[int, ...], purpose: str) -> Group:
+        name = f"generation/{self.generation}/{kind}{purpose}/{'-'.join(map(str, members))}/"
         if kind != "cuda":
             return SocketGroup(self._control.open_pair, name, members, self.rank)
         generation = self.generation

@@ -2,13 +2,20 @@
 
 A layout outlives many denoiser calls; the plan of a call (`plan.py`) is chosen within it. Ranks that hold parts of one
 copy of a network (`ranks` of them) always work on the same rows and tokens; a plan distributes work over whole copies.
+
+Rank = copy * ranks + stage * tensor_degree + tensor index: the ranks of a copy are neighbours, and of these the nearest
+share linears, which communicates most. A group of copies, as plans name them, is for each rank the group of those ranks
+that hold the same part of these copies as it does.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from .config_manager import TacoConfig, tensor_degree
 
 
 class Placement(enum.Enum):
@@ -20,6 +27,14 @@ class Placement(enum.Enum):
     """In host memory, at least in part; brought over layer by layer."""
     SHARDED = "sharded"
     """Each rank keeps 1/N on its device and gathers a block's weights when it is its turn."""
+
+
+class Place(NamedTuple):
+    """What a rank holds: a part of copy number `copy` of the network, in pipeline stage `stage`, slices `tensor`."""
+
+    copy: int
+    stage: int
+    tensor: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class Layout:
     @property
     def ranks(self) -> int:
         """Ranks that hold one copy of the network."""
-        return self.tensor_degree * max(1, len(self.pipeline_stages))
+        return self.tensor_degree * self.stages
 
     def copies(self, world_size: int) -> int:
         """Copies of the network on `world_size` ranks. Raises ValueError when ranks are left over."""
@@ -59,14 +74,92 @@ class Layout:
             )
         return world_size // self.ranks
 
+    @property
+    def stages(self) -> int:
+        """Number of pipeline stages, at least 1."""
+        return max(1, len(self.pipeline_stages))
+
+    def place_of(self, rank: int) -> Place:
+        """What a rank holds."""
+        copy, inside = divmod(rank, self.ranks)
+        return Place(copy, *divmod(inside, self.tensor_degree))
+
+    def rank_of(self, copy: int, stage: int = 0, tensor: int = 0) -> int:
+        """The rank that holds a part. Raises ValueError when the layout has no such part."""
+        if not (0 <= stage < self.stages and 0 <= tensor < self.tensor_degree and copy >= 0):
+            raise ValueError(f"{self.describe()} has no copy {copy}, stage {stage}, tensor index {tensor}")
+        return copy * self.ranks + stage * self.tensor_degree + tensor
+
+    def ranks_of(self, copies: Iterable[int], rank: int) -> tuple[int, ...]:
+        """The ranks that hold of these copies what `rank` holds of its own, in the order of the copies."""
+        _, stage, tensor = self.place_of(rank)
+        return tuple(self.rank_of(copy, stage, tensor) for copy in copies)
+
+    def tensor_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the other slices of this rank's blocks, by tensor index."""
+        copy, stage, _ = self.place_of(rank)
+        return tuple(self.rank_of(copy, stage, tensor) for tensor in range(self.tensor_degree))
+
+    def stage_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same slices of this copy's other blocks, by stage."""
+        copy, _, tensor = self.place_of(rank)
+        return tuple(self.rank_of(copy, stage, tensor) for stage in range(self.stages))
+
     def describe(self) -> str:
-        """`whole`; `sharded x tensor 2 x pipeline 3`."""
-        parts = [self.placement.value]
+        """`whole`; `tensor 2`; `sharded x tensor 2 x pipeline 3`."""
+        parts = [self.placement.value] if self.placement is not Placement.WHOLE or self.ranks == 1 else []
         if self.tensor_degree > 1:
             parts.append(f"tensor {self.tensor_degree}")
         if len(self.pipeline_stages) > 1:
             parts.append(f"pipeline {len(self.pipeline_stages)}")
         return " x ".join(parts)
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What the choice of a layout depends on. Sizes in bytes of whole weights.
+
+    block_bytes: of each block of a diffusion transformer, none for other networks. cuttable: whether all linears of its
+    blocks are declared, and blocks run with some of their heads. packed: the name of a tensor class that keeps weights in
+    a format of its own, of which no parts can be held.
+    """
+
+    name: str
+    total_bytes: int
+    block_bytes: tuple[int, ...] = ()
+    cuttable: bool = False
+    packed: str | None = None
+
+
+def choose_layout(config: TacoConfig, network: NetworkFacts, memory: int | None, ranks: int) -> tuple[Layout, str]:
+    """(layout, reason) of a network on `ranks` ranks; an empty reason where nothing was to be chosen.
+
+    memory: bytes that the smallest device has for weights, None where they need no room. What is configured is chosen;
+    else weights are sharded when they do not fit one device but, dealt over the ranks, all devices.
+    """
+    parallel, shard = config.parallel, config.memory.shard_weights
+    degree = tensor_degree(parallel, ranks)
+    if network.packed is not None and (degree > 1 or shard):
+        return Layout(), f"its weights are stored as {network.packed}, of which no parts can be held, so it stays whole"
+    if degree > 1:
+        if network.cuttable:
+            return Layout(tensor_degree=degree), "parallel.tensor_parallel is true"
+        return Layout(), "its linears are not declared for tensor parallelism, so it stays whole on every rank"
+    if shard is False or ranks == 1 or not network.block_bytes or network.packed is not None:
+        return Layout(), ""
+    if shard:
+        return Layout(Placement.SHARDED), "memory.shard_weights is true"
+    if memory is None or network.total_bytes <= memory:
+        return Layout(), ""
+    blocks, buffers = sum(network.block_bytes), 2 * max(network.block_bytes)
+    needed = network.total_bytes - blocks + -(-blocks // ranks) + buffers
+    sizes = f"{network.total_bytes / 2**30:.1f} GiB of weights do not fit {memory / 2**30:.1f} GiB"
+    if needed > memory:
+        return (
+            Layout(),
+            f"{sizes}, and {needed / 2**30:.1f} GiB of each of {ranks} ranks do not either: they are streamed",
+        )
+    return Layout(Placement.SHARDED), f"{sizes}, {needed / 2**30:.1f} GiB of each of {ranks} ranks do"
 
 
 def layout_of(model: Any) -> Layout:

@@ -93,6 +93,27 @@ class SocketGroup:
         self._exchange(dict.fromkeys(self._channels, mine), {p: _bytes_of(places[p]) for p in self._channels})
         return out
 
+    def gather_into(self, out: torch.Tensor, local: torch.Tensor) -> None:
+        """Fill the contiguous `out` with every rank's `local` of equal size; `local` may be this rank's place in it."""
+        places = out.view(-1).split(local.numel())
+        mine = places[self.index]
+        if mine.data_ptr() != local.data_ptr():
+            mine.copy_(local.reshape(-1))
+        sent = _bytes_of(mine)
+        self._exchange(dict.fromkeys(self._channels, sent), {p: _bytes_of(places[p]) for p in self._channels})
+
+    def reduce_scatter(self, parts: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """This rank's rows of the sum of every rank's `parts`, added in the order of ranks."""
+        source = parts.contiguous()
+        mine = rows[self.index]
+        received = source.new_empty((self.size, mine, *source.shape[1:]))
+        self.all_to_all(received.view(self.size * mine, *source.shape[1:]), source, [mine] * self.size, rows)
+        return received.sum(0, dtype=source.dtype)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `tensor`, added in the order of ranks."""
+        return self.all_gather(tensor.unsqueeze(0), [1] * self.size).sum(0, dtype=tensor.dtype)
+
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         """Overwrite `tensor` with that of the rank at position `source`."""
         whole = tensor.contiguous()

@@ -40,6 +40,9 @@ class Exchange(Protocol):
     def gather(self, local: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
         """Shards along `dim`, concatenated in rank order."""
 
+    def sum_parts(self, parts: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
+        """This rank's part along `dim` of the sum of all ranks' tensors; rank i gets `counts[i]` entries, in order."""
+
 
 class Ring(Protocol):
     """A transport from each rank of a ring to the next."""
@@ -119,6 +122,9 @@ class SingleExchange:
     def gather(self, local: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
         return local
 
+    def sum_parts(self, parts: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
+        return parts
+
 
 class CollectiveRing:
     """A ring over the ranks of a process group. What is waited for counts as exchange, not what overlaps."""
@@ -163,16 +169,13 @@ class CollectiveExchange:
         self._group = group
         self.size = group.size
         self.index = group.index
-        self._clock = clock
+        self._timed = contextlib.nullcontext if clock is None else clock.exchange
 
     def _all_to_all(self, send: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         """Flat exchange; counts are elements per rank."""
         out = send.new_empty(sum(received))
-        if self._clock is None:
+        with self._timed():
             self._group.all_to_all(out, send, received, sent)
-        else:
-            with self._clock.exchange():
-                self._group.all_to_all(out, send, received, sent)
         return out
 
     def to_heads(
@@ -200,8 +203,14 @@ class CollectiveExchange:
         return unpack_heads(received, counts, local, batch, size)
 
     def gather(self, local: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
-        rows = local.movedim(dim, 0)
-        if self._clock is None:
-            return self._group.all_gather(rows, counts).movedim(0, dim)
-        with self._clock.exchange():
-            return self._group.all_gather(rows, counts).movedim(0, dim)
+        with self._timed():
+            return self._group.all_gather(local.movedim(dim, 0), counts).movedim(0, dim)
+
+    def sum_parts(self, parts: torch.Tensor, dim: int, counts: Sequence[int]) -> torch.Tensor:
+        with self._timed():
+            return self._group.reduce_scatter(parts.movedim(dim, 0), counts).movedim(0, dim)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors, the same bits on every rank."""
+        with self._timed():
+            return self._group.all_reduce(tensor)

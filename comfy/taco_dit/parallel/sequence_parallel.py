@@ -7,7 +7,7 @@ Nothing is padded, so no mask is needed to hide padding, and masks that exist ke
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -79,6 +79,15 @@ class UlyssesPlan:
         self.orders = functools.cache(functools.partial(_orders, self.size))
         self.head_index = functools.cache(_head_index)
 
+    @property
+    def inside(self) -> UlyssesPlan:
+        """See `comfy.ldm.dit.TokenPlan.inside`."""
+        return self
+
+    def outputs(self, layers: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+        """See `comfy.ldm.dit.TokenPlan.outputs`."""
+        return [layer() for layer in layers]
+
     def bounds(self, length: int, rank: int | None = None) -> tuple[int, int]:
         """[start, stop) of a rank's tokens in a stream, by default this rank's."""
         return share(length, self.size, self.index if rank is None else rank)
@@ -97,6 +106,12 @@ class UlyssesPlan:
         if len(lengths) == 1:
             return ranked  # rank order is the stream's order
         return ranked.index_select(dim, self.orders(tuple(lengths), local.device)[0])
+
+    def sum_parts(self, parts: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
+        """This rank's parts of whole streams, joined in order, whose tensor is the sum of all ranks' `parts`."""
+        if len(lengths) > 1:
+            parts = parts.index_select(dim, self.orders(tuple(lengths), parts.device)[1])
+        return self.exchange.sum_parts(parts, dim, self.counts(lengths))
 
     def fitting_keys(
         self, spec: AttentionSpec, mine: Range, keys: Range, k: torch.Tensor, v: torch.Tensor
