@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,9 @@ from comfy_execution.lockstep import Lockstep, is_alone
 
 from .config_manager import ConfigError, OptimizationConfig, ParallelConfig, TacoConfig
 from .distributed_manager import TACODiTDistributedManager
-from .layout import Layout, layout_of
+from .layout import Layout, Placement, layout_of
+from .machine_profile import MachineProfile, assumed
+from .network_cost import NetworkCost, of_network
 from .plan import ParallelDims, Plan, Workload, choose_plan
 from .rows import can_cut, collect_rows, foreign_parts, replaced_parts, rows_of
 
@@ -49,9 +52,12 @@ class TACODiTExecutionEngine:
         self._unsaid: RunStatistics | None = None
         self.total_calls = 0
         self._plan: Plan | None = None
+        self._streamed: float | None = None  # bytes of weights that come from host memory in each call of this run
         self._started = 0.0
         self._token_plans: dict[Any, UlyssesPlan] = {}
         self._warned: set[str] = set()
+        self.profile: MachineProfile = assumed(manager.world_size)
+        self._costs: weakref.WeakKeyDictionary[torch.nn.Module, NetworkCost] = weakref.WeakKeyDictionary()
         self.runner = CapturedCalls(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
         comfy.model_management.add_memory_holder(self.runner.release_memory)
         if manager.data is not None:
@@ -136,14 +142,27 @@ class TACODiTExecutionEngine:
         self.total_calls += 1
         parallel = parallel or self.config.parallel
         layout = layout_of(model)
-        if self.manager.world_size == 1 or not parallel.enabled or is_alone():
-            with self.clock.call():
-                return self._run(model, batches, model_options, None, layout)
-        work = self.workload(model, batches, model_options)
-        plan = choose_plan(parallel, work, self.manager.world_size, layout)
-        self._plan = plan
+        alone = self.manager.world_size == 1 or not parallel.enabled or is_alone()
+        if not alone or (self.manager.world_size == 1 and self.profile.measured):
+            self._plan = self._choose(model, self.workload(model, batches, model_options), parallel, layout)
         with self.clock.call():
-            return self._evaluate_rows(model, batches, model_options, plan.dims, layout)
+            if alone or self._plan is None:
+                return self._run(model, batches, model_options, None, layout)
+            return self._evaluate_rows(model, batches, model_options, self._plan.dims, layout)
+
+    def _choose(self, model: Any, work: Workload, parallel: ParallelConfig, layout: Layout) -> Plan:
+        network = model.diffusion_model
+        if network not in self._costs:
+            self._costs[network] = of_network(network)
+        costs = self._costs[network]
+        if self._streamed is None:  # the most of all ranks, so that all choose the same plan
+            offloaded = layout.placement is Placement.OFFLOADED
+            mine = max(0.0, costs.weight_bytes - model.model_loaded_weight_memory) if offloaded else 0.0
+            self._streamed = max(self.lockstep.gather("streamed weights", mine))
+        streaming = Placement.OFFLOADED if self._streamed else Placement.WHOLE
+        if {layout.placement, streaming} <= {Placement.OFFLOADED, Placement.WHOLE}:
+            layout = dataclasses.replace(layout, placement=streaming)
+        return choose_plan(parallel, work, self.manager.world_size, layout, self.profile, costs, self._streamed)
 
     def _evaluate_rows(
         self,
@@ -200,6 +219,7 @@ class TACODiTExecutionEngine:
         self.runner.begin_run()
         self.clock.restart()
         self._plan = None
+        self._streamed = None
         self._started = time.perf_counter()
 
     def end_run(self) -> RunStatistics:
@@ -210,6 +230,7 @@ class TACODiTExecutionEngine:
         self.last_run = RunStatistics(
             plan=plan.dims.describe(),
             reason=plan.reason,
+            predicted_ms=plan.predicted_ms,
             world_size=self.manager.world_size,
             calls=int(ranks[0]["calls"]),
             seconds=time.perf_counter() - self._started,
@@ -221,7 +242,10 @@ class TACODiTExecutionEngine:
     def summary(self) -> str:
         """What the console says of the prompt that ended: its sampling, if there was any, and where its time went."""
         run, self._unsaid = self._unsaid, None
-        parts = [f"{run.calls} steps of {run.mean_call_ms:.1f} ms, {run.plan}"] if run is not None else []
+        parts = []
+        if run is not None:
+            expected = "" if run.predicted_ms is None else f" (predicted {run.predicted_ms:.1f})"
+            parts.append(f"{run.calls} steps of {run.mean_call_ms:.1f} ms{expected}, {run.plan}")
         parts += filter(None, [accounting.current().text()])
         return "; ".join(["", *parts])
 
@@ -234,6 +258,8 @@ class TACODiTExecutionEngine:
             "active_plan": None if self._plan is None else self._plan.dims.describe(),
             "reason": None if self._plan is None else self._plan.reason,
             "workload": None if self._plan is None or self._plan.work is None else dataclasses.asdict(self._plan.work),
+            "predicted_ms": None if self._plan is None else self._plan.predicted_ms,
+            "machine": {"measured": self.profile.measured, "text": self.profile.describe()},
             "considered": [] if self._plan is None else self._plan.considered_as_dicts(),
             "total_calls": self.total_calls,
             "last_run": None if self.last_run is None else self.last_run.as_dict(),
