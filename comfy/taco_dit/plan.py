@@ -47,8 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, choices=list(KNOWN), help="a known model")
     add("--size", type=_size, default=(1024, 1024), metavar="N or WxH", help="pixels; default 1024")
     add("--frames", type=_positive, default=1, help="of a video; default 1")
-    add("--gpus", type=_positive, default=None, metavar="N", help="number of GPUs; default 1, or as many as --gpu names")
-    add("--gpu", default="h100", metavar="NAME[,NAME...]", help=f"one for all, or one for each: {', '.join(hardware.GPUS)}")
+    add(
+        "--gpus", type=_positive, default=None, metavar="N", help="number of GPUs; default 1, or as many as --gpu names"
+    )
+    add(
+        "--gpu",
+        default="h100",
+        metavar="NAME[,NAME...]",
+        help=f"one for all, or one for each: {', '.join(hardware.GPUS)}",
+    )
     add("--link", default="nvlink", choices=list(hardware.LINKS), help="between the GPUs of a host; default nvlink")
     add("--hosts", type=_positive, default=1, help="over which the GPUs are spread evenly; default 1")
     add("--network", type=float, default=100.0, metavar="GBITS", help="of each host, Gb/s; default 100")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .config_manager import ParallelConfig, can_run, divisors
+from .config_manager import ConfigError, ParallelConfig, can_run, divisors
 from .costs import Estimate, Memory, memory, pipefusion_ms
 from .degrees import ParallelDims, Workload, share
 from .layout import Layout, Placement
@@ -83,12 +83,18 @@ def weigh_layouts(
 ) -> list[Weighed]:
     """Every layout, the chosen one first, then those without objection by time, then the others by time.
 
-    When nothing fits, weights are streamed from host memory. Raises ConfigError as `choose_plan`.
+    Layouts that leave too few copies of the network for fixed degrees are left out. When whole weights do not fit, they are
+    streamed from host memory. Raises ConfigError as `choose_plan`.
     """
     ranks = len(profile.devices)
     found = []
     for strategy, layout in _layouts(network, ranks):
-        plan = choose_plan(config, work, ranks, layout, profile, network)
+        try:
+            plan = choose_plan(config, work, ranks, layout, profile, network)
+        except ConfigError:
+            if strategy == "whole":
+                raise
+            continue  # fixed degrees need more copies of the network than this layout leaves
         needed = memory(network, work, plan.dims, layout)
         objection = _too_large(needed, profile)
         if strategy in KEYS and not can_run(KEYS[strategy]):

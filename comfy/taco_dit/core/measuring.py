@@ -59,7 +59,7 @@ SIZES = {
 def identity(device: torch.device) -> list[str]:
     """What the rates of this rank's device depend on."""
     if device.type != "cuda":
-        return [socket.gethostname(), f"CPU, {torch.get_num_threads()} threads", torch.__version__]
+        return [socket.gethostname(), f"CPU, {torch.get_num_threads()} threads", str(torch.__version__)]
     import pynvml
 
     pynvml.nvmlInit()
@@ -68,7 +68,7 @@ def identity(device: torch.device) -> list[str]:
     finally:
         pynvml.nvmlShutdown()
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return [socket.gethostname(), torch.cuda.get_device_name(device), torch.__version__, str(torch.version.cuda), driver,
+    return [socket.gethostname(), torch.cuda.get_device_name(device), str(torch.__version__), str(torch.version.cuda), driver,
             nccl]  # fmt: skip
 
 
