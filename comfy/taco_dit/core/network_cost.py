@@ -50,8 +50,9 @@ def transformer(
     cross-attention. once, rest: weights used once a call, and others that tokens do not pass.
     """
     per_token = (4 + 2 * mlp_ratio + crossing) * hidden**2
-    weights = per_token * (double * streams + blocks - double)
-    largest = per_token * (streams if double else 1) + once / blocks
+    parts = double * streams + blocks - double
+    weights = per_token * parts
+    largest = (per_token + once / parts) * (streams if double else 1)
     sums = 2 * double + (blocks - double) * (1 if double else 2 + (crossing > 0))
     return NetworkCost(
         name, hidden, heads, hidden // heads, blocks, 2 * per_token * blocks, 2 * once, 2 * (weights + once + rest),

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from comfy.taco_dit.core.config_manager import ConfigError, TacoConfig
 from comfy.taco_dit.core.launcher import read_config
+from comfy.taco_dit.core.machine_profile import MachineProfile
+from comfy.taco_dit.core.network_cost import KNOWN
 from comfy.taco_dit.core.plan import Workload, choose_plan
 
 from .findings import OK, PROBLEM, Finding
@@ -29,13 +31,22 @@ def configuration(args: argparse.Namespace, root: str, ranks: int) -> tuple[Taco
     return config, [Finding(OK, "configuration", config.source)]
 
 
-def plans(config: TacoConfig, ranks: int) -> Iterator[Finding]:
-    """What a Flux model at 1024 x 1024 would get."""
+def plans(config: TacoConfig, ranks: int, profile: MachineProfile | None) -> Iterator[Finding]:
+    """What a Flux model at 1024 x 1024 would get, and with a measured profile how long a step would take."""
+    if profile is not None:
+        yield Finding(OK, "machine", profile.describe())
+    network, _ = KNOWN["flux-dev"]
     for name, work in _CALLS:
         try:
-            plan = choose_plan(config.parallel, work, ranks)
+            plan = choose_plan(config.parallel, work, ranks, profile=profile, network=network)
         except ConfigError as error:
             yield Finding(PROBLEM, name, str(error), "set one of the degrees to auto (docs/configuration.md)")
             continue
         said = plan.dims.describe()
-        yield Finding(OK, name, said if plan.reason == said else f"{said}: {plan.reason}")
+        why = "" if plan.reason == said else f": {plan.reason}"
+        expected = "" if plan.predicted is None else f", predicted {_time(plan.predicted.total)} a step"
+        yield Finding(OK, name, f"{said}{expected}{why}")
+
+
+def _time(ms: float) -> str:
+    return f"{ms:.1f} ms" if ms < 10_000 else f"{ms / 1e3:.0f} s"
