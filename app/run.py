@@ -214,11 +214,15 @@ def _join(current: Any, panel: Any = None) -> list[dict[str, Any]]:
 def _measure(args: argparse.Namespace, current: Any) -> None:
     """Give the engine the numbers of this machine, on which plans depend; the same on all ranks."""
     import folder_paths
-    from comfy.taco_dit.core.measuring import agreed_profile
+    from comfy.taco_dit.core import measuring, step_records
 
-    path = os.path.join(folder_paths.get_user_directory(), "taco_dit", "machine.json")
+    user = folder_paths.get_user_directory()
     engine = current.engine
-    engine.profile = agreed_profile(current.manager, path, engine.runner.cuda_graph, args.taco_measure)
+    engine.profile = measuring.agreed_profile(
+        current.manager, os.path.join(user, measuring.FILE), engine.runner.cuda_graph, args.taco_measure
+    )
+    if current.manager.rank == 0:
+        engine.records_file = os.path.join(user, step_records.FILE)
 
 
 def _make_panel(server: Any, current: Any) -> Any:

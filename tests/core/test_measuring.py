@@ -8,10 +8,11 @@ import time
 import pytest
 import torch
 
-from comfy.taco_dit.core import measuring
+from comfy.taco_dit.core import measuring, step_records
 from comfy.taco_dit.core.distributed_manager import RankInfo, TACODiTDistributedManager
 from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
 from comfy.taco_dit.core.machine_profile import assumed
+from comfy.taco_dit.doctor import plans
 from tests.parallel.measuring_cases import measured_together, started_again
 from tests.parallel.ranks import run_ranks
 
@@ -96,10 +97,21 @@ def test_one_rank_predicts_too(tmp_path):
     manager = alone()
     engine = TACODiTExecutionEngine(TacoConfig(), manager, Lockstep())
     engine.profile = measuring.agreed_profile(manager, str(tmp_path / "machine.json"), False, True)
-    engine.begin_run()
-    with torch.inference_mode():
-        engine.evaluate(Model(), [batch(2, 12, 12, [0, 1])], {})
-    engine.end_run()
+    engine.records_file = str(tmp_path / "user" / "steps.json")
+    for _ in range(2):
+        engine.begin_run()
+        with torch.inference_mode():
+            engine.evaluate(Model(), [batch(2, 12, 12, [0, 1])], {})
+        engine.end_run()
     status = engine.status()
+    (record,) = step_records.read(engine.records_file)
+    assert (
+        record.runs == 2
+        and record.network == "Flux"
+        and record.measured_ms <= status["last_run"]["mean_call_ms"] + 1e-3
+    )
+    (finding,) = plans.steps(engine.records_file, 1)
+    assert f"one rank, predicted {record.predicted_ms:.1f} ms, measured {record.measured_ms:.1f} ms" in finding.text
+    assert not list(plans.steps(engine.records_file, 2))
     assert status["active_plan"] == "one rank" and status["predicted_ms"] > 0 and status["machine"]["measured"]
     assert status["last_run"]["predicted_ms"] == status["predicted_ms"]

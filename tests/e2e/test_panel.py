@@ -111,7 +111,7 @@ def test_only_who_watches_gets_messages_and_not_too_many(server):
         assert during[-1]["current_run"]["calls"] > during[0]["current_run"]["calls"]
         assert during[-1]["active_plan"] == "cfg 2" and during[-1]["workload"]["conds"] == 2
         best = during[-1]["considered"][0]
-        assert best["plan"] == "cfg 2" and best["relative_time"] == pytest.approx(0.5, abs=0.01)
+        assert best["plan"] == "cfg 2" and best["relative_time"] == pytest.approx(0.5, abs=0.1)
         assert during[-1]["predicted_ms"] is None and not during[-1]["machine"]["measured"]
         assert not [m for m in other.messages if m["type"] == "taco_dit"]
         watch(server, watching, enabled=False)

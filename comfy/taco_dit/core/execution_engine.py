@@ -29,6 +29,7 @@ from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
 from comfy_execution.lockstep import Lockstep, is_alone
 
+from . import step_records
 from .config_manager import ConfigError, OptimizationConfig, ParallelConfig, TacoConfig
 from .distributed_manager import TACODiTDistributedManager
 from .layout import Layout, Placement, layout_of
@@ -57,6 +58,7 @@ class TACODiTExecutionEngine:
         self._token_plans: dict[Any, UlyssesPlan] = {}
         self._warned: set[str] = set()
         self.profile: MachineProfile = assumed(manager.world_size)
+        self.records_file: str | None = None  # where predicted and measured times are kept
         self._costs: weakref.WeakKeyDictionary[torch.nn.Module, NetworkCost] = weakref.WeakKeyDictionary()
         self.runner = CapturedCalls(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
         comfy.model_management.add_memory_holder(self.runner.release_memory)
@@ -237,7 +239,21 @@ class TACODiTExecutionEngine:
             ranks=ranks,
         )
         self._unsaid = self.last_run
+        self._record(plan, self.last_run)
         return self.last_run
+
+    def _record(self, plan: Plan, run: RunStatistics) -> None:
+        """Keep what steps took beside what was predicted."""
+        if self.records_file is None or plan.predicted_ms is None or plan.work is None or not run.calls:
+            return
+        work = plan.work
+        step_records.add(
+            self.records_file,
+            step_records.StepRecord(
+                plan.network, work.conds, work.pictures, work.tokens, run.world_size, run.plan, plan.predicted_ms,
+                round(run.mean_call_ms, 3),
+            ),
+        )  # fmt: skip
 
     def summary(self) -> str:
         """What the console says of the prompt that ended: its sampling, if there was any, and where its time went."""

@@ -7,6 +7,7 @@ profile through the control plane, also a rank that is started again later.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from .distributed_manager import TACODiTDistributedManager
 from .machine_profile import DeviceRates, Link, MachineProfile, assumed
 from .wire import decode, encode
 
+FILE = os.path.join("taco_dit", "machine.json")  # in the user folder
 LIMIT_S = 30.0  # after that the numbers of a machine that is not measured are used
 CAPTURED_LAUNCH_US = 2.5  # between kernels of a CUDA graph
 _VERSION = 1  # of what is measured and how
@@ -169,7 +171,8 @@ def link_rates(group: Group, device: torch.device) -> tuple[list[float], float]:
 def measure(manager: TACODiTDistributedManager, captured: bool) -> dict[str, Any]:
     """This rank's numbers, plain data; all ranks at the same time."""
     device = manager.device
-    with torch.inference_mode():
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.inference_mode(), here:
         rates = device_rates(device)
         links, latency = [0.0], 0.0
         if manager.data is not None:
@@ -257,7 +260,11 @@ def _alone(manager: TACODiTDistributedManager, path: str, captured: bool, again:
     key = [{"identity": identity(manager.device), "captured": captured, "version": _VERSION}]
     kept = None if again else load(path, key)
     if kept is None:
-        kept = combine([measure(manager, captured)])
+        try:
+            kept = combine([measure(manager, captured)])
+        except (RuntimeError, OSError) as error:
+            logging.warning("TACO-DiT: the machine could not be measured: %s", error)
+            return assumed(1)
         keep(path, key, kept)
     return kept
 

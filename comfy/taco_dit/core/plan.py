@@ -54,6 +54,7 @@ class Plan:
     """Every choice that was possible, the best first, and then what was not."""
     predicted: Estimate | None = None
     """What it is expected to take; None where the machine was not measured."""
+    network: str = ""
 
     @property
     def predicted_ms(self) -> float | None:
@@ -180,7 +181,7 @@ def _choose(
     ]
     considered += _impossible(config, work, copies, found)
     reason = _reason(chosen, work, config, times)
-    return Plan(chosen, reason, work, tuple(considered), times[chosen] if profile.measured else None)
+    return Plan(chosen, reason, work, tuple(considered), times[chosen] if profile.measured else None, network.name)
 
 
 def _best(times: dict[ParallelDims, Estimate], work: Workload, config: ParallelConfig) -> ParallelDims:

@@ -49,6 +49,7 @@ def examine_all(args: argparse.Namespace, plan: object, file: str | None, quick:
     import torch
 
     import folder_paths
+    from comfy.taco_dit.core import step_records
     from comfy.taco_dit.core.launcher import LaunchPlan
 
     from . import machine, plans, ranks
@@ -85,6 +86,10 @@ def examine_all(args: argparse.Namespace, plan: object, file: str | None, quick:
         checks.append(
             (title, lambda: plans.plans(config, plan.ranks, ranks.machine_profile(numbers, plan.ranks, alone)))
         )
+    records = os.path.join(folders["user"], step_records.FILE)
+    if step_records.read(records):
+        checks.append((f"steps that were run on {plan.ranks} rank{'s'[: plan.ranks > 1]}",
+                       lambda: plans.steps(records, plan.ranks)))  # fmt: skip
     sections: list[Section] = []
     for title, check in checks:
         sections.append(examine(title, check))

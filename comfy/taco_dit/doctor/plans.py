@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from comfy.taco_dit.core import step_records
 from comfy.taco_dit.core.config_manager import ConfigError, TacoConfig
 from comfy.taco_dit.core.launcher import read_config
 from comfy.taco_dit.core.machine_profile import MachineProfile
@@ -46,6 +47,14 @@ def plans(config: TacoConfig, ranks: int, profile: MachineProfile | None) -> Ite
         why = "" if plan.reason == said else f": {plan.reason}"
         expected = "" if plan.predicted is None else f", predicted {_time(plan.predicted.total)} a step"
         yield Finding(OK, name, f"{said}{expected}{why}")
+
+
+def steps(path: str, ranks: int) -> Iterator[Finding]:
+    """What steps took that this installation ran on so many ranks, beside what was predicted."""
+    for record in step_records.read(path):
+        if record.ranks == ranks:
+            size = f"{record.network}, {record.tokens} tokens, {record.conds} x {record.pictures} rows"
+            yield Finding(OK, size, f"{record.text()} (runs: {record.runs})")
 
 
 def _time(ms: float) -> str:
