@@ -62,16 +62,24 @@ def identity(device: torch.device) -> list[str]:
     """What the rates of this rank's device depend on."""
     if device.type != "cuda":
         return [socket.gethostname(), f"CPU, {torch.get_num_threads()} threads", str(torch.__version__)]
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return [socket.gethostname(), torch.cuda.get_device_name(device), str(torch.__version__), str(torch.version.cuda), _driver(),
+            nccl]  # fmt: skip
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version."""
     import pynvml
 
-    pynvml.nvmlInit()
     try:
-        driver = str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return [socket.gethostname(), torch.cuda.get_device_name(device), str(torch.__version__), str(torch.version.cuda), driver,
-            nccl]  # fmt: skip
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:  # in a container without that library
+        logging.debug("the driver's version is unknown: %s", error)
+        return "unknown"
 
 
 # --- one device ------------------------------------------------------------------------------------------------------
