@@ -63,8 +63,8 @@ def identity(device: torch.device) -> list[str]:
     if device.type != "cuda":
         return [socket.gethostname(), f"CPU, {torch.get_num_threads()} threads", str(torch.__version__)]
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return [socket.gethostname(), torch.cuda.get_device_name(device), str(torch.__version__), str(torch.version.cuda), _driver(),
-            nccl]  # fmt: skip
+    versions = [str(torch.__version__), str(torch.version.cuda), _driver(), nccl]
+    return [socket.gethostname(), torch.cuda.get_device_name(device), *versions]
 
 
 def _driver() -> str:
