@@ -155,6 +155,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         rerun=current.config.recovery.rerun_prompts,
     )
     panel.set_ranks(_join(current, panel))
+    _measure(args, current)
     _say_hello(current, panel.rank_infos)
     _name_flags_without_effect(args)
     if args.quick_test_for_ci:
@@ -208,6 +209,20 @@ def _join(current: Any, panel: Any = None) -> list[dict[str, Any]]:
     if panel is not None:
         current.lockstep.on_members = panel.set_ranks
     return current.lockstep.join(info)
+
+
+def _measure(args: argparse.Namespace, current: Any) -> None:
+    """Give the engine the numbers of this machine, on which plans depend; the same on all ranks."""
+    import folder_paths
+    from comfy.taco_dit.core import measuring, step_records
+
+    user = folder_paths.get_user_directory()
+    engine = current.engine
+    engine.profile = measuring.agreed_profile(
+        current.manager, os.path.join(user, measuring.FILE), engine.runner.cuda_graph, args.taco_measure
+    )
+    if current.manager.rank == 0:
+        engine.records_file = os.path.join(user, step_records.FILE)
 
 
 def _make_panel(server: Any, current: Any) -> Any:
@@ -266,6 +281,7 @@ def _follow(args: argparse.Namespace, current: Any) -> int:
     monitor = Monitor(current.manager, current.engine)
     logging.getLogger().addHandler(EventHandler(monitor.events, monitor.rank))
     _join(current)
+    _measure(args, current)
     monitor.start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python cannot handle the signal while it blocks in the store
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -289,3 +305,5 @@ def _say_hello(current: Any, infos: list[dict[str, Any]]) -> None:
     for info in infos:
         free, total = info["memory_free"] / 2**30, info["memory_total"] / 2**30
         logging.info("rank %d: %s %s, %.1f of %.1f GiB free", info["rank"], info["device"], info["name"], free, total)
+    if current.engine.profile.measured:
+        logging.info("machine: %s", current.engine.profile.describe())

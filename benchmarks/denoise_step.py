@@ -5,7 +5,8 @@
     python -m benchmarks.denoise_step --model flux-small --ranks 1,2 --device cpu      (a check without a GPU)
 
 Prints a table, and the same as JSON in its last line: ms per step (median), share of the roofline (work over the
-measured bf16 rate of a large matrix product), largest deviation of our result from one rank's.
+measured bf16 rate of a large matrix product), largest deviation of our result from one rank's, and what our planner
+predicted from what it measured of the machine just before.
 """
 
 from __future__ import annotations
@@ -83,6 +84,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 10 * 2 * size**3 / (time.perf_counter() - start) / 1e12
 
 
+def predicted_ms(system: str) -> float | None:
+    """What our planner expected of the last call, with this machine's measured numbers."""
+    if system != "taco":
+        return None
+    from comfy.taco_dit import runtime
+
+    expected: float | None = runtime.current().engine.status()["predicted_ms"]
+    return expected
+
+
 def work(options: argparse.Namespace) -> None:
     """One rank of one system; rank 0 writes the result."""
     from .systems import SYSTEMS
@@ -93,7 +104,7 @@ def work(options: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     dtype = getattr(torch, options.dtype)
     settings = {"compile": not options.eager, "graph": not options.eager and not options.no_graph,
-                "engine": options.engine, "layout": options.layout}  # fmt: skip
+                "engine": options.engine, "layout": options.layout, "machine": options.out + ".machine"}  # fmt: skip
     with torch.inference_mode() if options.worker == "taco" else torch.no_grad():
         step = SYSTEMS[options.worker](CASES[options.model], device, dtype, settings)
         start = time.perf_counter()
@@ -106,7 +117,7 @@ def work(options: argparse.Namespace) -> None:
         result = {
             "ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times), "seconds": spent,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-            "tflops": matmul_rate(device, dtype),
+            "tflops": matmul_rate(device, dtype), "predicted_ms": predicted_ms(options.worker),
         }  # fmt: skip
         with open(options.out, "w", encoding="utf-8") as file:
             json.dump(result, file)
@@ -133,7 +144,7 @@ def run_system(name: str, ranks: int, options: argparse.Namespace, folder: str) 
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, env=environment)
         text = done.stderr
-        print("\n".join(line for line in text.splitlines() if "TACO-DiT" in line), end="")
+        print("".join(line + "\n" for line in text.splitlines() if "TACO-DiT" in line), end="")
     except subprocess.TimeoutExpired as error:
         text = f"no result within {options.timeout} s\n" + str(error.stderr or "")[-2000:]
     with contextlib.suppress(FileNotFoundError), open(out, encoding="utf-8") as file:
@@ -162,7 +173,10 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the table and the JSON line."""
     how = "eager" if options.eager else "each system as it is by default"
     print(f"\n{options.model}, {options.dtype}, {how}, torch {torch.__version__}")
-    print(f"{'system':<12}{'ranks':>6}{'ms/step':>10}{'min':>9}{'max':>9}{'roofline':>10}{'deviation':>12}{'GiB':>7}")
+    print(
+        f"{'system':<12}{'ranks':>6}{'ms/step':>10}{'min':>9}{'max':>9}{'roofline':>10}{'deviation':>12}{'GiB':>7}"
+        f"{'predicted':>11}"
+    )
     for row in rows:
         if "error" in row:
             print(f"{row['system']:<12}{row['ranks']:>6}  failed: {row['error'].splitlines()[-1][:80]}")
@@ -170,9 +184,10 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         roof = f"{row['roofline'] * 100:.0f}%"
         off = "-" if row["deviation"] is None else f"{row['deviation']:.1e}"
         memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.0f}"
+        expected = "-" if row["predicted_ms"] is None else f"{row['predicted_ms']:.2f}"
         print(
             f"{row['system']:<12}{row['ranks']:>6}{row['ms']:>10.2f}{row['min_ms']:>9.2f}{row['max_ms']:>9.2f}"
-            f"{roof:>10}{off:>12}{memory:>7}"
+            f"{roof:>10}{off:>12}{memory:>7}{expected:>11}"
         )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     print(json.dumps({"model": options.model, "dtype": options.dtype, "device": gpu, "torch": torch.__version__,

@@ -7,6 +7,7 @@ rank calls together. The peers are used as their own documentation starts them: 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,7 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
     from comfy.taco_dit.core.distributed_manager import RankInfo, TACODiTDistributedManager
     from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
     from comfy.taco_dit.core.lockstep import RankLockstep
+    from comfy.taco_dit.core.measuring import agreed_profile
     from comfy.taco_dit.core.model_wrapper import TACODiTModelPatcher
     from comfy_execution.lockstep import Lockstep
 
@@ -87,6 +89,9 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
     manager = TACODiTDistributedManager(RankInfo.from_environment(os.environ), device)
     lockstep = RankLockstep(manager) if manager.world_size > 1 else Lockstep()
     engine = TACODiTExecutionEngine(config, manager, lockstep)
+    engine.profile = agreed_profile(manager, options["machine"], engine.runner.cuda_graph, True)
+    if lockstep.is_first:
+        print(f"TACO-DiT measured: {engine.profile.describe()}", file=sys.stderr, flush=True)
     runtime.activate(runtime.Runtime(config, manager, lockstep, engine))
     family = comfy.supported_models.Flux({"image_model": "flux", **case.network})
     family.set_inference_dtype(dtype, None)

@@ -113,6 +113,7 @@ def run_steps(
                 "result": entry["status"]["status_str"],
                 "plan": run.get("plan"),
                 "step_ms": round(run.get("mean_call_ms", 0.0), 2),
+                "predicted_ms": run.get("predicted_ms"),
                 "phases": {name: round(value, 3) for name, value in record.get("phases", {}).items()},
                 "other": round(record.get("other", 0.0), 3),
                 "counts": record.get("counts", {}),
@@ -132,8 +133,9 @@ def _line(ranks: int, row: dict[str, Any]) -> str:
     counts = row["counts"]
     moved = f"{counts.get('weight_bytes', 0) / 1e9:.2f} GB"
     calls = "/".join(str(counts.get(f"calls_{kind}", 0)) for kind in ("plain", "captured", "replayed"))
+    expected = "" if row["predicted_ms"] is None else f" (predicted {row['predicted_ms']:.1f})"
     return (
-        f"[{ranks}] {row['prompt']:<22} {row['seconds']:7.2f} s  step {row['step_ms']:7.1f} ms  {row['plan']:<12} "
+        f"[{ranks}] {row['prompt']:<22} {row['seconds']:7.2f} s  step {row['step_ms']:7.1f} ms{expected}  {row['plan']:<12} "
         f"moved {moved:>9}  plain/captured/replayed {calls:<8}  {phases} other {row['other']:.2f}"
     )
 

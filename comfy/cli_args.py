@@ -238,6 +238,9 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--taco-ranks", {"type": positive, "metavar": "N",
                           "help": "number of ranks; default: one per visible GPU, one on the CPU"}),
         ("--taco-config", {"metavar": "FILE", "help": "configuration; default: taco_dit_config.yaml"}),
+        ("--taco-measure", {"action": "store_true",
+                            "help": "measure computing and links anew for the planner; default: at the first start with "
+                                    "these GPUs and versions"}),
         ("--disable-taco-dit", {"action": "store_true", "help": "one rank, no parallelism"}),
         ("--no-demo", {"action": "store_true", "help": "without the demo model, its workflows and the first screen"}),
         ("--allowed-hosts", {"metavar": "NAME[,NAME...]", "default": "",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
+import io
 import json
 import os
 import re
@@ -99,17 +101,23 @@ def test_the_shipped_configuration_has_every_key_at_its_default():
 
 def test_the_plan_table_is_what_the_planner_says():
     """Run the lines printed in the page and compare with its table."""
-    from comfy.taco_dit.core.config_manager import ParallelConfig
-    from comfy.taco_dit.core.plan import Workload, choose_plan
+    page = read("docs/parallel_modes.md")
+    lines = next(
+        code for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "print" in code
+    )
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(lines, "docs/parallel_modes.md", "exec"), {})
+    assert printed.getvalue().count("\n") == 9 and printed.getvalue() in page
 
-    text = read("docs/parallel_modes.md")
-    table = [
-        [cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| ([1-8] \|.*) \|$", text, re.MULTILINE)
-    ]
-    for ranks, row in zip(range(1, 9), table, strict=True):
-        works = (Workload(conds, pictures, 4096 + 512, 24, 3072) for conds in (1, 2) for pictures in (1, 4))
-        plans = [choose_plan(ParallelConfig(), work, ranks).dims.describe() for work in works]
-        assert row == [str(ranks), *plans]
+
+def test_the_explained_plan_is_what_the_command_says(capsys):
+    from comfy.taco_dit import plan
+
+    page = read("docs/parallel_modes.md")
+    flags = re.search(r"-m comfy.taco_dit.plan (.*)", page)[1].split()
+    assert plan.main(flags) == 0
+    assert f"```\n{capsys.readouterr().out}```" in page
 
 
 def test_the_workflow_to_try_names_nodes_and_files_that_exist():

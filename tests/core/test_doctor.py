@@ -30,7 +30,7 @@ def test_a_sound_machine(tmp_path):
     status, text = doctor("--cpu", "--taco-ranks", "2", "--doctor-json", str(report))
     assert status == 0, text
     assert "no problem found" in text
-    assert "ulysses 2" in text
+    assert "ulysses 2, predicted " in text and "2 x CPU, " in text
     sections = {section["title"]: section["findings"] for section in json.loads(report.read_text())}
     links = {f["subject"]: f for f in sections["groups and links of 2 ranks"]}
     assert links["ranks 0, 1"]["level"] == "ok" and "GB/s" in links["rank 0 - rank 1"]["text"]

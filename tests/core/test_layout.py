@@ -20,7 +20,7 @@ def test_a_loaded_model_is_whole_or_offloaded() -> None:
 
 @pytest.mark.parametrize(
     "layout,plan", [(Layout(), "cfg 2 x ulysses 4"), (Layout(tensor_degree=4), "cfg 2"),
-                    (Layout(tensor_degree=2, pipeline_stages=((0, 19), (19, 57))), "cfg 2"),
+                    (Layout(tensor_degree=2, pipeline_stages=((0, 19), (19, 57))), "ulysses 2"),
                     (Layout(tensor_degree=8), "one rank")],
 )  # fmt: skip
 def test_a_plan_deals_copies_of_the_network(layout: Layout, plan: str) -> None:

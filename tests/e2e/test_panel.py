@@ -33,7 +33,7 @@ def watch(server, page, enabled=True):
 @pytest.fixture(scope="module")
 def server(base):
     """Its own server, for its counters."""
-    with Server(base, 2, ["--use-sage-attention"]) as server:
+    with Server(base, 2, ["--use-sage-attention", "--taco-measure"]) as server:
         yield server
 
 
@@ -110,7 +110,11 @@ def test_only_who_watches_gets_messages_and_not_too_many(server):
         during = [n for n in news if n["current_run"]["sampling"]]
         assert during[-1]["current_run"]["calls"] > during[0]["current_run"]["calls"]
         assert during[-1]["active_plan"] == "cfg 2" and during[-1]["workload"]["conds"] == 2
-        assert during[-1]["considered"][0] == {"plan": "cfg 2", "relative_time": 0.5}
+        best = during[-1]["considered"][0]
+        assert best["plan"] == "cfg 2" and best["predicted_ms"] == during[-1]["predicted_ms"] > 0
+        assert during[-1]["machine"]["measured"] and "2 x CPU" in during[-1]["machine"]["text"]
+        last = server.json("/taco_dit/status")["last_run"]
+        assert last["predicted_ms"] > 0 and f"(predicted {last['predicted_ms']:.1f}), cfg 2" in server.tail(200)
         assert not [m for m in other.messages if m["type"] == "taco_dit"]
         watch(server, watching, enabled=False)
         told = len([m for m in watching.messages if m["type"] == "taco_dit"])

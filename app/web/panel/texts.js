@@ -23,6 +23,8 @@ const EN = {
     `A step evaluates ${w.conds} ${w.conds === 1 ? "conditioning" : "conditionings"} of ${w.pictures} ` +
     `${w.pictures === 1 ? "picture" : "pictures"}: ${w.tokens} tokens, ${w.heads} heads.`,
   considered: (n) => `Estimated time of a step with ${n} ranks, one rank = 1`,
+  predictedTimes: (n) => `Predicted time of a step with ${n} ranks`,
+  times: (predicted, measured) => `Predicted ${predicted}` + (measured === null ? "" : `, measured ${measured} a step`),
   steps: "Time of a step",
   stepCount: (n) => `mean of ${n} steps`,
   compute: "compute",
@@ -63,6 +65,8 @@ const ZH = {
   lastPlan: "上次运行",
   work: (w) => `每一步计算 ${w.pictures} 张图、${w.conds} 个条件：${w.tokens} 个 token，${w.heads} 个注意力头。`,
   considered: (n) => `${n} 个 rank 每步时间的估计值（一个 rank = 1）`,
+  predictedTimes: (n) => `${n} 个 rank 每步时间的预测值`,
+  times: (predicted, measured) => `预测每步 ${predicted}` + (measured === null ? "" : `，实测 ${measured}`),
   steps: "每步时间",
   stepCount: (n) => `${n} 步的平均值`,
   compute: "计算",

@@ -97,16 +97,29 @@ export class Panel {
       return this.section(t.plan, null, el("p", "taco-quiet", text));
     }
     return this.section(t.plan, el("strong", "taco-plan", status.active_plan), el("p", "", status.reason),
-      status.workload ? el("p", "taco-quiet", t.work(status.workload)) : null, this.considered(status));
+      this.times(status), status.workload ? el("p", "taco-quiet", t.work(status.workload)) : null, this.considered(status));
+  }
+
+  times(status) {
+    if (status.predicted_ms === null) return null;
+    const run = status.current_run;
+    const measured = run.calls ? milliseconds(run.mean_call_ms) : null;
+    return el("p", "taco-quiet", this.texts.times(milliseconds(status.predicted_ms), measured));
   }
 
   considered(status) {
-    if (status.considered.length < 2) return null;
-    const slowest = Math.max(...status.considered.map((choice) => choice.relative_time));
-    const rows = status.considered.slice(0, 5).map((choice, place) => el("div", place ? "taco-choice" : "taco-choice taco-chosen",
+    const possible = status.considered.filter((choice) => choice.impossible === undefined);
+    if (possible.length < 2) return null;
+    const t = this.texts;
+    const measured = status.predicted_ms !== null;
+    const slowest = Math.max(...possible.map((choice) => choice.relative_time));
+    const rows = possible.slice(0, 5).map((choice, place) => el("div", place ? "taco-choice" : "taco-choice taco-chosen",
       el("span", "taco-cut", choice.plan), bar(["used", choice.relative_time / slowest]),
-      el("span", "taco-number", choice.relative_time.toFixed(2))));
-    return el("div", "taco-choices", el("div", "taco-quiet", this.texts.considered(status.world_size)), ...rows);
+      el("span", "taco-number", measured ? milliseconds(choice.predicted_ms) : choice.relative_time.toFixed(2))));
+    const title = measured ? t.predictedTimes(status.world_size) : t.considered(status.world_size);
+    const impossible = status.considered.filter((choice) => choice.impossible !== undefined)
+      .map((choice) => el("div", "taco-quiet", `${choice.plan}: ${choice.impossible}`));
+    return el("div", "taco-choices", el("div", "taco-quiet", title), ...rows, ...impossible);
   }
 
   stepSection(status) {

@@ -103,6 +103,12 @@ _NOT_YET: dict[str, Any] = {
 }
 
 
+def can_run(key: str) -> bool:
+    """Whether this version runs the strategy that a key such as `parallel.tensor_parallel` turns on."""
+    section, _, name = key.partition(".")
+    return key not in _NOT_YET and name in {field.name for field in dataclasses.fields(_SECTIONS[section])}
+
+
 def _closest(name: str, known: list[str]) -> str:
     import difflib
 

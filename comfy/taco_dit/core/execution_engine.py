@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,10 +30,13 @@ from comfy.taco_dit.parallel.tensor_parallel import TensorPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
 from comfy_execution.lockstep import Lockstep, is_alone
 
+from . import step_records
 from .arrangement import Arranger
 from .config_manager import ConfigError, OptimizationConfig, ParallelConfig, TacoConfig
 from .distributed_manager import TACODiTDistributedManager
 from .layout import Layout, Placement
+from .machine_profile import MachineProfile, assumed
+from .network_cost import NetworkCost, of_network
 from .plan import ParallelDims, Plan, Workload, choose_plan
 from .rows import can_cut, collect_rows, foreign_parts, replaced_parts, rows_of
 
@@ -52,10 +56,14 @@ class TACODiTExecutionEngine:
         self._unsaid: RunStatistics | None = None
         self.total_calls = 0
         self._plan: Plan | None = None
+        self._streamed: float | None = None  # bytes of weights that come from host memory in each call of this run
         self._started = 0.0
         self._layout: tuple[Layout, str] = (Layout(), "")
         self._token_plans: dict[Any, UlyssesPlan | TensorPlan] = {}
         self._warned: set[str] = set()
+        self.profile: MachineProfile = assumed(manager.world_size)
+        self.records_file: str | None = None  # where predicted and measured times are kept
+        self._costs: weakref.WeakKeyDictionary[torch.nn.Module, NetworkCost] = weakref.WeakKeyDictionary()
         self.runner = CapturedCalls(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
         comfy.model_management.add_memory_holder(self.runner.release_memory)
         if manager.data is not None:
@@ -154,20 +162,44 @@ class TACODiTExecutionEngine:
         if self._plan is None:  # the first call of a run
             self.arranger.check(model)
             self._layout = layout, self.arranger.reason_of(model)
-        if self.manager.world_size == 1 or not parallel.enabled or is_alone():
-            with self.clock.call():
+        alone = self.manager.world_size == 1 or not parallel.enabled or is_alone()
+        if not alone or (self.manager.world_size == 1 and self.profile.measured):
+            self._plan = self._plan_of(model, batches, model_options, parallel, layout)
+        with self.clock.call():
+            if alone or self._plan is None:
                 return self._run(model, batches, model_options, None, layout)
+            return self._evaluate_rows(model, batches, model_options, self._plan.dims, layout)
+
+    def _plan_of(
+        self,
+        model: Any,
+        batches: list[Any],
+        model_options: dict[str, Any],
+        parallel: ParallelConfig,
+        layout: Layout,
+    ) -> Plan:
         work = self.workload(model, batches, model_options)
         if layout.tensor_degree > 1:  # each copy's ranks have some of the heads
             work = dataclasses.replace(work, heads=max(1, work.heads // layout.tensor_degree))
-        plan = choose_plan(parallel, work, self.manager.world_size, layout)
+        plan = self._choose(model, work, parallel, layout)
         if layout.placement is Placement.SHARDED and not _equal_calls(batches, plan.dims):
             # All ranks gather each block together, so all must run the network equally often.
-            work = dataclasses.replace(work, rows_split=False)
-            plan = choose_plan(parallel, work, self.manager.world_size, layout)
-        self._plan = plan
-        with self.clock.call():
-            return self._evaluate_rows(model, batches, model_options, plan.dims, layout)
+            plan = self._choose(model, dataclasses.replace(work, rows_split=False), parallel, layout)
+        return plan
+
+    def _choose(self, model: Any, work: Workload, parallel: ParallelConfig, layout: Layout) -> Plan:
+        network = model.diffusion_model
+        if network not in self._costs:
+            self._costs[network] = of_network(network)
+        costs = self._costs[network]
+        if self._streamed is None:  # the most of all ranks, so that all choose the same plan
+            offloaded = layout.placement is Placement.OFFLOADED
+            mine = max(0.0, costs.weight_bytes - model.model_loaded_weight_memory) if offloaded else 0.0
+            self._streamed = max(self.lockstep.gather("streamed weights", mine))
+        streaming = Placement.OFFLOADED if self._streamed else Placement.WHOLE
+        if {layout.placement, streaming} <= {Placement.OFFLOADED, Placement.WHOLE}:
+            layout = dataclasses.replace(layout, placement=streaming)
+        return choose_plan(parallel, work, self.manager.world_size, layout, self.profile, costs, self._streamed)
 
     def _evaluate_rows(
         self,
@@ -225,6 +257,7 @@ class TACODiTExecutionEngine:
         self.runner.begin_run()
         self.clock.restart()
         self._plan = None
+        self._streamed = None
         self._started = time.perf_counter()
 
     def end_run(self) -> RunStatistics:
@@ -236,19 +269,37 @@ class TACODiTExecutionEngine:
             plan=plan.dims.describe(),
             layout=self._layout[0].describe(),
             reason=plan.reason,
+            predicted_ms=plan.predicted_ms,
             world_size=self.manager.world_size,
             calls=int(ranks[0]["calls"]),
             seconds=time.perf_counter() - self._started,
             ranks=ranks,
         )
         self._unsaid = self.last_run
+        self._record(plan, self.last_run)
         return self.last_run
+
+    def _record(self, plan: Plan, run: RunStatistics) -> None:
+        """Keep what steps took beside what was predicted."""
+        if self.records_file is None or plan.predicted_ms is None or plan.work is None or not run.calls:
+            return
+        work = plan.work
+        step_records.add(
+            self.records_file,
+            step_records.StepRecord(
+                plan.network, work.conds, work.pictures, work.tokens, run.world_size, run.plan, plan.predicted_ms,
+                round(run.mean_call_ms, 3),
+            ),
+        )  # fmt: skip
 
     def summary(self) -> str:
         """What the console says of the prompt that ended: its sampling, if there was any, and where its time went."""
         run, self._unsaid = self._unsaid, None
-        where = [] if run is None else [run.plan, *([] if run.layout == "whole" else [f"weights {run.layout}"])]
-        parts = [f"{run.calls} steps of {run.mean_call_ms:.1f} ms, {', '.join(where)}"] if run is not None else []
+        parts = []
+        if run is not None:
+            expected = "" if run.predicted_ms is None else f" (predicted {run.predicted_ms:.1f})"
+            where = run.plan if run.layout == "whole" else f"{run.plan}, weights {run.layout}"
+            parts.append(f"{run.calls} steps of {run.mean_call_ms:.1f} ms{expected}, {where}")
         parts += filter(None, [accounting.current().text()])
         return "; ".join(["", *parts])
 
@@ -263,6 +314,8 @@ class TACODiTExecutionEngine:
             "active_plan": None if self._plan is None else self._plan.dims.describe(),
             "reason": None if self._plan is None else self._plan.reason,
             "workload": None if self._plan is None or self._plan.work is None else dataclasses.asdict(self._plan.work),
+            "predicted_ms": None if self._plan is None else self._plan.predicted_ms,
+            "machine": {"measured": self.profile.measured, "text": self.profile.describe()},
             "considered": [] if self._plan is None else self._plan.considered_as_dicts(),
             "total_calls": self.total_calls,
             "last_run": None if self.last_run is None else self.last_run.as_dict(),

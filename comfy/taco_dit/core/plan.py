@@ -1,105 +1,46 @@
-"""Which rank does what in one denoiser call, and how that is chosen.
+"""Which rank does what in one denoiser call, and how that is chosen: the smallest predicted time (`costs.py`).
 
-A denoiser call evaluates K conditionings for B pictures with one network. Three axes split it, from the outside in:
-conditionings (`cfg`), pictures (`data`), tokens (`ring`, then `ulysses`). Their degrees multiply to the number of ranks.
-Neighbouring ranks share tokens, because that axis communicates most, and of these the nearest exchange heads.
+A denoiser call evaluates K conditionings for B pictures with one network. The degrees of a plan (`degrees.py`) multiply to
+the number of copies of the network. What the configuration says holds; the rest is chosen. Every rank chooses the same
+plan: it depends on nothing but its arguments, which are the same on all ranks.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from .config_manager import ConfigError, ParallelConfig, divisors, sequence_degree
+from .costs import Estimate, estimate
+from .degrees import ParallelDims, Workload, share
 from .layout import Layout
+from .machine_profile import MachineProfile, assumed
+from .network_cost import NetworkCost, typical
+
+__all__ = ["Considered", "ParallelDims", "Plan", "Workload", "candidates", "choose_plan", "share"]
+
+# What a second choice must gain to be taken: a part of the time, and milliseconds. A ring that is not configured is second to
+# Ulysses, because attention functions of custom nodes cannot use it; repeating each other's work is second to sharing it.
+_GAIN, _RING_MS, _REPEAT_MS = 1.03, 1.0, 5.0
 
 
 @dataclass(frozen=True)
-class ParallelDims:
-    """Degrees of one plan. Rank = ((cfg * data_degree + data) * replicas + replica) * sequence_degree + token index.
+class Considered:
+    """A plan that was weighed: its predicted time on the slowest rank in ms, or why it cannot be."""
 
-    Token index = ring * ulysses_degree + ulysses.
-    """
+    plan: str
+    predicted_ms: float = 0.0
+    relative_time: float = 0.0
+    """Predicted time, one rank's being 1."""
+    impossible: str = ""
 
-    cfg_degree: int = 1
-    data_degree: int = 1
-    ulysses_degree: int = 1
-    replicas: int = 1
-    """Ranks that repeat each other's work because nothing is left to split."""
-    ring_degree: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("cfg_degree", "data_degree", "ulysses_degree", "replicas", "ring_degree"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.cfg_degree * self.data_degree * self.sequence_degree * self.replicas
-
-    @property
-    def sequence_degree(self) -> int:
-        """Number of ranks that share the tokens of a picture."""
-        return self.ulysses_degree * self.ring_degree
-
-    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
-        """(cfg, data, token, replica) index of a rank."""
-        rank, token = divmod(rank, self.sequence_degree)
-        rank, replica = divmod(rank, self.replicas)
-        cfg, data = divmod(rank, self.data_degree)
-        return cfg, data, token, replica
-
-    def token_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the other tokens of this rank's pictures."""
-        first = rank - rank % self.sequence_degree
-        return tuple(range(first, first + self.sequence_degree))
-
-    def ulysses_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks of the token group that exchange heads with this one: neighbours."""
-        first = rank - rank % self.ulysses_degree
-        return tuple(range(first, first + self.ulysses_degree))
-
-    def ring_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks of the token group among which this one's keys and values go round."""
-        members = self.token_group(rank)
-        return members[members.index(rank) % self.ulysses_degree :: self.ulysses_degree]
-
-    def row_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the other conditionings and pictures, one for each (cfg, data), in that order."""
-        stride = self.sequence_degree * self.replicas
-        return tuple(range(rank % stride, self.world_size, stride))
-
-    def describe(self) -> str:
-        """`cfg 2 x ulysses 2 x ring 2`; `one rank` when nothing is split."""
-        parts = [
-            f"{name} {degree}"
-            for name, degree in (
-                ("cfg", self.cfg_degree),
-                ("data", self.data_degree),
-                ("ulysses", self.ulysses_degree),
-                ("ring", self.ring_degree),
-                ("replicas", self.replicas),
-            )
-            if degree > 1
-        ]
-        return " x ".join(parts) or "one rank"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is known of a denoiser call when its plan is chosen."""
-
-    conds: int
-    pictures: int
-    tokens: int
-    heads: int
-    hidden_size: int
-    rows_split: bool = True
-    """Whether conditionings and pictures may be evaluated on different ranks."""
-    tokens_split: bool = True
-    """Whether the network can run on a part of its tokens."""
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: `plan` with `predicted_ms` and `relative_time`, or with `impossible`."""
+        if self.impossible:
+            return {"plan": self.plan, "impossible": self.impossible}
+        return {"plan": self.plan, "predicted_ms": self.predicted_ms, "relative_time": self.relative_time}
 
 
 @dataclass(frozen=True)
@@ -109,39 +50,24 @@ class Plan:
     dims: ParallelDims
     reason: str
     work: Workload | None = None
-    considered: tuple[tuple[str, float], ...] = ()
-    """Every choice that was possible and its estimated time, in units of one rank's; the best first."""
+    considered: tuple[Considered, ...] = ()
+    """Every choice that was possible, the best first, and then what was not."""
+    predicted: Estimate | None = None
+    """What it is expected to take; None where the machine was not measured."""
+    network: str = ""
+
+    @property
+    def predicted_ms(self) -> float | None:
+        """Milliseconds of a call."""
+        return None if self.predicted is None else round(self.predicted.total, 3)
 
     def considered_as_dicts(self) -> list[dict[str, Any]]:
-        """For JSON: `plan`, `relative_time`."""
-        return [{"plan": name, "relative_time": cost} for name, cost in self.considered]
-
-
-def share(total: int, parts: int, index: int) -> tuple[int, int]:
-    """[start, stop) of part `index` when `total` items are distributed as evenly as possible; parts may be empty."""
-    return total * index // parts, total * (index + 1) // parts
-
-
-def _cost(dims: ParallelDims, work: Workload) -> float:
-    """Estimated time of the slowest rank, in units of one row on one rank."""
-    rows = math.ceil(work.conds / dims.cfg_degree) * math.ceil(work.pictures / dims.data_degree)
-    degree, ring = dims.ulysses_degree, dims.ring_degree
-    attention = work.tokens / (6 * work.hidden_size + work.tokens)
-    tokens = math.ceil(work.tokens / dims.sequence_degree) / work.tokens
-    heads = math.ceil(work.heads / degree) / work.heads / ring
-    # An exchange moves 8 bytes per token and channel in bf16 against 24 C flops: about 1/15 of a GPU's time on NVLink.
-    exchange = 0.07 * (degree - 1) / degree * rows
-    # A ring brings the keys and values of all other parts to each rank: 4 bytes per token and channel.
-    passes = 0.035 * (ring - 1) / ring * rows
-    latency = 0.01 * (degree > 1) + 0.01 * (ring > 1)
-    return rows * ((1 - attention) * tokens + attention * heads) + exchange + passes + latency
+        """For JSON."""
+        return [choice.as_dict() for choice in self.considered]
 
 
 def _token_splits(config: ParallelConfig, work: Workload, ranks: int) -> list[tuple[int, int]]:
-    """(Ulysses degree, ring degree) of all ways in which some of `ranks` ranks may share tokens.
-
-    Ulysses sends less, so a ring that is not configured comes only where the ranks are more than the heads.
-    """
+    """(Ulysses degree, ring degree) of all ways in which some of `ranks` ranks may share tokens."""
     if not work.tokens_split or not config.sequence_parallel:
         return [(1, 1)]
     sequence, ulysses, ring = config.sequence_parallel_degree, config.ulysses_degree, config.ring_degree
@@ -153,15 +79,13 @@ def _token_splits(config: ParallelConfig, work: Workload, ranks: int) -> list[tu
             outer = degree // inner
             if ulysses not in (None, inner) or ring not in (None, outer):
                 continue
-            fixed = ring is not None or (sequence is not None and ulysses is not None)
-            if outer == 1 or fixed or (ulysses is None and inner == _most_heads(degree, work.heads)):
+            if outer == 1 or ulysses is not None or ring is not None or inner <= work.heads:
                 found.append((inner, outer))
+    if sequence is not None and ulysses is None and ring is None:
+        # the degree is configured: heads first, and a ring only where they run out
+        most = max((inner for inner, _ in found if inner <= work.heads), default=1)
+        found = [(inner, outer) for inner, outer in found if outer == 1 or inner == most]
     return found
-
-
-def _most_heads(degree: int, heads: int) -> int:
-    """The largest Ulysses degree within `degree` for which every rank has heads."""
-    return max(d for d in divisors(degree) if d <= heads)
 
 
 def candidates(config: ParallelConfig, work: Workload, world_size: int) -> list[ParallelDims]:
@@ -189,27 +113,92 @@ def candidates(config: ParallelConfig, work: Workload, world_size: int) -> list[
     return found
 
 
-def choose_plan(config: ParallelConfig, work: Workload, world_size: int, layout: Layout = Layout()) -> Plan:  # noqa: B008
-    """The degrees with the smallest estimated time; ties go to fewer exchanges, conditionings first.
+def _impossible(config: ParallelConfig, work: Workload, ranks: int, found: list[ParallelDims]) -> list[Considered]:
+    """Why no plan puts all ranks on one axis, for each axis where none does."""
+    together = "" if work.rows_split else "a wrapper or patch needs conditionings and pictures together"
+    whole = "" if work.tokens_split else "this network cannot run on a part of its tokens"
+    tokens = whole or ("" if config.sequence_parallel else "parallel.sequence_parallel is false")
+    cfg = "" if config.cfg_parallel else "parallel.cfg_parallel is false"
+    data = "" if config.data_parallel else "parallel.data_parallel is false"
+    if work.conds < ranks:
+        cfg = cfg or f"a call has {work.conds} conditioning{'s' if work.conds > 1 else ''}"
+    if work.pictures < ranks:
+        data = data or f"a call has {work.pictures} picture{'s' if work.pictures > 1 else ''}"
+    axes = (
+        (ParallelDims(cfg_degree=ranks), together or cfg),
+        (ParallelDims(data_degree=ranks), together or data),
+        (ParallelDims(ulysses_degree=ranks), tokens),
+        (ParallelDims(ring_degree=ranks), tokens),
+    )  # fmt: skip
+    fixed = "degrees in the configuration leave no room for it"
+    off = "" if config.enabled else "parallel.enabled is false"
+    return [Considered(dims.describe(), impossible=off or why or fixed) for dims, why in axes if dims not in found]
 
-    Degrees distribute work over the copies of the network that `layout` leaves. Raises ConfigError when fixed degrees
-    leave no plan, and ValueError when the layout does not fit the ranks.
+
+def choose_plan(
+    config: ParallelConfig,
+    work: Workload,
+    world_size: int,
+    layout: Layout = Layout(),  # noqa: B008
+    profile: MachineProfile | None = None,
+    network: NetworkCost | None = None,
+    streamed: float = 0.0,
+) -> Plan:
+    """The degrees with the smallest predicted time; ties go to fewer exchanges, conditionings first.
+
+    Degrees distribute work over the copies of the network that `layout` leaves. profile: of the `world_size` ranks;
+    without one the ratios of well-connected GPUs are assumed. network: what it costs; without it, a transformer of
+    the workload's sizes. streamed: see `costs.estimate`. Raises ConfigError when fixed degrees leave no plan, and
+    ValueError when the layout does not fit the ranks or the profile is of another number of ranks.
     """
-    world_size = layout.copies(world_size)
-    found = candidates(config, work, world_size)
+    profile = profile or assumed(world_size)
+    if len(profile.devices) != world_size:
+        raise ValueError(f"the profile is of {len(profile.devices)} ranks, not {world_size}")
+    return _choose(
+        config, work, world_size, layout, profile, network or typical(work.hidden_size, work.heads), streamed
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(
+    config: ParallelConfig, work: Workload, world_size: int, layout: Layout, profile: MachineProfile,
+    network: NetworkCost, streamed: float,
+) -> Plan:  # fmt: skip
+    copies = layout.copies(world_size)
+    found = candidates(config, work, copies)
     if not found:
         raise ConfigError(
-            f"no plan for {world_size} ranks with parallel.data_parallel_degree={config.data_parallel_degree}, "
+            f"no plan for {copies} ranks with parallel.data_parallel_degree={config.data_parallel_degree}, "
             f"sequence degree={sequence_degree(config)} for {work.conds} conditionings of {work.pictures} pictures; "
             "set one of them to auto"
         )
-    found.sort(key=lambda d: (round(_cost(d, work), 6), d.replicas, d.ring_degree, d.ulysses_degree, d.data_degree))
-    alone = _cost(ParallelDims(), work)
-    considered = tuple((dims.describe(), round(_cost(dims, work) / alone, 4)) for dims in found)
-    return Plan(found[0], _reason(found[0], work, config), work, considered)
+    times = {dims: estimate(network, work, dims, profile, layout, streamed) for dims in found}
+    alone = estimate(network, work, ParallelDims(), profile, layout, streamed).total
+    chosen = _best(times, work, config)
+    order = sorted(found, key=lambda dims: (dims != chosen, round(times[dims].total, 6)))
+    considered = [
+        Considered(dims.describe(), round(times[dims].total, 3), round(times[dims].total / alone, 4)) for dims in order
+    ]
+    considered += _impossible(config, work, copies, found)
+    reason = _reason(chosen, work, config, times)
+    return Plan(chosen, reason, work, tuple(considered), times[chosen] if profile.measured else None, network.name)
 
 
-def _reason(dims: ParallelDims, work: Workload, config: ParallelConfig) -> str:
+def _best(times: dict[ParallelDims, Estimate], work: Workload, config: ParallelConfig) -> ParallelDims:
+    def order(dims: ParallelDims) -> tuple[float, ...]:
+        time = times[dims].total
+        if dims.ring_degree > 1 and config.ring_degree is None and dims.sequence_degree <= work.heads:
+            time = max(time * _GAIN, time + _RING_MS)
+        return round(time, 6), dims.ring_degree, dims.ulysses_degree, dims.data_degree
+
+    least = min(dims.replicas for dims in times)
+    sharing = min((dims for dims in times if dims.replicas == least), key=order)
+    best = min(times, key=order)
+    needed = max(times[best].total * _GAIN, times[best].total + _REPEAT_MS)
+    return best if times[sharing].total > needed else sharing
+
+
+def _reason(dims: ParallelDims, work: Workload, config: ParallelConfig, times: Collection[ParallelDims]) -> str:
     if not config.enabled:
         return "parallel.enabled is false"
     parts = []
@@ -220,12 +209,16 @@ def _reason(dims: ParallelDims, work: Workload, config: ParallelConfig) -> str:
     if dims.ring_degree > 1:
         heads = f", {work.heads} heads on {dims.ulysses_degree} of them" if dims.ulysses_degree > 1 else ""
         parts.append(f"{work.tokens} tokens on {dims.sequence_degree} ranks{heads}")
-        if config.ring_degree is None and dims.sequence_degree > work.heads:
-            parts.append(f"keys go round a ring of {dims.ring_degree}, as there are more ranks than heads")
+        if config.ring_degree is None:
+            few = dims.sequence_degree > work.heads
+            why = "there are more ranks than heads" if few else "heads do not divide evenly over all"
+            parts.append(f"keys go round a ring of {dims.ring_degree}, as {why}")
     elif dims.ulysses_degree > 1:
         parts.append(f"{work.tokens} tokens and {work.heads} heads on {dims.ulysses_degree} ranks")
     if dims.replicas > 1:
-        parts.append(f"{dims.replicas} ranks repeat the same work: nothing else can be split")
+        better = any(other.replicas < dims.replicas for other in times)
+        why = "exchanging would take longer than it saves" if better else "nothing else can be split"
+        parts.append(f"{dims.replicas} ranks repeat the same work: {why}")
     if not work.rows_split:
         parts.append("a wrapper or patch needs all conditionings together")
     return "; ".join(parts) or "one rank"

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
@@ -48,6 +49,7 @@ def examine_all(args: argparse.Namespace, plan: object, file: str | None, quick:
     import torch
 
     import folder_paths
+    from comfy.taco_dit.core import step_records
     from comfy.taco_dit.core.launcher import LaunchPlan
 
     from . import machine, plans, ranks
@@ -72,13 +74,22 @@ def examine_all(args: argparse.Namespace, plan: object, file: str | None, quick:
         checks.append(("topology", lambda: machine.topology(plan.gpus)))
     checks.append(("memory and disk", lambda: machine.resources(folders)))
     checks.append(("configuration", lambda: said))
+    checks.append(("attention", lambda: ranks.attention_findings(device)))
+    numbers: list[dict[str, Any]] = []  # what each rank measured
+    if plan.ranks > 1 and not quick:
+        title, environ = f"groups and links of {plan.ranks} ranks", dict(os.environ)
+        checks.append((title, lambda: ranks.run_ranks(plan.ranks, device.type == "cpu", environ, numbers=numbers)))
     if config is not None:
         counted = "1 rank" if plan.ranks == 1 else f"{plan.ranks} ranks"
-        checks.append((f"plans for {counted}, Flux.1 at 1024 x 1024", lambda: plans.plans(config, plan.ranks)))
-    checks.append(("attention", lambda: ranks.attention_findings(device)))
-    if plan.ranks > 1 and not quick:
-        title = f"groups and links of {plan.ranks} ranks"
-        checks.append((title, lambda: ranks.run_ranks(plan.ranks, device.type == "cpu", dict(os.environ))))
+        title = f"plans for {counted}, Flux.1 at 1024 x 1024"
+        alone = device if plan.ranks == 1 and not quick else None
+        checks.append(
+            (title, lambda: plans.plans(config, plan.ranks, ranks.machine_profile(numbers, plan.ranks, alone)))
+        )
+    records = os.path.join(folders["user"], step_records.FILE)
+    if step_records.read(records):
+        checks.append((f"steps that were run on {plan.ranks} rank{'s'[: plan.ranks > 1]}",
+                       lambda: plans.steps(records, plan.ranks)))  # fmt: skip
     sections: list[Section] = []
     for title, check in checks:
         sections.append(examine(title, check))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from comfy.taco_dit.core import step_records
 from comfy.taco_dit.core.config_manager import ConfigError, TacoConfig
 from comfy.taco_dit.core.launcher import read_config
 from comfy.taco_dit.core.layout import NetworkFacts, choose_layout
+from comfy.taco_dit.core.machine_profile import MachineProfile
+from comfy.taco_dit.core.network_cost import KNOWN
 from comfy.taco_dit.core.plan import Workload, choose_plan
 
 from .findings import OK, PROBLEM, Finding
@@ -34,15 +37,32 @@ def configuration(args: argparse.Namespace, root: str, ranks: int) -> tuple[Taco
     return config, [Finding(OK, "configuration", config.source)]
 
 
-def plans(config: TacoConfig, ranks: int) -> Iterator[Finding]:
-    """What a Flux model at 1024 x 1024 would get."""
+def plans(config: TacoConfig, ranks: int, profile: MachineProfile | None) -> Iterator[Finding]:
+    """What a Flux model at 1024 x 1024 would get, and with a measured profile how long a step would take."""
     layout, reason = choose_layout(config, _FLUX, None, ranks)
     yield Finding(OK, "weights", f"{layout.describe()}: {reason}" if reason else f"{layout.describe()} while they fit")
+    if profile is not None:
+        yield Finding(OK, "machine", profile.describe())
+    network, _ = KNOWN["flux-dev"]
     for name, work in _CALLS:
         try:
-            plan = choose_plan(config.parallel, work, ranks, layout)
+            plan = choose_plan(config.parallel, work, ranks, layout, profile=profile, network=network)
         except ConfigError as error:
             yield Finding(PROBLEM, name, str(error), "set one of the degrees to auto (docs/configuration.md)")
             continue
         said = plan.dims.describe()
-        yield Finding(OK, name, said if plan.reason == said else f"{said}: {plan.reason}")
+        why = "" if plan.reason == said else f": {plan.reason}"
+        expected = "" if plan.predicted is None else f", predicted {_time(plan.predicted.total)} a step"
+        yield Finding(OK, name, f"{said}{expected}{why}")
+
+
+def steps(path: str, ranks: int) -> Iterator[Finding]:
+    """What steps took that this installation ran on so many ranks, beside what was predicted."""
+    for record in step_records.read(path):
+        if record.ranks == ranks:
+            size = f"{record.network}, {record.tokens} tokens, {record.conds} x {record.pictures} rows"
+            yield Finding(OK, size, f"{record.text()} (runs: {record.runs})")
+
+
+def _time(ms: float) -> str:
+    return f"{ms:.1f} ms" if ms < 10_000 else f"{ms / 1e3:.0f} s"

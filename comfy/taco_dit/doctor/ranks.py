@@ -24,6 +24,8 @@ from comfy.taco_dit.core.control_hub import Hub
 from comfy.taco_dit.core.control_plane import DOOR
 from comfy.taco_dit.core.data_plane import Group
 from comfy.taco_dit.core.distributed_manager import RankInfo, TACODiTDistributedManager, rank_device
+from comfy.taco_dit.core.machine_profile import MachineProfile
+from comfy.taco_dit.core.measuring import combine, measure
 from comfy.taco_dit.core.plan import ParallelDims
 
 from .findings import OK, PROBLEM, WARNING, Finding
@@ -98,6 +100,11 @@ class Rank:
             self.together(f"link {pair}")
             if self.manager.rank in pair:
                 self._link(self.manager.data.group(pair), pair)
+        self.together("measuring")
+        self.doing("measuring computing and links, as the planner does")
+        numbers = measure(self.manager, True)
+        with open(os.path.join(self.folder, f"{self.manager.rank}.numbers"), "w", encoding="utf-8") as file:
+            json.dump(numbers, file)
         self.together("the end")
 
     def _collectives(self, group: Group, name: str) -> None:
@@ -174,10 +181,26 @@ class Rank:
         return time.perf_counter() - began
 
 
-def run_ranks(ranks: int, cpu: bool, environ: dict[str, str], limit: float = TIME_LIMIT_S) -> Iterator[Finding]:
-    """Start `ranks` processes, wait, and report; a rank that hangs or dies is named with what it was doing."""
+def run_ranks(
+    ranks: int, cpu: bool, environ: dict[str, str], limit: float = TIME_LIMIT_S,
+    numbers: list[dict[str, Any]] | None = None,
+) -> Iterator[Finding]:  # fmt: skip
+    """Start `ranks` processes, wait, and report; a rank that hangs or dies is named with what it was doing.
+
+    What each rank measured is appended to `numbers`, in rank order, as far as ranks came to that.
+    """
     with tempfile.TemporaryDirectory(prefix="taco_doctor_") as folder:
         yield from _supervise(folder, ranks, cpu, environ, limit)
+        found = [_read(folder, f"{rank}.numbers") for rank in range(ranks)]
+        if numbers is not None:
+            numbers += [json.loads(content) for content in found if content]
+
+
+def machine_profile(numbers: list[dict[str, Any]], ranks: int, alone: torch.device | None) -> MachineProfile | None:
+    """The profile of ranks that all measured, or of one rank's device, which is measured now; else None."""
+    if alone is not None:
+        return combine([measure(TACODiTDistributedManager(RankInfo(), alone), True)])
+    return combine(numbers) if len(numbers) == ranks else None
 
 
 def _supervise(folder: str, ranks: int, cpu: bool, environ: dict[str, str], limit: float) -> Iterator[Finding]:

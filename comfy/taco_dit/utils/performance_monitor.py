@@ -104,6 +104,7 @@ class RunStatistics:
     plan: str = "one rank"
     layout: str = "whole"
     reason: str = ""
+    predicted_ms: float | None = None
     world_size: int = 1
     calls: int = 0
     seconds: float = 0.0
@@ -123,7 +124,8 @@ class RunStatistics:
         lines = [
             f"plan: {self.plan}" + (f" ({self.reason})" if self.reason else ""),
             f"weights: {self.layout}",
-            f"parallel executions: {self.calls} in {self.seconds:.2f} s, mean {self.mean_call_ms:.1f} ms",
+            f"parallel executions: {self.calls} in {self.seconds:.2f} s, mean {self.mean_call_ms:.1f} ms"
+            + ("" if self.predicted_ms is None else f", predicted {self.predicted_ms:.1f} ms"),
         ]
         for rank, times in enumerate(self.ranks):
             per = max(1, times["calls"])

@@ -1,0 +1,131 @@
+"""What one call of a network costs, per token and per picture: read from its blocks and the shapes of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# Of a convolutional network most weights work at a quarter of the latent's resolution, on each axis.
+_UNET_SHARE = 1 / 16
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """A diffusion network.
+
+    hidden: channels of a token. heads, head_size: of its attention. blocks: how many meet in attention.
+    linear_flops: of all blocks together, for each token. once_bytes: weights that are read once a call, whatever the number
+    of tokens (modulations). weight_bytes: all weights. block_bytes: those of the largest block. tensor_bytes: weights that
+    tensor parallelism cuts. sums: outputs that tensor parallelism adds up over ranks, of all blocks. unet: whether
+    tokens are latent pixels of a convolutional network.
+    """
+
+    name: str
+    hidden: int
+    heads: int
+    head_size: int
+    blocks: int
+    linear_flops: float
+    once_bytes: float
+    weight_bytes: float
+    block_bytes: float
+    tensor_bytes: float
+    sums: int
+    unet: bool = False
+
+    @property
+    def inner(self) -> int:
+        """Channels of attention."""
+        return self.heads * self.head_size
+
+
+def transformer(
+    name: str, hidden: int, heads: int, blocks: int, *, mlp_ratio: float = 4.0, streams: int = 1, double: int = 0,
+    once: float = 0.0, rest: float = 0.0, crossing: int = 0,
+) -> NetworkCost:  # fmt: skip
+    """A transformer of usual blocks in bf16, from its sizes.
+
+    hidden: a token's channels. blocks: all of them, `double` of which have weights of their own for each of `streams`
+    streams. mlp_ratio: MLP width over hidden, two matrices. crossing: linears of hidden x hidden that a token passes in
+    cross-attention. once, rest: weights used once a call, and others that tokens do not pass.
+    """
+    per_token = (4 + 2 * mlp_ratio + crossing) * hidden**2
+    parts = double * streams + blocks - double
+    weights = per_token * parts
+    largest = (per_token + once / parts) * (streams if double else 1)
+    sums = 2 * double + (blocks - double) * (1 if double else 2 + (crossing > 0))
+    return NetworkCost(
+        name, hidden, heads, hidden // heads, blocks, 2 * per_token * blocks, 2 * once, 2 * (weights + once + rest),
+        2 * largest, 2 * weights, sums,
+    )  # fmt: skip
+
+
+def typical(hidden: int, heads: int) -> NetworkCost:
+    """A transformer of these sizes of which nothing else is known."""
+    return transformer("transformer", hidden, heads, 30)
+
+
+def of_network(network: Any) -> NetworkCost:
+    """The costs of a loaded network: from its `block_list()` and its family's splits, else from its number of weights."""
+    from comfy.families import record_of
+
+    hidden = int(getattr(network, "hidden_size", 0) or getattr(network, "model_channels", 0) or 1024)
+    heads = int(getattr(network, "num_heads", 0)) or max(1, hidden // 64)
+    parameters = dict(network.named_parameters())
+    everything = sum(p.numel() * p.element_size() for p in parameters.values())
+    kind = type(network).__name__
+    if not hasattr(network, "block_list"):
+        flops = 2 * sum(p.numel() for p in parameters.values()) * _UNET_SHARE
+        return NetworkCost(kind, hidden, heads, max(1, hidden // heads), 16, flops, 0, everything, everything / 16,
+                           everything, 32, unet=True)  # fmt: skip
+    record = record_of(network)
+    flops = once = largest = cut = sums = 0.0
+    blocks = network.block_list()
+    for block in blocks:
+        streams = max(1, len(block.arguments.tokens))
+        own = 0.0
+        for name, weight in block.module.named_parameters():
+            size = weight.numel() * weight.element_size()
+            own += size
+            if weight.ndim < 2:
+                continue
+            split = _split(record, f"{block.name}.{name.removesuffix('.weight')}")
+            if split == "whole":
+                once += size
+                continue
+            flops += 2 * weight.numel() / streams
+            cut += size
+            sums += (split == "row") / streams
+        largest = max(largest, own)
+    return NetworkCost(
+        kind, hidden, heads, hidden // heads, len(blocks), flops, once, everything, largest, cut, round(sums),
+    )  # fmt: skip
+
+
+def _split(record: Any, name: str) -> str:
+    """How a linear is cut; linears of which nothing is declared are taken for modulations if they are called so."""
+    try:
+        return record.split_of(name).kind if record is not None else ("whole" if "mod" in name else "column")
+    except KeyError:
+        return "whole" if "mod" in name else "column"
+
+
+# Published sizes of known networks: hidden, heads, blocks and MLP as in the authors' configurations (model cards and
+# config.json of the transformers), weights of modulations and embedders from their parameter counts.
+KNOWN = {
+    "flux-dev": (transformer("FLUX.1-dev", 3072, 24, 57, streams=2, double=19, once=342 * 3072**2, rest=0.07e9), 512),
+    "flux-schnell": (transformer("FLUX.1-schnell", 3072, 24, 57, streams=2, double=19, once=342 * 3072**2,
+                                 rest=0.06e9), 256),
+    "sd3-medium": (transformer("SD3-medium", 1536, 24, 24, streams=2, double=24, once=288 * 1536**2, rest=0.06e9), 333),
+    "sd3.5-large": (transformer("SD3.5-large", 2432, 38, 38, streams=2, double=38, once=456 * 2432**2, rest=0.1e9), 333),
+    "qwen-image": (transformer("Qwen-Image", 3072, 24, 60, streams=2, double=60, once=720 * 3072**2, rest=0.1e9), 256),
+    "wan-14b": (transformer("Wan2.1-14B", 5120, 40, 40, mlp_ratio=2.7, crossing=2, rest=2.4e9), 0),
+}  # fmt: skip
+"""By name: (costs, tokens of text that take part in attention)."""
+
+
+def known(name: str) -> tuple[NetworkCost, int]:
+    """A network of `KNOWN`. Raises ValueError."""
+    if name not in KNOWN:
+        raise ValueError(f"model {name!r} is not known; known: {', '.join(KNOWN)}")
+    return KNOWN[name]
