@@ -101,13 +101,15 @@ def describe(patcher: Any) -> dict[str, Any]:
     network = patcher.model.diffusion_model
     work = Workload(2, 1, 4096, getattr(network, "num_heads", 1), getattr(network, "hidden_size", 1024))
     world = current.manager.world_size
-    with_cfg = choose_plan(parallel, work, world)
-    without = choose_plan(parallel, dataclasses.replace(work, conds=1), world)
+    layout = current.engine.arranger.layout_of(patcher.model)
+    with_cfg = choose_plan(parallel, work, world, layout)
+    without = choose_plan(parallel, dataclasses.replace(work, conds=1), world, layout)
     return {
         "parallel_enabled": parallel.enabled and world > 1,
         "model_type": type(patcher.model).__name__,
         "world_size": world,
         "device": str(current.manager.device),
+        "layout": layout.describe(),
         "plan": {"cfg above 1": with_cfg.dims.describe(), "cfg 1": without.dims.describe()},
         "engine": current.config.optimization.engine,
         "configuration": current.config.source,

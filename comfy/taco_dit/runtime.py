@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from comfy.weights import loading
 from comfy_execution.lockstep import Lockstep
 
 from .core.config_manager import TacoConfig
@@ -36,6 +37,7 @@ def activate(runtime: Runtime | None) -> None:
     """Make `runtime` the process's own; None forgets it."""
     global _active
     _active = runtime
+    loading.arrange_by(None if runtime is None else runtime.engine.arranger.arrange)
 
 
 def current() -> Runtime:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from comfy.clip_model import ACTIVATIONS, LayerCollector, merge_heads, padding_bias, split_heads
+from comfy.families.base import Sizes, Split
 
 
 class T5LayerNorm(torch.nn.Module):
@@ -37,7 +38,7 @@ class T5Attention(torch.nn.Module):
 
     def __init__(self, config: dict[str, Any], has_bias: bool, dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()
-        self.heads = config["num_heads"]
+        self.heads, self.head_size = config["num_heads"], config["d_kv"]
         width, inner = config["d_model"], config["d_kv"] * config["num_heads"]
         for name, sizes in (("q", (width, inner)), ("k", (width, inner)), ("v", (width, inner)), ("o", (inner, width))):
             setattr(self, name, operations.Linear(*sizes, bias=False, dtype=dtype, device=device))
@@ -57,15 +58,19 @@ class T5Attention(torch.nn.Module):
         return torch.where(size < exact, size, far) + per_side * (distance > 0)
 
     def bias(self, length: int, device: Any, dtype: torch.dtype) -> torch.Tensor:
-        """[1, heads, L, L]."""
+        """[1, H, L, L], for those heads whose biases are here."""
         assert self.relative_attention_bias is not None
         positions = torch.arange(length, device=device)
         buckets = self._bucket(positions[None, :] - positions[:, None])
         return self.relative_attention_bias(buckets, out_dtype=dtype).permute(2, 0, 1).unsqueeze(0)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """x [B, L, C]; bias broadcasts to [B, heads, L, L]."""
-        q, k, v = (split_heads(layer(x), self.heads) for layer in (self.q, self.k, self.v))
+        """x [B, L, C]; bias broadcasts to [B, H, L, L]. H heads are as many as the linears return."""
+        q, k, v = (layer(x) for layer in (self.q, self.k, self.v))
+        heads = q.shape[-1] // self.head_size
+        if heads == 0:  # fewer heads than ranks that share them
+            return self.o(q)
+        q, k, v = (split_heads(t, heads) for t in (q, k, v))
         return self.o(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)))
 
 
@@ -167,10 +172,28 @@ class T5Stack(torch.nn.Module):
 
 
 class T5(torch.nn.Module):
-    """The encoder with its token embedding; `config_dict` as in the transformers library's T5Config."""
+    """The encoder with its token embedding; `config_dict` as in the transformers library's T5Config.
+
+    splits: how its linears are cut where ranks share them, as in a family's record; sizes: those that the splits name.
+    """
+
+    splits = {
+        "encoder.block.*.SelfAttention.[qkv]": Split("column", ("heads",), tokens=()),
+        "encoder.block.*.SelfAttention.relative_attention_bias": Split("column", ("biases",), tokens=()),
+        "encoder.block.*.SelfAttention.o": Split("row", ("heads",), tokens=()),
+        "encoder.block.*.DenseReluDense.wi*": Split("column", ("inner",), tokens=()),
+        "encoder.block.*.DenseReluDense.wo": Split("row", ("inner",), tokens=()),
+    }
+
+    def sizes(self) -> Sizes:
+        """Heads, one bias for each, and hidden channels of the feed-forward layers."""
+        config = self._config
+        heads, size = config["num_heads"], config["d_kv"]
+        return {"heads": (heads * size, size), "biases": (heads, 1), "inner": (config["d_ff"], 1)}
 
     def __init__(self, config_dict: dict[str, Any], dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()
+        self._config = config_dict
         self.num_layers = config_dict["num_layers"]
         width = config_dict["d_model"]
         self.encoder = T5Stack(config_dict, dtype, device, operations)

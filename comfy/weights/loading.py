@@ -123,6 +123,18 @@ class LoadedModel:
         return id(self)
 
 
+_arrange: Callable[[Any, bool], None] | None = None
+
+
+def arrange_by(arrange: Callable[[Any, bool], None] | None) -> None:
+    """Before networks are placed, let `arrange(patcher, whole)` say which parts of their weights this process holds.
+
+    whole: all of them, because the weights are to be saved. None: every process holds whole networks.
+    """
+    global _arrange
+    _arrange = arrange
+
+
 current_loaded_models: list[LoadedModel] = []
 """The most recently used first."""
 _memory_holders: list[Callable[[], None]] = []
@@ -215,6 +227,9 @@ def _load_models(
         for patcher in (model, *getattr(model, "model_patches_models", list)()):
             if not any(patcher is w for w in wanted):
                 wanted.append(patcher)
+    if _arrange is not None:
+        for patcher in wanted:
+            _arrange(patcher, force_patch_weights)
     entries = [_entry_for(patcher) for patcher in wanted]
     by_device: dict[torch.device, int] = {}
     for entry in entries:

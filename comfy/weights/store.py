@@ -81,7 +81,9 @@ class WeightStore(WeightTable):
         if self._resident != resident:
             self._moved()
         self._resident, self._waiting = resident, len(waiting)
-        self.loaded_bytes = sum(group.size for group in groups if group.path in resident)
+        extra = 0 if self.arrangement is None else self.arrangement.extra_bytes
+        self.loaded_bytes = extra + sum(group.size for group in groups if group.path in resident)
+        self._changed()
         self._set_stream(waiting, device)
         self.check_files()  # what was read while a file was written to cannot be trusted
 
@@ -267,6 +269,7 @@ class WeightStore(WeightTable):
             self._bring([weight])
         made = self._patched_value(weight, patches, self._pristine_value(weight, device), calculate)
         self._write(weight, weight.part(made))
+        self._changed()
         weight.patches = tuple(patches)
 
     def whole_value(self, key: str, calculate: Calculate) -> torch.Tensor:
@@ -287,6 +290,7 @@ class WeightStore(WeightTable):
     def rewrite(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """Give a weight a value for a while (hooks); returns what was there, for `rewrite` to put back."""
         weight = self.weights.get(key) or self.weight(key)
+        self._changed()
         if weight.placed is not None and weight.placed.shape == value.shape and weight.placed.dtype == value.dtype:
             before = weight.placed.detach().clone()
             self._write(weight, value)
@@ -298,6 +302,7 @@ class WeightStore(WeightTable):
     def put_back(self, key: str, before: torch.Tensor) -> None:
         """Undo `rewrite`."""
         weight = self.weights[key]
+        self._changed()
         if before is weight.source or before is weight.placed:
             comfy.utils.set_attr(self.model, key, before)
             self._moved()
@@ -336,6 +341,11 @@ class WeightStore(WeightTable):
         wanted = []
         for group in groups if wrappers else ():
             for key in group.keys:
+                if key in self._held and wrappers.get(key):
+                    raise ValueError(
+                        f"a function is to change {key} at each use, of which this process holds only a part; set "
+                        "parallel.tensor_parallel and memory.shard_weights to false for this workflow"
+                    )
                 name = f"{key.rpartition('.')[2]}_function"
                 if hasattr(group.module, name):
                     wanted += [(group.module, name, function) for function in wrappers.get(key, ())]
@@ -368,6 +378,8 @@ class WeightStore(WeightTable):
             for key in group.keys:
                 self._drop(self.weight(key))
         self._wrap([], {})
+        if self.arrangement is not None:
+            self.arrangement.release()
         self._resident, self._waiting, self._stream = set(), 0, None
         self.loaded_bytes = self.patched_at_use = 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,23 @@ PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 Wrapper = Callable[..., Any]
 
 
+class Arrangement(Protocol):
+    """How somebody arranged that a network computes with parts of its weights."""
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes on the device beside the weights held."""
+
+    def changed(self) -> None:
+        """Weights have, or may have, other values."""
+
+    def release(self) -> None:
+        """The network leaves its device."""
+
+    def undo(self) -> None:
+        """Let the network compute with whole weights again."""
+
+
 class WeightTable:
     """See the module's docstring. `always_copy` treats the CPU as a device of its own, for tests."""
 
@@ -38,6 +55,8 @@ class WeightTable:
         self.patched_at_use = 0
         self.always_copy = False
         self.loaded_from: set[weight_files.WeightFile] = set()
+        self.arrangement: Arrangement | None = None
+        self._held_bytes: int | None = None
         self._held: dict[str, Held] = {}  # of these weights only a part is wanted
         self._files: set[weight_files.WeightFile] = set()  # those that the network as it is placed depends on
         self._resident: set[str] = set()  # paths of modules whose weights are on the device
@@ -50,6 +69,7 @@ class WeightTable:
         memo[id(self)] = other
         other.model = copy.deepcopy(self.model, memo)
         other.weights = copy.deepcopy(self.weights, memo)
+        other.arrangement = copy.deepcopy(self.arrangement, memo)
         other._wrapped, other._stream = [], None
         other.loaded_from, other._files = set(), set()  # its weights are copies
         other.layout_version = next(_versions)
@@ -75,6 +95,7 @@ class WeightTable:
         known = self.weights.get(key)
         if known is None or (current is not known.source and current is not known.placed):
             known = self.weights[key] = Weight(key, current)
+            self._held_bytes = None
             self._moved()
         return known
 
@@ -96,7 +117,7 @@ class WeightTable:
                     f"{key} is stored as {type(source).__name__}, of which no part can be held; load this network whole "
                     "(parallel.tensor_parallel and memory.shard_weights: false), or use a file in bf16 or fp8"
                 )
-        self._held = dict(held)
+        self._held, self._held_bytes = dict(held), None
 
     @property
     def holds_parts(self) -> bool:
@@ -104,8 +125,10 @@ class WeightTable:
         return bool(self._held)
 
     def held_bytes(self) -> int:
-        """Bytes of weights that are wanted on the device."""
-        return sum(group.size for group in self.groups())
+        """Bytes that are wanted on the device."""
+        if self._held_bytes is None:
+            self._held_bytes = sum(group.size for group in self.groups())
+        return self._held_bytes + (0 if self.arrangement is None else self.arrangement.extra_bytes)
 
     def _note_held(self, groups: Sequence[Group]) -> None:
         """Copies of other parts than those wanted now are dropped."""
@@ -131,6 +154,10 @@ class WeightTable:
     def partly_loaded(self) -> bool:
         """Whether some modules bring their weights over at each use."""
         return self._waiting > 0
+
+    def _changed(self) -> None:
+        if self.arrangement is not None:
+            self.arrangement.changed()
 
     def _moved(self) -> None:
         """Memory moved. Versions are never used twice in a process, so that no captured graph mistakes a network."""

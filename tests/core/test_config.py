@@ -32,7 +32,8 @@ def test_explicit_values_win_and_auto_means_not_said() -> None:
         ({"parallel": {"ulysses_degree": 0}}, r"parallel.ulysses_degree is 0; allowed: auto, or a whole number"),
         ({"parallel": {"ulysses_degree": True}}, r"parallel.ulysses_degree is True"),
         ({"parallel": {"ring_degree": "2"}}, r"parallel.ring_degree is '2'; allowed: auto, or a whole number"),
-        ({"parallel": {"tensor_parallel": True}}, r"cannot do that yet; allowed: false"),
+        ({"parallel": {"tensor_parallel": 2}}, r"parallel.tensor_parallel is 2; allowed: true, false"),
+        ({"memory": {"shard_weights": "yes"}}, r"memory.shard_weights is 'yes'; allowed: auto, true, false"),
         ({"optimization": {"engine": "xdit"}}, r"optimization.engine is 'xdit'; allowed: native, xfuser"),
         ({"optimization": {"use_cuda_graph": "yes"}}, r"allowed: auto, true, false"),
         (["parallel"], r"must hold sections"),
@@ -86,6 +87,30 @@ def test_ulysses_and_ring_multiply(
     else:
         with pytest.raises(ConfigError, match=message):
             validate_for(config, 8)
+
+
+@pytest.mark.parametrize(
+    "parallel,shard,message",
+    [
+        ({"tensor_parallel": True}, None, None),
+        ({"tensor_parallel": True, "tensor_parallel_degree": 2, "ulysses_degree": 2}, None, None),
+        ({"tensor_parallel": True, "tensor_parallel_degree": 3}, None,
+         "tensor_parallel_degree is 3, which does not divide the 4 ranks; allowed: auto, 1, 2, 4"),
+        ({"tensor_parallel_degree": 2}, None, "tensor_parallel_degree is 2, but parallel.tensor_parallel is false"),
+        ({"tensor_parallel": True, "tensor_parallel_degree": 4, "ulysses_degree": 2}, None,
+         "tensor_parallel_degree 4 leaves 1 copies of a network on 4 ranks, which data degree 1 times sequence degree 2"),
+        ({"tensor_parallel": True}, True, "tensor_parallel and memory.shard_weights are both true"),
+    ],
+)  # fmt: skip
+def test_tensor_parallelism_leaves_copies_for_other_degrees(
+    parallel: dict[str, object], shard: bool | None, message: str | None
+) -> None:
+    config = parse_config({"parallel": parallel, "memory": {"shard_weights": shard}}, "taco.yaml")
+    if message is None:
+        assert validate_for(config, 4) is config
+    else:
+        with pytest.raises(ConfigError, match=message):
+            validate_for(config, 4)
 
 
 def test_files(tmp_path: Path) -> None:

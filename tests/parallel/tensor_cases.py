@@ -24,8 +24,12 @@ def cut(network, manager, degree):
         degree, members.index(manager.rank), lambda: CollectiveExchange(manager.data.group(members))
     )
     blocks = {block.name: block.module for block in network.block_list()}
-    weights.cut(network, record.split_of, record.sizes(network), blocks)
-    store = store_of(network)
+    store, inside = store_of(network), tuple(f"{name}." for name in blocks)
+
+    def split_of(name):
+        return record.split_of(name) if name.startswith(inside) else None
+
+    weights.cut(network, split_of, record.sizes(network), blocks, store)
     store.hold(weights.held())
     store.place(torch.device("cpu"), {}, comfy.lora.calculate_weight)
     weights.install()

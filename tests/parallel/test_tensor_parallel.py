@@ -7,9 +7,11 @@ import torch
 
 from comfy.ldm import dit
 
+from .arranged_cases import arranged
 from .ranks import run_ranks
 from .tensor_cases import call_for, cut
 from .test_flux_tokens import CASES, SHAPES
+from .test_made_up_family import cases, draw, load
 from .tiny import inputs, tiny_flux
 
 
@@ -36,3 +38,85 @@ def test_cut_networks_equal_whole_ones(world, degree, ulysses, ring):
     for worst in run_ranks(world, _compare, degree, ulysses, ring, shapes):
         for case, deviation in worst.items():
             assert deviation < 1e-5, f"{case}: {deviation}"
+
+
+def _made_up(manager, configs):
+    """{configuration: {case: (plan, layout, deviation from one rank)}} of whole sampling runs with the made-up family."""
+    from comfy.taco_dit import runtime
+    from comfy.taco_dit.core.config_manager import parse_config, validate_for
+    from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
+    from comfy.taco_dit.core.lockstep import RankLockstep
+
+    serial = {name: draw(patcher, **arguments) for name, (patcher, arguments) in cases(load()).items()}
+    found, lockstep = {}, RankLockstep(manager)
+    for key, content in configs.items():
+        config = validate_for(parse_config(content, key), manager.world_size)
+        engine = TACODiTExecutionEngine(config, manager, lockstep)
+        runtime.activate(runtime.Runtime(config, manager, lockstep, engine))
+        lockstep.begin(key)
+        patcher, out = load(), {}
+        for name, (each, arguments) in cases(patcher).items():
+            parallel = draw(each, **arguments)
+            deviation = ((parallel - serial[name]).abs().max() / serial[name].abs().max()).item()
+            out[name] = engine.last_run.plan, engine.last_run.layout, deviation
+        found[key] = out, patcher.loaded_size(), patcher.weight_store.partly_loaded
+        lockstep.end()
+    return found
+
+
+TENSOR = {"parallel": {"tensor_parallel": True}}
+HALF = {"parallel": {"tensor_parallel": True, "tensor_parallel_degree": 2}}
+SHARDED = {"memory": {"shard_weights": True}}
+RING = {"memory": {"shard_weights": True}, "parallel": {"ring_degree": 2, "cfg_parallel": False}}
+
+
+@pytest.mark.parametrize(
+    "world,configs,plans",
+    [
+        (2, {"tensor": TENSOR, "sharded": SHARDED, "ring": RING}, {
+            "tensor": ("one rank", "one rank", "tensor 2"), "sharded": ("ulysses 2", "cfg 2", "sharded"),
+            "ring": ("ring 2", "ring 2", "sharded")}),
+        (3, {"tensor": TENSOR, "sharded": SHARDED}, {
+            "tensor": ("one rank", "one rank", "tensor 3"), "sharded": ("ulysses 3", "ulysses 3", "sharded")}),
+        (4, {"half": HALF}, {"half": ("ulysses 2", "cfg 2", "tensor 2")}),
+    ],
+)  # fmt: skip
+def test_sampling_with_parts_of_weights_equals_one_rank(world, configs, plans):
+    for found in run_ranks(world, _made_up, configs, timeout=40):
+        for key, (one_row, two_rows, layout) in plans.items():
+            out, _, _ = found[key]
+            assert all(deviation < 1e-5 for _, _, deviation in out.values()), (key, out)
+            assert {where for _, where, _ in out.values()} == {layout}
+            assert (out["one picture"][0], out["guidance and mask"][0]) == (one_row, two_rows)
+
+
+def test_weights_that_change_while_they_are_cut_or_sharded():
+    """Adapters, hooks, fp8 with scales, areas, layers that foreign code calls, saving: as with whole weights."""
+    names = ["weights_change", "scaled_fp8", "unequal_rows", "replaced_layers"]
+    for found in run_ranks(3, arranged, {"tensor": TENSOR, "sharded": SHARDED}, names, timeout=60):
+        for key, out in found.items():
+            assert all(value < 1e-5 for value in out["weights_change"].values()), (key, out["weights_change"])
+            assert out["scaled_fp8"] < 1e-5 and out["unequal_rows"] < 1e-5, (key, out)
+            layer, wrapper, saved = out["replaced_layers"]
+            assert "a function is to change diffusion_model.single_blocks.0.linear1.weight at each use" in wrapper
+            assert saved, "files get whole weights"
+            assert "img_attn.qkv of Model were replaced by a custom node" in layer and out["status"] in layer
+        assert [out["status"] for out in found.values()] == ["tensor 3", "sharded"]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_bytes_held(world):
+    """At most 1/N of the blocks' weights and a tenth of them, buffers included."""
+    for found in run_ranks(world, arranged, {"tensor": TENSOR, "sharded": SHARDED}, ["bytes_held"]):
+        for key, out in found.items():
+            held, whole = out["bytes_held"]
+            assert held <= whole / world + whole / 10, (key, held / whole)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_text_encoders_share_their_linears(world):
+    for found in run_ranks(world, arranged, {"tensor": TENSOR, "sharded": SHARDED}, ["text_encoder"]):
+        deviation, held, whole = found["tensor"]["text_encoder"]
+        assert deviation < 1e-5 and held <= whole / world + whole / 10
+        deviation, held, whole = found["sharded"]["text_encoder"]
+        assert deviation == 0 and held == whole

@@ -21,7 +21,7 @@ def tiny_flux(seed: int = 0, **changes: object) -> Flux:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith(".scale"):
             value = 1 + 0.1 * noise
-        elif parameter.ndim == 1:
+        elif parameter.ndim < 2:
             value = 0.02 * noise
         else:
             value = noise / parameter.shape[1] ** 0.5

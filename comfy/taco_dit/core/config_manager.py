@@ -52,10 +52,14 @@ class OptimizationConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """`memory:` - what may leave the GPU, and where it waits then: in host memory, the only place there is."""
+    """`memory:` - what may leave the GPU, and where it waits then: in host memory, the only place there is.
+
+    shard_weights: each rank keeps a part of a network's blocks; auto: when the network does not fit one GPU.
+    """
 
     enable_offload: bool = True
     offload_device: str = "cpu"
+    shard_weights: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,6 @@ _CHOICES = {
 _NOT_YET: dict[str, Any] = {
     "parallel.pipeline_parallel": False,
     "parallel.pipeline_parallel_degree": 1,
-    "parallel.tensor_parallel": False,
-    "parallel.tensor_parallel_degree": 1,
     "optimization.use_cache": False,
 }
 
@@ -190,6 +192,39 @@ def sequence_degree(parallel: ParallelConfig) -> int | None:
     return (ulysses or 1) * (ring or 1)
 
 
+def tensor_degree(parallel: ParallelConfig, ranks: int) -> int:
+    """How many ranks share the linears of one copy of a network; auto: all that fixed degrees leave of `ranks`."""
+    if not parallel.enabled or not parallel.tensor_parallel:
+        return 1
+    if parallel.tensor_parallel_degree is not None:
+        return parallel.tensor_parallel_degree
+    fixed = (sequence_degree(parallel) or 1) * (parallel.data_parallel_degree or 1)
+    return max(1, ranks // fixed)
+
+
+def _validate_tensor(config: TacoConfig, world_size: int) -> int:
+    """The number of copies of a network that tensor parallelism leaves. Raises ConfigError."""
+    parallel, source = config.parallel, config.source
+    degree = parallel.tensor_parallel_degree or 1
+    if degree > 1 and not parallel.tensor_parallel:
+        raise ConfigError(
+            f"{source}: parallel.tensor_parallel_degree is {degree}, but parallel.tensor_parallel is false; "
+            "allowed: auto, 1, or parallel.tensor_parallel: true"
+        )
+    if world_size % degree:
+        allowed = ", ".join(map(str, divisors(world_size)))
+        raise ConfigError(
+            f"{source}: parallel.tensor_parallel_degree is {degree}, which does not divide the {world_size} ranks; "
+            f"allowed: auto, {allowed}"
+        )
+    if parallel.tensor_parallel and config.memory.shard_weights:
+        raise ConfigError(
+            f"{source}: parallel.tensor_parallel and memory.shard_weights are both true; each deals the same weights over "
+            "the ranks: set one of them to false"
+        )
+    return world_size // degree
+
+
 def _validate_sequence(config: TacoConfig) -> None:
     """Check the degrees of tokens against each other. Raises ConfigError."""
     parallel, source = config.parallel, config.source
@@ -215,6 +250,7 @@ def _validate_sequence(config: TacoConfig) -> None:
 def validate_for(config: TacoConfig, world_size: int) -> TacoConfig:
     """Check fixed degrees against the number of ranks. Raises ConfigError."""
     parallel = config.parallel
+    copies = _validate_tensor(config, world_size)
     allowed = ", ".join(str(d) for d in divisors(world_size))
     fixed = {
         "sequence_parallel_degree": parallel.sequence_parallel_degree,
@@ -240,5 +276,11 @@ def validate_for(config: TacoConfig, world_size: int) -> TacoConfig:
         raise ConfigError(
             f"{config.source}: parallel.data_parallel_degree {data} times sequence degree {degree} is "
             f"{degree * data}, which does not divide the {world_size} ranks; set one of them to auto"
+        )
+    if copies % (degree * data):
+        raise ConfigError(
+            f"{config.source}: parallel.tensor_parallel_degree {world_size // copies} leaves {copies} copies of a network on "
+            f"{world_size} ranks, which data degree {data} times sequence degree {degree} does not divide; set one of them "
+            "to auto"
         )
     return config

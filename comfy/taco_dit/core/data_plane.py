@@ -239,14 +239,15 @@ class DataPlane:
         self.world_size = world_size
         self.device = device
         self.generation = 0
-        self._groups: dict[tuple[str, tuple[int, ...]], Group] = {}
+        self._groups: dict[tuple[str, tuple[int, ...], str], Group] = {}
         self._lock = threading.RLock()
         self._aborted = False
         self._releases: list[Callable[[], None]] = []
 
-    def group(self, ranks: Sequence[int], device_type: str | None = None) -> Group:
+    def group(self, ranks: Sequence[int], device_type: str | None = None, purpose: str = "") -> Group:
         """The group of `ranks` for tensors on `device_type` (this rank's device by default); made on first use.
 
+        Groups of the same ranks for different purposes may be used at the same time.
         Only the ranks named need to call. Raises ConnectionAbortedError when the prompt is abandoned meanwhile.
         """
         members = tuple(ranks)
@@ -254,17 +255,17 @@ class DataPlane:
         with self._lock:
             if self._aborted:
                 raise ConnectionAbortedError(ABANDONED)
-            if (kind, members) in self._groups:
-                return self._groups[kind, members]
-        made = self._make(kind, members)  # without the lock: NCCL waits for peers
+            if (kind, members, purpose) in self._groups:
+                return self._groups[kind, members, purpose]
+        made = self._make(kind, members, purpose)  # without the lock: NCCL waits for peers
         with self._lock:
             if not self._aborted:
-                return self._groups.setdefault((kind, members), made)
+                return self._groups.setdefault((kind, members, purpose), made)
         made.abort()
         raise ConnectionAbortedError(ABANDONED)
 
-    def _make(self, kind: str, members: tuple[int, ...]) -> Group:
-        name = f"generation/{self.generation}/{kind}/{'-'.join(map(str, members))}/"
+    def _make(self, kind: str, members: tuple[int, ...], purpose: str) -> Group:
+        name = f"generation/{self.generation}/{kind}{purpose}/{'-'.join(map(str, members))}/"
         if kind != "cuda":
             return SocketGroup(self._control.open_pair, name, members, self.rank)
         generation = self.generation

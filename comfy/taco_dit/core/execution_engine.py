@@ -25,12 +25,14 @@ from comfy.taco_dit.fast.captured_calls import CapturedCalls
 from comfy.taco_dit.parallel.exchange import CollectiveExchange
 from comfy.taco_dit.parallel.ring_parallel import native_plan
 from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
+from comfy.taco_dit.parallel.tensor_parallel import TensorPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
 from comfy_execution.lockstep import Lockstep, is_alone
 
+from .arrangement import Arranger
 from .config_manager import ConfigError, OptimizationConfig, ParallelConfig, TacoConfig
 from .distributed_manager import TACODiTDistributedManager
-from .layout import Layout, layout_of
+from .layout import Layout, Placement
 from .plan import ParallelDims, Plan, Workload, choose_plan
 from .rows import can_cut, collect_rows, foreign_parts, replaced_parts, rows_of
 
@@ -45,12 +47,14 @@ class TACODiTExecutionEngine:
             raise ConfigError("optimization.engine is 'xfuser', which needs NVIDIA GPUs; allowed here: native")
         self.lockstep = lockstep
         self.clock = Clock(manager.device)
+        self.arranger = Arranger(config, manager, lockstep, self.clock)
         self.last_run: RunStatistics | None = None
         self._unsaid: RunStatistics | None = None
         self.total_calls = 0
         self._plan: Plan | None = None
         self._started = 0.0
-        self._token_plans: dict[Any, UlyssesPlan] = {}
+        self._layout: tuple[Layout, str] = (Layout(), "")
+        self._token_plans: dict[Any, UlyssesPlan | TensorPlan] = {}
         self._warned: set[str] = set()
         self.runner = CapturedCalls(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
         comfy.model_management.add_memory_holder(self.runner.release_memory)
@@ -92,17 +96,22 @@ class TACODiTExecutionEngine:
             if self.lockstep.is_first:
                 logging.warning("TACO-DiT: %s", text)
 
-    def token_plan(self, dims: ParallelDims, layout: Layout = Layout()) -> UlyssesPlan | None:  # noqa: B008
-        """The token plan of this rank's token group, or None when tokens are not split."""
+    def token_plan(self, dims: ParallelDims, layout: Layout = Layout()) -> UlyssesPlan | TensorPlan | None:  # noqa: B008
+        """The token plan of this rank, or None when tokens are not split."""
         data = self.manager.data
-        if dims.sequence_degree == 1 or data is None:
+        if dims.sequence_degree * layout.tensor_degree == 1 or data is None:
             return None
         key = (data.generation, dims, layout)
         if key not in self._token_plans:
             if any(generation != data.generation for generation, _, _ in self._token_plans):
                 self._token_plans = {}
                 self.runner.forget()  # captured exchanges belong to groups that are gone
-            self._token_plans[key] = self._new_plan(dims, layout)
+            inside = None if dims.sequence_degree == 1 else self._new_plan(dims, layout)
+            if layout.tensor_degree > 1:
+                among = data.group(layout.tensor_group(self.manager.rank))
+                self._token_plans[key] = TensorPlan(inside, UlyssesPlan(CollectiveExchange(among, self.clock)))
+            elif inside is not None:
+                self._token_plans[key] = inside
         return self._token_plans[key]
 
     def _copies_group(self, layout: Layout, copies: Sequence[int]) -> Any:
@@ -141,12 +150,21 @@ class TACODiTExecutionEngine:
         gate()
         self.total_calls += 1
         parallel = parallel or self.config.parallel
-        layout = layout_of(model)
+        layout = self.arranger.layout_of(model)
+        if self._plan is None:  # the first call of a run
+            self.arranger.check(model)
+            self._layout = layout, self.arranger.reason_of(model)
         if self.manager.world_size == 1 or not parallel.enabled or is_alone():
             with self.clock.call():
                 return self._run(model, batches, model_options, None, layout)
         work = self.workload(model, batches, model_options)
+        if layout.tensor_degree > 1:  # each copy's ranks have some of the heads
+            work = dataclasses.replace(work, heads=max(1, work.heads // layout.tensor_degree))
         plan = choose_plan(parallel, work, self.manager.world_size, layout)
+        if layout.placement is Placement.SHARDED and not _equal_calls(batches, plan.dims):
+            # All ranks gather each block together, so all must run the network equally often.
+            work = dataclasses.replace(work, rows_split=False)
+            plan = choose_plan(parallel, work, self.manager.world_size, layout)
         self._plan = plan
         with self.clock.call():
             return self._evaluate_rows(model, batches, model_options, plan.dims, layout)
@@ -175,7 +193,7 @@ class TACODiTExecutionEngine:
         model: Any,
         batches: list[DenoiserBatch],
         model_options: dict[str, Any],
-        token_plan: UlyssesPlan | None,
+        token_plan: UlyssesPlan | TensorPlan | None,
         layout: Layout,
     ) -> list[torch.Tensor]:
         """Runs this rank's batches, with the denoiser call in their `transformer_options`."""
@@ -189,7 +207,7 @@ class TACODiTExecutionEngine:
             return group.all_gather(flat, counts)
 
     @contextlib.contextmanager
-    def _fast(self, model: Any, token_plan: UlyssesPlan | None) -> Iterator[None]:
+    def _fast(self, model: Any, token_plan: UlyssesPlan | TensorPlan | None) -> Iterator[None]:
         """Inside, the model calls its network compiled and captured, if the configuration asks for it."""
         if not self.runner.wanted or replaced_parts(model.diffusion_model):
             yield
@@ -216,6 +234,7 @@ class TACODiTExecutionEngine:
         plan = self._plan or Plan(ParallelDims(), "")
         self.last_run = RunStatistics(
             plan=plan.dims.describe(),
+            layout=self._layout[0].describe(),
             reason=plan.reason,
             world_size=self.manager.world_size,
             calls=int(ranks[0]["calls"]),
@@ -228,7 +247,8 @@ class TACODiTExecutionEngine:
     def summary(self) -> str:
         """What the console says of the prompt that ended: its sampling, if there was any, and where its time went."""
         run, self._unsaid = self._unsaid, None
-        parts = [f"{run.calls} steps of {run.mean_call_ms:.1f} ms, {run.plan}"] if run is not None else []
+        where = [] if run is None else [run.plan, *([] if run.layout == "whole" else [f"weights {run.layout}"])]
+        parts = [f"{run.calls} steps of {run.mean_call_ms:.1f} ms, {', '.join(where)}"] if run is not None else []
         parts += filter(None, [accounting.current().text()])
         return "; ".join(["", *parts])
 
@@ -238,6 +258,8 @@ class TACODiTExecutionEngine:
             "engine": self.config.optimization.engine,
             **self.runner.status(),
             "config": dataclasses.asdict(self.config),
+            "layout": self._layout[0].describe(),
+            "layout_reason": self._layout[1],
             "active_plan": None if self._plan is None else self._plan.dims.describe(),
             "reason": None if self._plan is None else self._plan.reason,
             "workload": None if self._plan is None or self._plan.work is None else dataclasses.asdict(self._plan.work),
@@ -245,6 +267,12 @@ class TACODiTExecutionEngine:
             "total_calls": self.total_calls,
             "last_run": None if self.last_run is None else self.last_run.as_dict(),
         }
+
+
+def _equal_calls(batches: Sequence[DenoiserBatch], dims: ParallelDims) -> bool:
+    """Whether all row groups call the network equally often."""
+    groups = [(cfg, data) for cfg in range(dims.cfg_degree) for data in range(dims.data_degree)]
+    return len({len(rows_of(list(batches), dims, cfg, data)) for cfg, data in groups}) == 1
 
 
 def _fast_ways(optimization: OptimizationConfig, device: torch.device) -> tuple[bool, bool]:

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .config_manager import TacoConfig, tensor_degree
+
 
 class Placement(enum.Enum):
     """Where each rank keeps its part of the weights."""
@@ -104,13 +106,60 @@ class Layout:
         return tuple(self.rank_of(copy, stage, tensor) for stage in range(self.stages))
 
     def describe(self) -> str:
-        """`whole`; `sharded x tensor 2 x pipeline 3`."""
-        parts = [self.placement.value]
+        """`whole`; `tensor 2`; `sharded x tensor 2 x pipeline 3`."""
+        parts = [self.placement.value] if self.placement is not Placement.WHOLE or self.ranks == 1 else []
         if self.tensor_degree > 1:
             parts.append(f"tensor {self.tensor_degree}")
         if len(self.pipeline_stages) > 1:
             parts.append(f"pipeline {len(self.pipeline_stages)}")
         return " x ".join(parts)
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What the choice of a layout depends on. Sizes in bytes of whole weights.
+
+    block_bytes: of each block of a diffusion transformer, none for other networks. cuttable: whether all linears of its
+    blocks are declared, and blocks run with some of their heads. packed: the name of a tensor class that keeps weights in
+    a format of its own, of which no parts can be held.
+    """
+
+    name: str
+    total_bytes: int
+    block_bytes: tuple[int, ...] = ()
+    cuttable: bool = False
+    packed: str | None = None
+
+
+def choose_layout(config: TacoConfig, network: NetworkFacts, memory: int | None, ranks: int) -> tuple[Layout, str]:
+    """(layout, reason) of a network on `ranks` ranks; an empty reason where nothing was to be chosen.
+
+    memory: bytes that the smallest device has for weights, None where they need no room. What is configured is chosen;
+    else weights are sharded when they do not fit one device but, dealt over the ranks, all devices.
+    """
+    parallel, shard = config.parallel, config.memory.shard_weights
+    degree = tensor_degree(parallel, ranks)
+    if network.packed is not None and (degree > 1 or shard):
+        return Layout(), f"its weights are stored as {network.packed}, of which no parts can be held, so it stays whole"
+    if degree > 1:
+        if network.cuttable:
+            return Layout(tensor_degree=degree), "parallel.tensor_parallel is true"
+        return Layout(), "its linears are not declared for tensor parallelism, so it stays whole on every rank"
+    if shard is False or ranks == 1 or not network.block_bytes or network.packed is not None:
+        return Layout(), ""
+    if shard:
+        return Layout(Placement.SHARDED), "memory.shard_weights is true"
+    if memory is None or network.total_bytes <= memory:
+        return Layout(), ""
+    blocks, buffers = sum(network.block_bytes), 2 * max(network.block_bytes)
+    needed = network.total_bytes - blocks + -(-blocks // ranks) + buffers
+    sizes = f"{network.total_bytes / 2**30:.1f} GiB of weights do not fit {memory / 2**30:.1f} GiB"
+    if needed > memory:
+        return (
+            Layout(),
+            f"{sizes}, and {needed / 2**30:.1f} GiB of each of {ranks} ranks do not either: they are streamed",
+        )
+    return Layout(Placement.SHARDED), f"{sizes}, {needed / 2**30:.1f} GiB of each of {ranks} ranks do"
 
 
 def layout_of(model: Any) -> Layout:

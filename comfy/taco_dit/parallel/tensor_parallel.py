@@ -25,9 +25,11 @@ from comfy.ldm.dit_state import Compute, DiTState, Meeting
 from comfy.ldm.modules.attention import AttentionSpec, LocalMeeting
 from comfy.taco_dit.core.plan import share
 from comfy.weights.held import Held
+from comfy.weights.store import WeightStore
 
 from .exchange import CollectiveExchange, Range
 from .sequence_parallel import UlyssesPlan
+from .sharded_weights import module_at
 
 
 class TensorPlan:
@@ -153,9 +155,10 @@ class LinearPart:
     It is the module's `forward` while it is installed. See `comfy.ldm.modules.linear_cut.LinearCut`.
     """
 
-    def __init__(self, name: str, module: nn.Module, split: Split, sizes: Sizes, weights: TensorWeights) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, shape: Sequence[int], split: Split, sizes: Sizes, weights: TensorWeights
+    ) -> None:
         self.name, self.module, self.split, self._weights = name, module, split, weights
-        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         self.axis = 1 if (split.kind == "row") != isinstance(module, nn.Embedding) else 0
         ranks = range(weights.size)
         if split.parts:
@@ -176,15 +179,15 @@ class LinearPart:
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
-    def held(self) -> dict[str, Held]:
-        """What this rank holds of the module's weights, by name within it: those with the axis that is cut."""
+    def held(self, store: WeightStore) -> dict[str, Held]:
+        """What this rank holds of the module's weights, by key: parts of those with the axis that is cut."""
         mine = tuple(self._ranges[self._weights.index])
         out = {}
-        for name, value in (*self.module.named_parameters(recurse=False), *self.module.named_buffers(recurse=False)):
-            axis = self.axis if name == "weight" else 0
-            fits = value.ndim > axis and value.shape[axis] == self._shape[self.axis]
-            if name == "weight" or (self.split.kind != "row" and fits):
-                out[name] = Held(mine, axis)
+        for name, _ in (*self.module.named_parameters(recurse=False), *self.module.named_buffers(recurse=False)):
+            shape = store.source(f"{self.name}.{name}").shape
+            by_output = self.split.kind != "row" and len(shape) > 0 and shape[0] == self._shape[self.axis]
+            if name == "weight" or by_output:  # biases, and scales of rows in quantised formats
+                out[f"{self.name}.{name}"] = Held(mine, self.axis if name == "weight" else 0)
         return out
 
     # --- computing -------------------------------------------------------------------------------------------------
@@ -306,32 +309,34 @@ class TensorWeights:
     ) -> None:
         self.size, self.index, self.exchange, self.own_tokens = size, index, exchange, own_tokens
         self.parts: dict[str, LinearPart] = {}
+        self._held: list[tuple[WeightStore, LinearPart]] = []
         self._blocks: list[nn.Module] = []
 
     def cut(
         self,
         root: nn.Module,
-        split_of: Callable[[str], Split],
+        split_of: Callable[[str], Split | None],
         sizes: Sizes,
         blocks: Mapping[str, nn.Module],
+        store: WeightStore,
         prefix: str = "",
     ) -> None:
-        """Plan the cuts of all linears within `blocks` of a network `root`, whose name in the model is `prefix`.
+        """Plan the cuts of the linears of a network `root`, whose weights begin with `prefix` in the store's model.
 
-        Raises KeyError for a linear that is not declared, ValueError for one whose sizes are not those declared.
+        split_of: by a linear's name in the network, None for linears that stay whole. blocks: those that run on shards.
+        Raises ValueError for a linear whose sizes are not those declared.
         """
-        inside = tuple(f"{name}." for name in blocks)
         for name, module in root.named_modules():
-            if not name.startswith(inside) or not isinstance(module, (nn.Linear, nn.Embedding)):
-                continue
-            split = split_of(name)
-            if split.kind != "whole":
-                self.parts[prefix + name] = LinearPart(prefix + name, module, split, sizes, self)
+            split = split_of(name) if isinstance(module, (nn.Linear, nn.Embedding)) else None
+            if split is not None and split.kind != "whole":
+                shape = store.source(f"{prefix}{name}.weight").shape
+                part = self.parts[prefix + name] = LinearPart(prefix + name, module, shape, split, sizes, self)
+                self._held.append((store, part))
         self._blocks += blocks.values()
 
     def held(self) -> dict[str, Held]:
         """What this rank holds, by key of the model's weights; of all others the whole."""
-        return {f"{path}.{name}": held for path, part in self.parts.items() for name, held in part.held().items()}
+        return {key: held for store, part in self._held for key, held in part.held(store).items()}
 
     def install(self) -> None:
         """Let the linears compute with their parts; the store must hold these parts from now on."""
@@ -351,10 +356,8 @@ class TensorWeights:
         """Names of cut linears in whose place somebody has put another module or another `forward`."""
         out = []
         for name, part in self.parts.items():
-            owner: Any = model
-            for step in name.split("."):
-                owner = getattr(owner, step, None)
-            if owner is not part.module or vars(owner).get("forward") is not part:
+            found = module_at(model, name)
+            if found is not part.module or vars(found).get("forward") is not part:
                 out.append(name)
         return out
 

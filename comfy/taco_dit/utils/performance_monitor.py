@@ -102,6 +102,7 @@ class RunStatistics:
     """One sampling run, as rank 0 saw it after asking all ranks."""
 
     plan: str = "one rank"
+    layout: str = "whole"
     reason: str = ""
     world_size: int = 1
     calls: int = 0
@@ -121,6 +122,7 @@ class RunStatistics:
         """A few lines for people."""
         lines = [
             f"plan: {self.plan}" + (f" ({self.reason})" if self.reason else ""),
+            f"weights: {self.layout}",
             f"parallel executions: {self.calls} in {self.seconds:.2f} s, mean {self.mean_call_ms:.1f} ms",
         ]
         for rank, times in enumerate(self.ranks):
