@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from comfy.ldm import dit
-from comfy.taco_dit.core.layout import Layout
+from comfy.taco_dit.core.layout import Layout, stages_by_cost
 from comfy.taco_dit.core.plan import ParallelDims
 from comfy.taco_dit.parallel.patch_plan import StaleKeys
-from comfy.taco_dit.parallel.pipeline_parallel import Links, StagePipeline, stages_by_cost
+from comfy.taco_dit.parallel.pipeline_parallel import Links, StagePipeline
 from comfy.taco_dit.parallel.ring_parallel import native_plan
 
 from .tiny import inputs, tiny_flux
@@ -89,7 +89,7 @@ def stale(manager, stages, ulysses, patches):
                 found.append(deviation(one, run(mine, call, batch=2, x=x)))
         out[warm_up] = found, keys.stale_calls
     keys.begin_run()
-    for step in range(4):  # inputs that stay as they are: stale keys are right
+    for _ in range(4):  # inputs that stay as they are: stale keys are right
         keys.begin_call(0.5)
         with torch.inference_mode():
             unchanged = deviation(run(whole, dit.DenoiserCall()), run(mine, call))

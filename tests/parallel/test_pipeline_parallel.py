@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from comfy.taco_dit.parallel.pipeline_parallel import stages_by_cost
+from comfy.taco_dit.core.layout import stages_by_cost
 
 from .pipeline_cases import exact, stale
 from .ranks import run_ranks

@@ -189,7 +189,7 @@ class StaleKeys:
     """Keys and values of the network calls of one sampling run, and which calls are computed exactly.
 
     patches: into how many parts tokens are cut, at least the number of stages. warm_up: exact calls at the beginning of a
-    run, at least one. stale_calls: network calls of this run that were not computed exactly.
+    run, at least one. stale_calls: denoiser calls of this run that were not computed exactly.
     """
 
     def __init__(self, patches: int, warm_up: int) -> None:
@@ -200,7 +200,7 @@ class StaleKeys:
         """A new sampling run: nothing is remembered."""
         self._memories: dict[int, Memory] = {}
         self._since, self._before = 0, float("inf")
-        self._exact, self._ordinal = True, 0
+        self._exact, self._ordinal, self._counted = True, 0, False
         self.stale_calls = 0
 
     def begin_call(self, sigma: float, exact: bool = False) -> None:
@@ -210,7 +210,7 @@ class StaleKeys:
         """
         self._since = 1 if sigma > self._before * 1.001 else self._since + 1
         self._before = sigma
-        self._exact, self._ordinal = exact or self._since <= self.warm_up, 0
+        self._exact, self._ordinal, self._counted = exact or self._since <= self.warm_up, 0, False
 
     def plans(self, state: DiTState, call: DenoiserCall) -> list[PatchPlan] | None:
         """The patches of a denoiser call's next network call; one plan for all tokens where they are computed exactly.
@@ -228,5 +228,6 @@ class StaleKeys:
         self._ordinal += 1
         if exact:
             return [PatchPlan(within, memory, self.patches, None)]
-        self.stale_calls += 1
+        self.stale_calls += not self._counted
+        self._counted = True
         return [PatchPlan(within, memory, self.patches, patch) for patch in range(self.patches)]

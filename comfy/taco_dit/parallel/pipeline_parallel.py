@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,38 +24,16 @@ import torch
 
 from comfy.ldm.dit import Block
 from comfy.ldm.dit_state import DenoiserCall, DiTState, TokenAxis
+from comfy.taco_dit.core.config_manager import ParallelConfig
 from comfy.taco_dit.core.data_plane import Group, Pending
+from comfy.taco_dit.core.layout import Layout
 from comfy.taco_dit.core.plan import share
+from comfy.taco_dit.core.rows import has_foreign_code
 
 from .patch_plan import PatchPlan, StaleKeys
 
-Run = Callable[[DiTState, DenoiserCall, Sequence[Block]], DiTState]
-
-
-def stages_by_cost(costs: Sequence[float], count: int) -> tuple[tuple[int, int], ...]:
-    """[start, stop) of the blocks of each of `count` stages, such that the most expensive stage costs least.
-
-    costs: of each block, in order. Raises ValueError when there are more stages than blocks.
-    """
-    if not 1 <= count <= len(costs):
-        raise ValueError(f"{len(costs)} blocks cannot be cut into {count} pipeline stages; use 1 to {len(costs)}")
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost)
-
-    @functools.cache
-    def best(start: int, left: int) -> tuple[float, tuple[int, ...]]:
-        """(cost of the most expensive stage, where stages end) for the blocks from `start` on in `left` stages."""
-        if left == 1:
-            return total[-1] - total[start], (len(costs),)
-        found = []
-        for stop in range(start + 1, len(costs) - left + 2):
-            rest, stops = best(stop, left - 1)
-            found.append((max(total[stop] - total[start], rest), (stop, *stops)))
-        return min(found, key=lambda choice: choice[0])
-
-    stops = best(0, count)[1]
-    return tuple(zip((0, *stops[:-1]), stops))
+Run = Callable[..., DiTState]
+"""`run(state, call, blocks=blocks)`: the state after some blocks on this rank."""
 
 
 class Links:
@@ -158,7 +137,7 @@ class StagePipeline:
         self._rows_independent, self._stale = rows_independent, stale
 
     def run(self, blocks: Sequence[Block], state: DiTState, call: DenoiserCall, run: Run) -> DiTState:
-        """The state after all blocks, on every rank; `run(state, call, blocks)` runs some of them on this one.
+        """The state after all blocks, on every rank; `run` runs some of them on this one.
 
         Raises ValueError when the blocks are not those that were cut into stages, and when tokens would have to be kept
         for blocks of another stage.
@@ -239,3 +218,60 @@ def _joined(state: DiTState, done: Sequence[DiTState], by_tokens: bool) -> DiTSt
     return state.replace(
         streams={name: torch.cat([item.streams[name] for item in done], dim=axis) for name in state.streams}
     )
+
+
+class Pipelines:
+    """The pipelines of a process: what the engine needs for networks in stages."""
+
+    def __init__(self, config: ParallelConfig, manager: Any) -> None:
+        self._config, self._manager = config, manager
+        self._links: dict[tuple[int, Layout], Links] = {}
+        self._stale: weakref.WeakKeyDictionary[Any, StaleKeys] = weakref.WeakKeyDictionary()
+        self._calls = 0
+
+    def begin_run(self) -> None:
+        """Before sampling: keys and values of the last run are of another picture."""
+        self._stale.clear()
+        self._calls = 0
+
+    def of(
+        self, model: Any, layout: Layout, batches: Sequence[Any], options: dict[str, Any], rows_independent: bool
+    ) -> StagePipeline | None:
+        """The pipeline of a denoiser call of a model; None when its layout has one stage."""
+        if layout.stages == 1:
+            return None
+        stale = self._stale_keys(model, layout) if self._config.pipefusion else None
+        if stale is not None:
+            sigma = max(float(batch.sigma.max()) for batch in batches)
+            stale.begin_call(sigma, has_foreign_code(model.diffusion_model, batches, options))
+            self._calls += 1
+        return StagePipeline(self._links_of(layout), layout.pipeline_stages, rows_independent, stale)
+
+    def _stale_keys(self, model: Any, layout: Layout) -> StaleKeys:
+        if model not in self._stale:
+            patches = self._config.pipefusion_patches or 4 * layout.stages
+            self._stale[model] = StaleKeys(patches, self._config.pipefusion_warmup_steps)
+        return self._stale[model]
+
+    def _links_of(self, layout: Layout) -> Links:
+        data, rank = self._manager.data, self._manager.rank
+        key = (data.generation, layout)
+        if key not in self._links:
+            self._links = {known: links for known, links in self._links.items() if known[0] == data.generation}
+            self._links[key] = Links(functools.partial(data.group, purpose="stages"), layout.stage_group(rank), rank)
+        return self._links[key]
+
+    def status(self) -> dict[str, int] | None:
+        """How the calls of this run or the last were computed under PipeFusion; None: exactly, without it."""
+        if not self._config.pipefusion or not self._calls:
+            return None
+        return {"calls": self._calls, "stale_calls": sum(keys.stale_calls for keys in self._stale.values())}
+
+    def summary(self) -> str:
+        """For the console: that a run was not exact, and how much of it."""
+        found = self.status()
+        if found is None:
+            return ""
+        return (
+            f"PipeFusion (lossy): {found['stale_calls']} of {found['calls']} calls attended to keys of the call before"
+        )
