@@ -141,7 +141,10 @@ def bytes_held(engine, depth=12, singles=24):
     evaluated(patcher.model, engine)
     weights = patcher.weight_store.arrangement.weights
     buffers = sum(buffer.nbytes for buffer in getattr(weights, "_buffers", []))
-    held = buffers + sum(p.nbytes for block in blocks for p in block.parameters())
+    absent = {key for key, weight in patcher.weight_store.weights.items() if weight.absent}
+    held = buffers + sum(
+        p.nbytes for key, p in patcher.model.named_parameters() if "_blocks." in key and key not in absent
+    )
     assert patcher.loaded_size() == patcher.model_size() == held + total - whole
     patcher.detach()
     assert not getattr(weights, "_buffers", []) and patcher.loaded_size() == 0

@@ -20,6 +20,11 @@ def test_stages_cost_alike(costs, count, stages):
     assert stages_by_cost(costs, count) == stages
 
 
+def test_stages_have_alike_sizes_first():
+    assert stages_by_cost([1] * 6, 2, [20, 20, 20, 10, 10, 10]) == ((0, 2), (2, 6))
+    assert stages_by_cost([1] * 3, 2, [80, 10, 10]) == ((0, 1), (1, 3)), "as near as possible"
+
+
 def test_more_stages_than_blocks_are_an_error():
     with pytest.raises(ValueError, match="3 blocks cannot be cut into 4 pipeline stages; use 1 to 3"):
         stages_by_cost([1, 1, 1], 4)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -134,26 +135,31 @@ class NetworkFacts:
     block_costs: tuple[float, ...] = ()
 
 
-def stages_by_cost(costs: Sequence[float], count: int) -> tuple[tuple[int, int], ...]:
+def stages_by_cost(costs: Sequence[float], count: int, sizes: Sequence[int] = ()) -> tuple[tuple[int, int], ...]:
     """[start, stop) of the blocks of each of `count` stages, such that the most expensive stage costs least.
 
-    costs: of each block, in order. Raises ValueError when there are more stages than blocks.
+    costs: of each block, in order. sizes: bytes of each block; no stage then gets more than 1/count of all and a tenth, if
+    that is possible. Raises ValueError when there are more stages than blocks.
     """
     if not 1 <= count <= len(costs):
         raise ValueError(f"{len(costs)} blocks cannot be cut into {count} pipeline stages; use 1 to {len(costs)}")
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost)
+    time, size = ([0.0, *itertools.accumulate(values)] for values in (costs, sizes or [0] * len(costs)))
+    most = size[-1] * (1 / count + 0.1)
+
+    def stage(start: int, stop: int) -> tuple[float, float]:
+        """(bytes beyond what a stage should have, cost) of the blocks from `start` to `stop`."""
+        return max(0.0, size[stop] - size[start] - most), time[stop] - time[start]
 
     @functools.cache
-    def best(start: int, left: int) -> tuple[float, tuple[int, ...]]:
-        """(cost of the most expensive stage, where stages end) for the blocks from `start` on in `left` stages."""
+    def best(start: int, left: int) -> tuple[tuple[float, float], tuple[int, ...]]:
+        """(the worst stage, where stages end) for the blocks from `start` on in `left` stages."""
         if left == 1:
-            return total[-1] - total[start], (len(costs),)
+            return stage(start, len(costs)), (len(costs),)
         found = []
         for stop in range(start + 1, len(costs) - left + 2):
-            rest, stops = best(stop, left - 1)
-            found.append((max(total[stop] - total[start], rest), (stop, *stops)))
+            (over, cost), stops = best(stop, left - 1)
+            mine = stage(start, stop)
+            found.append(((max(mine[0], over), max(mine[1], cost)), (stop, *stops)))
         return min(found, key=lambda choice: choice[0])
 
     stops = best(0, count)[1]
@@ -202,8 +208,9 @@ def _staged(network: NetworkFacts, stages: int, degree: int) -> tuple[Layout, st
         )
     if degree > 1 and not network.cuttable:
         return Layout(), "its linears are not declared for tensor parallelism, so it stays whole on every rank"
+    sizes = network.block_bytes if len(network.block_bytes) == len(network.block_costs) else ()
     reason = "parallel.pipeline_parallel is true" if degree == 1 else "pipeline_parallel and tensor_parallel are true"
-    return Layout(tensor_degree=degree, pipeline_stages=stages_by_cost(network.block_costs, stages)), reason
+    return Layout(tensor_degree=degree, pipeline_stages=stages_by_cost(network.block_costs, stages, sizes)), reason
 
 
 def layout_of(model: Any) -> Layout:
