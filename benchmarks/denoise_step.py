@@ -1,6 +1,7 @@
 """Time of one denoising step with true-size random weights, ours beside other systems in the same run.
 
     python -m benchmarks.denoise_step --model flux-dev --ranks 1,2,4 --peers xdit,diffusers
+    python -m benchmarks.denoise_step --model flux-32b --ranks 2 --layout tensor       (or sharded: parts of the weights)
     python -m benchmarks.denoise_step --model flux-small --ranks 1,2 --device cpu      (a check without a GPU)
 
 Prints a table, and the same as JSON in its last line: ms per step (median), share of the roofline (work over the
@@ -92,7 +93,7 @@ def work(options: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     dtype = getattr(torch, options.dtype)
     settings = {"compile": not options.eager, "graph": not options.eager and not options.no_graph,
-                "engine": options.engine}  # fmt: skip
+                "engine": options.engine, "layout": options.layout}  # fmt: skip
     with torch.inference_mode() if options.worker == "taco" else torch.no_grad():
         step = SYSTEMS[options.worker](CASES[options.model], device, dtype, settings)
         start = time.perf_counter()
@@ -122,6 +123,7 @@ def run_system(name: str, ranks: int, options: argparse.Namespace, folder: str) 
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "benchmarks.denoise_step",
         "--worker", name, "--out", out, "--model", options.model, "--device", options.device, "--dtype", options.dtype,
         "--warmup", str(options.warmup), "--repeats", str(options.repeats), "--engine", options.engine,
+        "--layout", options.layout,
     ]  # fmt: skip
     command += ["--eager"] if options.eager else []
     command += ["--no-graph"] if options.no_graph else []
@@ -186,6 +188,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=None)
     parser.add_argument("--engine", choices=("native", "xfuser"), default="native")
+    parser.add_argument(
+        "--layout", choices=("whole", "tensor", "sharded"), default="whole", help="where ours keeps the weights"
+    )
     parser.add_argument("--eager", action="store_true", help="neither torch.compile nor CUDA graphs, in any system")
     parser.add_argument("--no-graph", action="store_true", help="ours without a CUDA graph")
     parser.add_argument("--profile", metavar="FOLDER", help="also write each rank's kernels of one step there")

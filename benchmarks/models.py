@@ -48,7 +48,11 @@ _SMALL = {
     "depth_single_blocks": 4, "axes_dim": [4, 14, 14],
 }  # fmt: skip
 
+# 32 billion parameters, 64 GB in bf16: more than one 80 GB card holds beside its activations and text encoders.
+_LARGE = {**_FLUX, "hidden_size": 5120, "num_heads": 40, "depth": 18}
+
 CASES = {
     "flux-dev": Case(_FLUX, 1024, 1024, 512),
+    "flux-32b": Case(_LARGE, 1024, 1024, 512),
     "flux-small": Case(_SMALL, 256, 256, 77),
 }

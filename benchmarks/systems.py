@@ -36,6 +36,22 @@ def _randomise(network: torch.nn.Module, seed: int = 0) -> None:
     network.eval().requires_grad_(False)
 
 
+def _randomise_in_host_memory(network: torch.nn.Module, device: torch.device, seed: int = 0) -> None:
+    """The same weights as `_randomise` on `device`, drawn there one by one, for a network that does not fit on it."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name, parameter in list(network.named_parameters()):
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        if value.ndim > 1:
+            value.normal_(0, value.shape[-1] ** -0.5, generator=generator)
+        elif "norm" in name:
+            value.fill_(1.0)
+        else:
+            value.normal_(0, 0.02, generator=generator)
+        owner, _, last = name.rpartition(".")
+        setattr(network.get_submodule(owner), last, torch.nn.Parameter(value.cpu(), requires_grad=False))
+    network.eval()
+
+
 def _draw(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     generator = torch.Generator(device=device).manual_seed(sum(shape))
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
@@ -50,7 +66,7 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
     import comfy.supported_models
     from comfy.denoiser_batch import DenoiserBatch
     from comfy.taco_dit import runtime
-    from comfy.taco_dit.core.config_manager import OptimizationConfig, TacoConfig
+    from comfy.taco_dit.core.config_manager import MemoryConfig, OptimizationConfig, ParallelConfig, TacoConfig
     from comfy.taco_dit.core.distributed_manager import RankInfo, TACODiTDistributedManager
     from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
     from comfy.taco_dit.core.lockstep import RankLockstep
@@ -58,12 +74,15 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
     from comfy_execution.lockstep import Lockstep
 
     management.bind_device(device)
+    layout = options.get("layout", "whole")
     config = TacoConfig(
+        parallel=ParallelConfig(tensor_parallel=layout == "tensor"),
+        memory=MemoryConfig(shard_weights=layout == "sharded"),
         optimization=OptimizationConfig(
             use_torch_compile=None if options.get("compile", True) else False,
             use_cuda_graph=None if options.get("graph", True) else False,
             engine=options.get("engine", "native"),
-        )
+        ),
     )
     manager = TACODiTDistributedManager(RankInfo.from_environment(os.environ), device)
     lockstep = RankLockstep(manager) if manager.world_size > 1 else Lockstep()
@@ -71,8 +90,11 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
     runtime.activate(runtime.Runtime(config, manager, lockstep, engine))
     family = comfy.supported_models.Flux({"image_model": "flux", **case.network})
     family.set_inference_dtype(dtype, None)
-    model = family.get_model({}, device=device)
-    _randomise(model.diffusion_model)
+    model = family.get_model({}, device=device if layout == "whole" else torch.device("meta"))
+    if layout == "whole":
+        _randomise(model.diffusion_model)
+    else:
+        _randomise_in_host_memory(model.diffusion_model, device)
     patcher = TACODiTModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
     x = _draw(device, torch.float32, 1, 16, case.height // 8, case.width // 8)
     conditioning = {
@@ -84,6 +106,8 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
     sigma = torch.full((1,), 0.7, device=device)
     batch = DenoiserBatch(x, sigma, conditioning, [0], 1)
     lockstep.begin("benchmark")
+    if layout != "whole":
+        management.load_models_gpu([patcher])
 
     def step() -> torch.Tensor:
         return patcher.evaluate_batches(model, [batch], {"transformer_options": {}})[0]

@@ -315,13 +315,12 @@ def save_checkpoint(
 ) -> None:
     """Write a model with its patches applied, and what else is given, as one safetensors file."""
     loaded = [model]
-    clip_sd = None
     if clip is not None:
         loaded.append(clip.load_model())
-        clip_sd = clip.get_sd()
     vae_sd = None if vae is None else vae.get_sd()
     vision_sd = None if clip_vision is None else clip_vision.get_sd()
     comfy.model_management.load_models_gpu(loaded, force_patch_weights=True)
+    clip_sd = None if clip is None else clip.get_sd()
     sd = model.model.state_dict_for_saving(clip_sd, vae_sd, vision_sd)
     sd.update(extra_keys or {})
     comfy.utils.save_torch_file({k: v.cpu() for k, v in sd.items()}, output_path, metadata=metadata)

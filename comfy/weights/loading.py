@@ -129,7 +129,7 @@ _arrange: Callable[[Any, bool], None] | None = None
 def arrange_by(arrange: Callable[[Any, bool], None] | None) -> None:
     """Before networks are placed, let `arrange(patcher, whole)` say which parts of their weights this process holds.
 
-    whole: all of them, because the weights are to be saved. None: every process holds whole networks.
+    whole: all of them, because the weights are to be saved or trained. None: every process holds whole networks.
     """
     global _arrange
     _arrange = arrange
@@ -229,7 +229,7 @@ def _load_models(
                 wanted.append(patcher)
     if _arrange is not None:
         for patcher in wanted:
-            _arrange(patcher, force_patch_weights)
+            _arrange(patcher, force_patch_weights or force_full_load)
     entries = [_entry_for(patcher) for patcher in wanted]
     by_device: dict[torch.device, int] = {}
     for entry in entries:

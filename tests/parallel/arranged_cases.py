@@ -6,7 +6,7 @@ import torch
 
 import comfy.hooks
 import comfy.model_management as management
-from comfy import ops
+from comfy import accounting, ops
 from comfy.denoiser_batch import evaluate_serially
 from comfy.model_patcher import ModelPatcher
 from comfy.taco_dit import runtime
@@ -14,7 +14,7 @@ from comfy.taco_dit.core.config_manager import parse_config, validate_for
 from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
 from comfy.taco_dit.core.lockstep import RankLockstep
 
-from .engine_cases import batch
+from .engine_cases import CallsOnCpu, batch
 from .tiny import tiny_flux
 
 CPU = torch.device("cpu")
@@ -31,7 +31,8 @@ class Model(torch.nn.Module):
 
     def apply_model(self, x, t, context=None, y=None, guidance=None, transformer_options=None):
         options = transformer_options or {}
-        return self.diffusion_model(x, t, context=context, y=y, guidance=guidance, transformer_options=options)
+        network = self.network_runner or self.diffusion_model
+        return network(x, t, context=context, y=y, guidance=guidance, transformer_options=options)
 
 
 def lora(key, shape, seed):
@@ -194,6 +195,23 @@ def text_encoder(engine):
     whole = sum(p.nbytes for p in blocks.parameters())
     worst = max(deviation(encode(clip, text)[0], want) for text, want in zip(texts, serial))
     return worst, sum(p.nbytes for p in blocks.parameters()), whole
+
+
+def captured(engine):
+    """(worst deviation, kinds of calls captured, calls replayed) in several runs, with an adapter that comes."""
+    engine.runner = CallsOnCpu(engine.lockstep.gather)
+    whole, parts = ModelPatcher(Model(), CPU, CPU), ModelPatcher(Model(), CPU, CPU)
+    parts.weight_store.always_copy = True
+    accounting.begin("captured")
+    worst = 0.0
+    for strength in (0.0, 0.0, 0.5):
+        management.load_models_gpu([adapted(parts, strength)])
+        _load_whole([adapted(whole, strength)])
+        engine.begin_run()
+        for _ in range(2):
+            worst = max(worst, deviation(evaluated(parts.model, engine), evaluated(whole.model)))
+        engine.end_run()
+    return worst, engine.runner.kinds, accounting.current().counts.get("calls_replayed", 0)
 
 
 def replaced_layers(engine):

@@ -96,7 +96,7 @@ def _declared(model: Any) -> Iterator[Declared]:
         yield Declared("diffusion_model.", network, split_of, record.sizes(network), blocks)
     for path, module in model.named_modules():
         splits = getattr(type(module), "splits", None)
-        if splits is not None and network is None:
+        if isinstance(splits, Mapping) and network is None:
 
             def split_by_class(name: str, splits: Mapping[str, Split] = splits) -> Split | None:
                 return next((s for pattern, s in splits.items() if fnmatch.fnmatchcase(name, pattern)), None)
@@ -118,7 +118,9 @@ class Arranger:
         known = self._known(model)
         if known is None:
             return Layout(placement)
-        return known.layout if placement is Placement.WHOLE else replace(known.layout, placement=placement)
+        if placement is Placement.WHOLE or known.layout.placement is Placement.SHARDED:
+            return known.layout
+        return replace(known.layout, placement=placement)
 
     def reason_of(self, model: Any) -> str:
         """Why a loaded model has its layout."""
@@ -133,8 +135,8 @@ class Arranger:
     def arrange(self, patcher: Any, whole: bool = False) -> None:
         """Before a patcher's network is placed: choose its layout and prepare network and store for it.
 
-        whole: the network is to be whole on each rank (to be saved). So it is in a node that runs on one rank only. All
-        ranks must call together otherwise.
+        whole: the network is to be whole on each rank (to be saved, or trained). So it is in a node that runs on one rank
+        only. All ranks must call together otherwise.
         """
         model = patcher.model
         if not isinstance(model, nn.Module):
@@ -151,7 +153,7 @@ class Arranger:
             self.config, facts, self._free(facts, patcher.load_device), self._manager.world_size
         )
         if reason and layout == WHOLE:
-            self._say(f"{type(model).__name__}: {reason}")
+            self._say(f"{type(model).__name__}: {reason}", logging.WARNING)
         if (WHOLE if known is None else known.layout) == layout:
             return
         self._give(model, None)
@@ -172,11 +174,11 @@ class Arranger:
                 "parallel.tensor_parallel, parallel.pipeline_parallel and memory.shard_weights to false for this workflow"
             )
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, level: int = logging.INFO) -> None:
         if text not in self._said:
             self._said.add(text)
             if self._lockstep.is_first:
-                logging.info("TACO-DiT: %s", text)
+                logging.log(level, "TACO-DiT: %s", text)
 
     # --- facts -----------------------------------------------------------------------------------------------------
 
@@ -210,7 +212,8 @@ class Arranger:
 
     def _free(self, facts: NetworkFacts, device: torch.device) -> int | None:
         """Bytes that the smallest device of all ranks has for weights; None where they need no room (the CPU)."""
-        if not facts.block_bytes or self.config.memory.shard_weights is not None or device.type != "cuda":
+        fixed = self.config.memory.shard_weights is not None or self.config.parallel.tensor_parallel
+        if not facts.block_bytes or fixed or device.type != "cuda" or not self._lockstep.together:
             return None
         management = comfy.model_management
         reserved = management.minimum_inference_memory() + management.extra_reserved_memory()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from comfy.taco_dit.core.config_manager import ConfigError, TacoConfig
 from comfy.taco_dit.core.launcher import read_config
+from comfy.taco_dit.core.layout import NetworkFacts, choose_layout
 from comfy.taco_dit.core.plan import Workload, choose_plan
 
 from .findings import OK, PROBLEM, Finding
@@ -17,6 +18,10 @@ _CALLS = (
     ("one picture, cfg above 1", Workload(2, 1, 4608, 24, 3072)),
     ("four pictures, cfg 1", Workload(1, 4, 4608, 24, 3072)),
 )
+
+
+# Its weights in bf16: 19 double and 38 single blocks, embeddings and head.
+_FLUX = NetworkFacts("Flux.1", 23_802_816_640, (679_662_592,) * 19 + (283_183_616,) * 38, cuttable=True)
 
 
 def configuration(args: argparse.Namespace, root: str, ranks: int) -> tuple[TacoConfig | None, list[Finding]]:
@@ -31,9 +36,11 @@ def configuration(args: argparse.Namespace, root: str, ranks: int) -> tuple[Taco
 
 def plans(config: TacoConfig, ranks: int) -> Iterator[Finding]:
     """What a Flux model at 1024 x 1024 would get."""
+    layout, reason = choose_layout(config, _FLUX, None, ranks)
+    yield Finding(OK, "weights", f"{layout.describe()}: {reason}" if reason else f"{layout.describe()} while they fit")
     for name, work in _CALLS:
         try:
-            plan = choose_plan(config.parallel, work, ranks)
+            plan = choose_plan(config.parallel, work, ranks, layout)
         except ConfigError as error:
             yield Finding(PROBLEM, name, str(error), "set one of the degrees to auto (docs/configuration.md)")
             continue
