@@ -204,7 +204,14 @@ def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequen
     sharded where `call.plan` says so. Between blocks a prompt that was cancelled ends (see `pace`).
     """
     plan, options = call.plan, call.options
-    if plan is not None and hasattr(network, "prepared_layers") and vars(network).get("layers_prepared", True):
+    if call.pipeline is not None and blocks is None:
+        return call.pipeline.run(network.block_list(), state, call, functools.partial(run_blocks, network))
+    if (
+        plan is not None
+        and blocks is None
+        and hasattr(network, "prepared_layers")
+        and vars(network).get("layers_prepared", True)
+    ):
         call = dataclasses.replace(call, prepared=_prepared(network.prepared_layers(state), plan))
     state = state if state.plan is plan else state.shard(plan)
     replacements = options.get("patches_replace", {}).get("dit", {})

@@ -84,6 +84,13 @@ class TokenPlan(Protocol):
         """
 
 
+class BlockPipeline(Protocol):
+    """How the blocks of a network are spread over stages, each of which has some of them."""
+
+    def run(self, blocks: Sequence[Any], state: DiTState, call: DenoiserCall, run: Callable[..., DiTState]) -> DiTState:
+        """The state after all blocks, on every stage; `run(state, call, blocks)` runs some of them on this one."""
+
+
 @dataclass(frozen=True, eq=False)
 class DenoiserCall:
     """What one call of a network needs besides its inputs.
@@ -93,7 +100,8 @@ class DenoiserCall:
     (`input`, `output`, ...), whole tokens [B, L, C] each. prepared: outputs of per-sample layers that were computed
     beforehand, by `id` of the module. around: functions `(block, state, run) -> state` that surround each of our own
     blocks on shards, outermost first: step caches, and prefetching of weights.
-    layer: name of the block that is running, None where foreign code called it.
+    layer: name of the block that is running, None where foreign code called it. pipeline: runs the blocks where they are
+    spread over stages; None where all are on this process.
     """
 
     plan: TokenPlan | None = None
@@ -103,6 +111,7 @@ class DenoiserCall:
     prepared: Mapping[int, torch.Tensor] = field(default_factory=dict)
     around: tuple[Callable[..., Any], ...] = ()
     layer: str | None = None
+    pipeline: BlockPipeline | None = None
 
     def __copy__(self) -> DenoiserCall:
         return self

@@ -262,6 +262,8 @@ class WeightStore(WeightTable):
     def patch_one(self, key: str, patches: Sequence[Patch], device: torch.device, calculate: Calculate) -> None:
         """Give one weight its patched value on `device`, whatever the others are."""
         weight = self.weight(key)
+        if weight.absent:
+            return
         weight_files.check(weight_files.files_in([weight.source, patches]))
         if self._must_copy(weight, device) and (weight.placed is None or weight.placed.device != device):
             self.device = device
@@ -290,6 +292,8 @@ class WeightStore(WeightTable):
     def rewrite(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """Give a weight a value for a while (hooks); returns what was there, for `rewrite` to put back."""
         weight = self.weights.get(key) or self.weight(key)
+        if weight.absent:
+            return weight.source
         self._changed()
         if weight.placed is not None and weight.placed.shape == value.shape and weight.placed.dtype == value.dtype:
             before = weight.placed.detach().clone()
@@ -302,6 +306,8 @@ class WeightStore(WeightTable):
     def put_back(self, key: str, before: torch.Tensor) -> None:
         """Undo `rewrite`."""
         weight = self.weights[key]
+        if weight.absent:
+            return
         self._changed()
         if before is weight.source or before is weight.placed:
             comfy.utils.set_attr(self.model, key, before)
@@ -341,7 +347,7 @@ class WeightStore(WeightTable):
         wanted = []
         for group in groups if wrappers else ():
             for key in group.keys:
-                if key in self._held and wrappers.get(key):
+                if key in self._held and self._held[key].slices and wrappers.get(key):
                     raise ValueError(
                         f"a function is to change {key} at each use, of which this process holds only a part; set "
                         "parallel.tensor_parallel and memory.shard_weights to false for this workflow"

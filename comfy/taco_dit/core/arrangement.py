@@ -21,6 +21,7 @@ import comfy.model_management
 from comfy.families.base import Sizes, Split
 from comfy.taco_dit.parallel.exchange import CollectiveExchange
 from comfy.taco_dit.parallel.sharded_weights import ShardedWeights
+from comfy.taco_dit.parallel.stage_weights import StageWeights
 from comfy.taco_dit.parallel.tensor_parallel import TensorWeights
 from comfy.weights.store import WeightStore, store_of
 from comfy.weights.table import PLAIN_TENSORS
@@ -49,7 +50,7 @@ class Arrangement:
 
     layout: Layout
     reason: str
-    weights: TensorWeights | ShardedWeights
+    weights: TensorWeights | ShardedWeights | StageWeights
     network: nn.Module | None
 
     @property
@@ -170,7 +171,7 @@ class Arranger:
             raise ValueError(
                 f"{', '.join(replaced[:3])}{' and others' if replaced[3:] else ''} of {type(model).__name__} were replaced by "
                 f"a custom node, which cannot be combined with weights dealt over ranks ({known.layout.describe()}); set "
-                "parallel.tensor_parallel and memory.shard_weights to false for this workflow"
+                "parallel.tensor_parallel, parallel.pipeline_parallel and memory.shard_weights to false for this workflow"
             )
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
@@ -204,6 +205,7 @@ class Arranger:
             name=type(model).__name__,
             total_bytes=size(model, ""),
             block_bytes=tuple(blocks),
+            block_costs=() if network is None else tuple(block.cost for block in network.block_list()),
             cuttable=bool(declared),
             packed=next((kind.__name__ for kind in kinds), None),
         )
@@ -231,14 +233,21 @@ class Arranger:
                 copies, place.copy, lambda: manager.data.group(members, purpose="weights"), blocks, store
             )
             return Arrangement(layout, reason, sharded, network)
-        members = layout.tensor_group(manager.rank)
-        weights = TensorWeights(
-            layout.tensor_degree, place.tensor, lambda: CollectiveExchange(manager.data.group(members), clock),
-            own_tokens=_network_of(model) is None,
-        )  # fmt: skip
-        for each in _declared(model):
-            weights.cut(each.network, each.split_of, each.sizes, each.blocks, store, each.path)
-        return Arrangement(layout, reason, weights, None)
+        weights = None
+        if layout.tensor_degree > 1:
+            members = layout.tensor_group(manager.rank)
+            weights = TensorWeights(
+                layout.tensor_degree, place.tensor, lambda: CollectiveExchange(manager.data.group(members), clock),
+                own_tokens=_network_of(model) is None,
+            )  # fmt: skip
+            for each in _declared(model):
+                weights.cut(each.network, each.split_of, each.sizes, each.blocks, store, each.path)
+        if layout.stages == 1:
+            assert weights is not None
+            return Arrangement(layout, reason, weights, None)
+        network = _network_of(model)
+        blocks = {f"diffusion_model.{b.name}": b.module for b in network.block_list()}
+        return Arrangement(layout, reason, StageWeights(blocks, layout.pipeline_stages, place.stage, weights), network)
 
     @staticmethod
     def _give(model: Any, arrangement: Arrangement | None) -> None:

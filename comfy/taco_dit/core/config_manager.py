@@ -32,6 +32,9 @@ class ParallelConfig:
     ring_degree: int | None = None
     pipeline_parallel: bool = False
     pipeline_parallel_degree: int | None = None
+    pipefusion: bool = False
+    pipefusion_patches: int | None = None
+    pipefusion_warmup_steps: int = 2
     tensor_parallel: bool = False
     tensor_parallel_degree: int | None = None
     cfg_parallel: bool = True
@@ -97,8 +100,6 @@ _CHOICES = {
 }
 # Strategies whose names are promised but which this version cannot run yet: only "off" is accepted.
 _NOT_YET: dict[str, Any] = {
-    "parallel.pipeline_parallel": False,
-    "parallel.pipeline_parallel_degree": 1,
     "optimization.use_cache": False,
 }
 
@@ -205,7 +206,19 @@ def tensor_degree(parallel: ParallelConfig, ranks: int) -> int:
     if parallel.tensor_parallel_degree is not None:
         return parallel.tensor_parallel_degree
     fixed = (sequence_degree(parallel) or 1) * (parallel.data_parallel_degree or 1)
+    if parallel.pipeline_parallel:
+        fixed *= parallel.pipeline_parallel_degree or 1
     return max(1, ranks // fixed)
+
+
+def pipeline_degree(parallel: ParallelConfig, ranks: int) -> int:
+    """How many stages one copy of a network has; auto: all ranks that fixed degrees and tensor parallelism leave."""
+    if not parallel.enabled or not parallel.pipeline_parallel:
+        return 1
+    if parallel.pipeline_parallel_degree is not None:
+        return parallel.pipeline_parallel_degree
+    fixed = (sequence_degree(parallel) or 1) * (parallel.data_parallel_degree or 1)
+    return max(1, ranks // (fixed * tensor_degree(parallel, ranks)))
 
 
 def _validate_tensor(config: TacoConfig, world_size: int) -> int:
@@ -229,6 +242,41 @@ def _validate_tensor(config: TacoConfig, world_size: int) -> int:
             "the ranks: set one of them to false"
         )
     return world_size // degree
+
+
+def _validate_pipeline(config: TacoConfig, world_size: int) -> None:
+    """Check the degree of pipeline stages and what PipeFusion needs. Raises ConfigError."""
+    parallel, source = config.parallel, config.source
+    degree = parallel.pipeline_parallel_degree or 1
+    if degree > 1 and not parallel.pipeline_parallel:
+        raise ConfigError(
+            f"{source}: parallel.pipeline_parallel_degree is {degree}, but parallel.pipeline_parallel is false; "
+            "allowed: auto, 1, or parallel.pipeline_parallel: true"
+        )
+    stages, cut = pipeline_degree(parallel, world_size), tensor_degree(parallel, world_size)
+    if world_size % (stages * cut):
+        raise ConfigError(
+            f"{source}: {stages} pipeline stages times tensor degree {cut} is {stages * cut}, which does not divide the "
+            f"{world_size} ranks; set parallel.pipeline_parallel_degree to auto or a divisor of {world_size}"
+        )
+    if parallel.pipeline_parallel and config.memory.shard_weights:
+        raise ConfigError(
+            f"{source}: parallel.pipeline_parallel and memory.shard_weights are both true; each deals the same weights over "
+            "the ranks: set one of them to false"
+        )
+    if not parallel.pipefusion:
+        return
+    if not parallel.pipeline_parallel:
+        raise ConfigError(f"{source}: parallel.pipefusion needs parallel.pipeline_parallel: true")
+    if cut > 1 or config.optimization.engine == "xfuser":
+        other = "parallel.tensor_parallel" if cut > 1 else "optimization.engine: xfuser"
+        raise ConfigError(f"{source}: parallel.pipefusion cannot be combined with {other}; switch one of them off")
+    patches = parallel.pipefusion_patches
+    if patches is not None and patches < stages:
+        raise ConfigError(
+            f"{source}: parallel.pipefusion_patches is {patches}, fewer than the {stages} pipeline stages, which would wait "
+            f"for one another; allowed: auto, {stages} or more"
+        )
 
 
 def _validate_sequence(config: TacoConfig) -> None:
@@ -257,6 +305,7 @@ def validate_for(config: TacoConfig, world_size: int) -> TacoConfig:
     """Check fixed degrees against the number of ranks. Raises ConfigError."""
     parallel = config.parallel
     copies = _validate_tensor(config, world_size)
+    _validate_pipeline(config, world_size)
     allowed = ", ".join(str(d) for d in divisors(world_size))
     fixed = {
         "sequence_parallel_degree": parallel.sequence_parallel_degree,

@@ -24,6 +24,7 @@ from comfy.denoiser_batch import DenoiserBatch, evaluate_serially
 from comfy.ldm import dit
 from comfy.taco_dit.fast.captured_calls import CapturedCalls
 from comfy.taco_dit.parallel.exchange import CollectiveExchange
+from comfy.taco_dit.parallel.pipeline_parallel import Pipelines, StagePipeline
 from comfy.taco_dit.parallel.ring_parallel import native_plan
 from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
 from comfy.taco_dit.parallel.tensor_parallel import TensorPlan
@@ -64,6 +65,7 @@ class TACODiTExecutionEngine:
         self.profile: MachineProfile = assumed(manager.world_size)
         self.records_file: str | None = None  # where predicted and measured times are kept
         self._costs: weakref.WeakKeyDictionary[torch.nn.Module, NetworkCost] = weakref.WeakKeyDictionary()
+        self.pipelines = Pipelines(config.parallel, manager)
         self.runner = CapturedCalls(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
         comfy.model_management.add_memory_holder(self.runner.release_memory)
         if manager.data is not None:
@@ -168,7 +170,9 @@ class TACODiTExecutionEngine:
         with self.clock.call():
             if alone or self._plan is None:
                 return self._run(model, batches, model_options, None, layout)
-            return self._evaluate_rows(model, batches, model_options, self._plan.dims, layout)
+            work = self._plan.work
+            pipeline = self.pipelines.of(model, layout, batches, model_options, work is not None and work.rows_split)
+            return self._evaluate_rows(model, batches, model_options, self._plan.dims, layout, pipeline)
 
     def _plan_of(
         self,
@@ -208,15 +212,16 @@ class TACODiTExecutionEngine:
         model_options: dict[str, Any],
         dims: ParallelDims,
         layout: Layout,
+        pipeline: StagePipeline | None,
     ) -> list[torch.Tensor]:
         token_plan = self.token_plan(dims, layout)
         if dims.cfg_degree * dims.data_degree == 1:
-            return self._run(model, batches, model_options, token_plan, layout)
+            return self._run(model, batches, model_options, token_plan, layout, pipeline)
         copy = layout.place_of(self.manager.rank).copy
         cfg, data, _, _ = dims.coordinates(copy)
         mine = rows_of(batches, dims, cfg, data)
         parts = [batches[i].select_conds(conds).select_samples(*samples) for i, conds, samples in mine]
-        outs = self._run(model, parts, model_options, token_plan, layout)
+        outs = self._run(model, parts, model_options, token_plan, layout, pipeline)
         group = self._copies_group(layout, dims.row_group(copy))
         return collect_rows(batches, dims, outs, functools.partial(self._gather_rows, group))
 
@@ -227,11 +232,12 @@ class TACODiTExecutionEngine:
         model_options: dict[str, Any],
         token_plan: UlyssesPlan | TensorPlan | None,
         layout: Layout,
+        pipeline: StagePipeline | None = None,
     ) -> list[torch.Tensor]:
         """Runs this rank's batches, with the denoiser call in their `transformer_options`."""
-        call = dit.DenoiserCall(plan=token_plan, layout=layout)
+        call = dit.DenoiserCall(plan=token_plan, layout=layout, pipeline=pipeline)
         batches = [batch.within(call) for batch in batches]
-        with dit.fallback_call(call), self._fast(model, token_plan):
+        with dit.fallback_call(call), self._fast(model, token_plan, captured=pipeline is None):
             return evaluate_serially(model, batches, model_options)
 
     def _gather_rows(self, group: Any, flat: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -239,9 +245,12 @@ class TACODiTExecutionEngine:
             return group.all_gather(flat, counts)
 
     @contextlib.contextmanager
-    def _fast(self, model: Any, token_plan: UlyssesPlan | TensorPlan | None) -> Iterator[None]:
-        """Inside, the model calls its network compiled and captured, if the configuration asks for it."""
-        if not self.runner.wanted or replaced_parts(model.diffusion_model):
+    def _fast(self, model: Any, token_plan: UlyssesPlan | TensorPlan | None, captured: bool) -> Iterator[None]:
+        """Inside, the model calls its network compiled and captured, if the configuration asks for it.
+
+        captured: whether the call can be: stages of a pipeline wait for one another at moments of their own.
+        """
+        if not captured or not self.runner.wanted or replaced_parts(model.diffusion_model):
             yield
             return
         model.network_runner = self.runner.bound(model, token_plan)
@@ -255,6 +264,7 @@ class TACODiTExecutionEngine:
     def begin_run(self) -> None:
         """Before sampling, on all ranks."""
         self.runner.begin_run()
+        self.pipelines.begin_run()
         self.clock.restart()
         self._plan = None
         self._streamed = None
@@ -300,7 +310,7 @@ class TACODiTExecutionEngine:
             expected = "" if run.predicted_ms is None else f" (predicted {run.predicted_ms:.1f})"
             where = run.plan if run.layout == "whole" else f"{run.plan}, weights {run.layout}"
             parts.append(f"{run.calls} steps of {run.mean_call_ms:.1f} ms{expected}, {where}")
-        parts += filter(None, [accounting.current().text()])
+        parts += filter(None, [self.pipelines.summary() if run is not None else "", accounting.current().text()])
         return "; ".join(["", *parts])
 
     def status(self) -> dict[str, Any]:
@@ -311,6 +321,7 @@ class TACODiTExecutionEngine:
             "config": dataclasses.asdict(self.config),
             "layout": self._layout[0].describe(),
             "layout_reason": self._layout[1],
+            "pipefusion": self.pipelines.status(),
             "active_plan": None if self._plan is None else self._plan.dims.describe(),
             "reason": None if self._plan is None else self._plan.reason,
             "workload": None if self._plan is None or self._plan.work is None else dataclasses.asdict(self._plan.work),

@@ -11,11 +11,13 @@ that hold the same part of these copies as it does.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .config_manager import TacoConfig, tensor_degree
+from .config_manager import TacoConfig, pipeline_degree, tensor_degree
 
 
 class Placement(enum.Enum):
@@ -119,7 +121,8 @@ class Layout:
 class NetworkFacts:
     """What the choice of a layout depends on. Sizes in bytes of whole weights.
 
-    block_bytes: of each block of a diffusion transformer, none for other networks. cuttable: whether all linears of its
+    block_bytes: of each block of a diffusion transformer, none for other networks. block_costs: their time relative to one
+    another. cuttable: whether all linears of its
     blocks are declared, and blocks run with some of their heads. packed: the name of a tensor class that keeps weights in
     a format of its own, of which no parts can be held.
     """
@@ -129,6 +132,38 @@ class NetworkFacts:
     block_bytes: tuple[int, ...] = ()
     cuttable: bool = False
     packed: str | None = None
+    block_costs: tuple[float, ...] = ()
+
+
+def stages_by_cost(costs: Sequence[float], count: int, sizes: Sequence[int] = ()) -> tuple[tuple[int, int], ...]:
+    """[start, stop) of the blocks of each of `count` stages, such that the most expensive stage costs least.
+
+    costs: of each block, in order. sizes: bytes of each block; no stage then gets more than 1/count of all and a tenth, if
+    that is possible. Raises ValueError when there are more stages than blocks.
+    """
+    if not 1 <= count <= len(costs):
+        raise ValueError(f"{len(costs)} blocks cannot be cut into {count} pipeline stages; use 1 to {len(costs)}")
+    time, size = ([0.0, *itertools.accumulate(values)] for values in (costs, sizes or [0] * len(costs)))
+    most = size[-1] * (1 / count + 0.1)
+
+    def stage(start: int, stop: int) -> tuple[float, float]:
+        """(bytes beyond what a stage should have, cost) of the blocks from `start` to `stop`."""
+        return max(0.0, size[stop] - size[start] - most), time[stop] - time[start]
+
+    @functools.cache
+    def best(start: int, left: int) -> tuple[tuple[float, float], tuple[int, ...]]:
+        """(the worst stage, where stages end) for the blocks from `start` on in `left` stages."""
+        if left == 1:
+            return stage(start, len(costs)), (len(costs),)
+        found = []
+        for stop in range(start + 1, len(costs) - left + 2):
+            (over, cost), stops = best(stop, left - 1)
+            mine = stage(start, stop)
+            found.append(((max(mine[0], over), max(mine[1], cost)), (stop, *stops)))
+        return min(found, key=lambda choice: choice[0])
+
+    stops = best(0, count)[1]
+    return tuple(zip((0, *stops[:-1]), stops))
 
 
 def choose_layout(config: TacoConfig, network: NetworkFacts, memory: int | None, ranks: int) -> tuple[Layout, str]:
@@ -138,9 +173,11 @@ def choose_layout(config: TacoConfig, network: NetworkFacts, memory: int | None,
     else weights are sharded when they do not fit one device but, dealt over the ranks, all devices.
     """
     parallel, shard = config.parallel, config.memory.shard_weights
-    degree = tensor_degree(parallel, ranks)
-    if network.packed is not None and (degree > 1 or shard):
+    degree, stages = tensor_degree(parallel, ranks), pipeline_degree(parallel, ranks)
+    if network.packed is not None and (degree > 1 or stages > 1 or shard):
         return Layout(), f"its weights are stored as {network.packed}, of which no parts can be held, so it stays whole"
+    if stages > 1 and network.block_costs:
+        return _staged(network, stages, degree)
     if degree > 1:
         if network.cuttable:
             return Layout(tensor_degree=degree), "parallel.tensor_parallel is true"
@@ -160,6 +197,20 @@ def choose_layout(config: TacoConfig, network: NetworkFacts, memory: int | None,
             f"{sizes}, and {needed / 2**30:.1f} GiB of each of {ranks} ranks do not either: they are streamed",
         )
     return Layout(Placement.SHARDED), f"{sizes}, {needed / 2**30:.1f} GiB of each of {ranks} ranks do"
+
+
+def _staged(network: NetworkFacts, stages: int, degree: int) -> tuple[Layout, str]:
+    """A layout in pipeline stages, whose linears are shared by `degree` ranks, and why."""
+    if stages > len(network.block_costs):
+        return (
+            Layout(),
+            f"its {len(network.block_costs)} blocks cannot be cut into {stages} pipeline stages, so it stays whole",
+        )
+    if degree > 1 and not network.cuttable:
+        return Layout(), "its linears are not declared for tensor parallelism, so it stays whole on every rank"
+    sizes = network.block_bytes if len(network.block_bytes) == len(network.block_costs) else ()
+    reason = "parallel.pipeline_parallel is true" if degree == 1 else "pipeline_parallel and tensor_parallel are true"
+    return Layout(tensor_degree=degree, pipeline_stages=stages_by_cost(network.block_costs, stages, sizes)), reason
 
 
 def layout_of(model: Any) -> Layout:

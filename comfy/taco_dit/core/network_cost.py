@@ -56,7 +56,7 @@ def transformer(
     sums = 2 * double + (blocks - double) * (1 if double else 2 + (crossing > 0))
     return NetworkCost(
         name, hidden, heads, hidden // heads, blocks, 2 * per_token * blocks, 2 * once, 2 * (weights + once + rest),
-        2 * largest, 2 * weights, sums,
+        2 * largest, 2 * (weights + once), sums,
     )  # fmt: skip
 
 
@@ -90,8 +90,9 @@ def of_network(network: Any) -> NetworkCost:
             if weight.ndim < 2:
                 continue
             split = _split(record, f"{block.name}.{name.removesuffix('.weight')}")
-            if split == "whole":
+            if split in ("whole", "gathered"):  # of per-sample tensors
                 once += size
+                cut += size * (split == "gathered")
                 continue
             flops += 2 * weight.numel() / streams
             cut += size

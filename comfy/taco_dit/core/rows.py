@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,18 @@ def foreign_parts(network: Any, batches: list[DenoiserBatch], model_options: dic
         if function is not attention.attention_pytorch:
             found.append(("a replaced attention function", function))
     return list(dict.fromkeys(what for what, function in found if function is None or not is_independent(function)))
+
+
+def has_foreign_code(network: Any, batches: Sequence[DenoiserBatch], model_options: dict[str, Any]) -> bool:
+    """Whether anything in or around a network is not ours, and so must see whole tokens."""
+    everywhere = [model_options.get("transformer_options", {})]
+    everywhere += [batch.conditioning.get("transformer_options", {}) for batch in batches]
+    functions = (attention.optimized_attention, attention.optimized_attention_masked)
+    return (
+        any(True for options in everywhere for _ in _functions(options))
+        or any(True for _ in _replaced(network))
+        or any(function is not attention.attention_pytorch for function in functions)
+    )
 
 
 def can_cut(batches: list[DenoiserBatch]) -> bool:

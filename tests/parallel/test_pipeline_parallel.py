@@ -1,0 +1,46 @@
+"""Networks in pipeline stages equal whole ones, at odd sizes; PipeFusion is near, and equal where it should be."""
+
+from __future__ import annotations
+
+import pytest
+
+from comfy.taco_dit.core.layout import stages_by_cost
+
+from .pipeline_cases import exact, stale
+from .ranks import run_ranks
+
+
+@pytest.mark.parametrize("costs, count, stages", [
+    ([1] * 5, 2, ((0, 2), (2, 5))),
+    ([1] * 5, 1, ((0, 5),)),
+    ([4, 1, 1, 1, 1], 2, ((0, 1), (1, 5))),
+    ([1, 1, 1, 1, 4, 4], 3, ((0, 4), (4, 5), (5, 6))),
+])  # fmt: skip
+def test_stages_cost_alike(costs, count, stages):
+    assert stages_by_cost(costs, count) == stages
+
+
+def test_stages_have_alike_sizes_first():
+    assert stages_by_cost([1] * 6, 2, [20, 20, 20, 10, 10, 10]) == ((0, 2), (2, 6))
+    assert stages_by_cost([1] * 3, 2, [80, 10, 10]) == ((0, 1), (1, 3)), "as near as possible"
+
+
+def test_more_stages_than_blocks_are_an_error():
+    with pytest.raises(ValueError, match="3 blocks cannot be cut into 4 pipeline stages; use 1 to 3"):
+        stages_by_cost([1, 1, 1], 4)
+
+
+def _exact(manager, stages, ulysses):
+    return exact(manager, stages, ulysses), stale(manager, stages, ulysses, 2 * stages + 1)
+
+
+@pytest.mark.parametrize("ranks, stages, ulysses", [(2, 2, 1), (3, 3, 1), (4, 2, 2)])
+def test_stages_equal_one_rank(ranks, stages, ulysses):
+    for deviations, fusion in run_ranks(ranks, _exact, stages, ulysses):
+        assert len(deviations) == 10
+        assert not {name: found for name, found in deviations.items() if not found < 1e-5}
+        total = {warm_up: sum(fusion[warm_up][0]) for warm_up in (1, 3, 6)}
+        assert total[6] < 1e-5 < total[3] < 0.75 * total[1] < 0.1, total
+        assert [fusion[warm_up][1] for warm_up in (1, 3, 6)] == [5, 3, 0]
+        assert fusion["unchanged"] < 1e-5 and fusion["risen"] < 1e-5
+        assert max(fusion[3][0][:3]) < 1e-5, "the first three calls are exact"
