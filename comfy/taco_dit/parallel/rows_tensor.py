@@ -183,8 +183,22 @@ def aligned(tensor: Any, axis_from_end: int, like: RowsTensor) -> Any:
     return like.plan.part(tensor, Layout(axis_from_end, like.rows.counts, like.rows.unit))
 
 
+def _alike(tensor: RowsTensor, value: Any) -> bool:
+    """Whether an operand is a number, or has the same shape and rows."""
+    if isinstance(value, RowsTensor):
+        return value.rows == tensor.rows and value.shape == tensor.shape
+    return not isinstance(value, torch.Tensor)
+
+
 def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     """Functions of each value, with operands broadcast against each other."""
+    first = args[0] if args else None
+    if isinstance(first, RowsTensor) and not kwargs and all(_alike(first, value) for value in args):
+        local = first.plan.compute(func, *(value.local if isinstance(value, RowsTensor) else value for value in args))
+        if _written(_name(func), args, kwargs) is None:
+            return first.with_local(local)
+        first.local = local
+        return first
     like = _reference(args, kwargs)
     tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
     shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
@@ -269,7 +283,7 @@ def _permuted(func: Any, args: Any, kwargs: Any) -> Any:
     tensor = args[0]
     if not isinstance(tensor, RowsTensor):
         return NotImplemented
-    probe = [3 if axis == tensor.rows.axis else 2 for axis in range(tensor.ndim)]
+    probe = [3 if axis == tensor.rows.axis else 2 for axis in range(tensor.ndim)]  # found again by its size
     axis = list(func(torch.empty(probe, device="meta"), *args[1:], **kwargs).shape).index(3)
     return tensor.with_local(tensor.plan.compute(func, tensor.local, *args[1:], **kwargs), tensor.rows.moved(axis))
 

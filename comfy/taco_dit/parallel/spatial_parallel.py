@@ -241,6 +241,7 @@ def _convolution(axes: int) -> Handler:
     def handler(func: Any, args: Any, kwargs: Any) -> Any:
         given = _arguments(names, args, kwargs, bias=None, stride=1, padding=0, dilation=1, groups=1)
         picture, weight = given["input"], given["weight"]
+        learned = weight, given["bias"]
         place = picture.rows.axis - picture.ndim + axes if isinstance(picture, RowsTensor) else -1
         unusual = isinstance(given["padding"], str) or isinstance(weight, RowsTensor)
         if place < 0 or picture.ndim != axes + 2 or picture.rows.unit != 1 or unusual:
@@ -251,7 +252,8 @@ def _convolution(axes: int) -> Handler:
 
         def convolve(part: torch.Tensor, above_and_below: int) -> torch.Tensor:
             pads = [above_and_below if axis == place else pad for axis, pad in enumerate(padding)]
-            return func(part, weight, given["bias"], stride, pads, dilation, given["groups"])
+            filters, bias = (value.to("meta") if part.is_meta and value is not None else value for value in learned)
+            return func(part, filters, bias, stride, pads, dilation, given["groups"])
 
         local = _slid(picture, window, convolve)
         if local is None:
@@ -449,20 +451,22 @@ def _group_norm(func: Any, args: Any, kwargs: Any) -> Any:
         return picture
     mean, variance = merged_statistics(gathered)
 
-    def normalised() -> torch.Tensor:
-        # A batch norm with given statistics is one pass over memory, computed in the precision of the statistics.
-        scale, shift = (
-            None if given[name] is None else given[name].to(mean.dtype).repeat(batch) for name in ("weight", "bias")
-        )
-        flat = local.reshape(1, batch * channels, -1)
-        per_channel = channels // groups
-        out = F.batch_norm(
-            flat, mean.repeat_interleave(per_channel), variance.repeat_interleave(per_channel), scale, shift,
-            eps=given["eps"],
-        )  # fmt: skip
-        return out.view(local.shape)
+    out = plan.compute(_normalised, local, mean, variance, given["weight"], given["bias"], groups, given["eps"])
+    return picture.with_local(out)
 
-    return picture.with_local(local if local.is_meta else plan.compute(normalised))
+
+def _normalised(
+    local: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, weight: Any, bias: Any, groups: int, eps: float
+) -> torch.Tensor:
+    """A group norm [B, C, ...] with given mean and variance [B * groups].
+
+    A batch norm with given statistics is one pass over memory, computed in the precision of the statistics.
+    """
+    batch, channels = local.shape[:2]
+    scale, shift = (None if value is None else value.to(mean.dtype).repeat(batch) for value in (weight, bias))
+    mean, variance = (value.repeat_interleave(channels // groups) for value in (mean, variance))
+    flat = local.reshape(1, batch * channels, -1)
+    return F.batch_norm(flat, mean, variance, scale, shift, eps=eps).view(local.shape)
 
 
 def _over_last_axes(func: Any, args: Any, kwargs: Any) -> Any:
