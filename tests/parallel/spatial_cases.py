@@ -19,7 +19,7 @@ from comfy.taco_dit.core import spread
 from comfy.taco_dit.core.config_manager import ParallelConfig, TacoConfig
 from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
 from comfy.taco_dit.core.lockstep import RankLockstep
-from comfy.taco_dit.parallel import spatial_parallel
+from comfy.taco_dit.parallel import rows_tensor, spatial_parallel
 from comfy.taco_dit.parallel.rows_tensor import RowsTensor, whole
 from comfy.taco_dit.parallel.spatial_parallel import RowsPlan, run_by_rows
 from tests import tiny_models
@@ -348,5 +348,5 @@ def everything(manager):
     with torch.inference_mode():
         return {
             "operations": operations(group), "networks": networks(group), "replaced": replaced_parts(group),
-            "memory": memory(group), "said": sorted(spatial_parallel._said), "prompts": prompts(manager),
+            "memory": memory(group), "said": sorted(rows_tensor._said), "prompts": prompts(manager),
         }  # fmt: skip

@@ -7,9 +7,10 @@ import types
 import pytest
 import torch
 
-from comfy.taco_dit.parallel import spatial_parallel
+from comfy.taco_dit.parallel import rows_layers
+from comfy.taco_dit.parallel.rows_layers import merged_statistics
 from comfy.taco_dit.parallel.rows_tensor import Layout, RowsTensor
-from comfy.taco_dit.parallel.spatial_parallel import RowsPlan, merged_statistics, takes_rows
+from comfy.taco_dit.parallel.spatial_parallel import RowsPlan, takes_rows
 
 from .ranks import run_ranks
 from .spatial_cases import OPERATIONS, SIZES, everything
@@ -81,20 +82,22 @@ def test_a_failure_inside_frees_the_other_ranks(found, how, own, others):
 
 def test_statistics_far_from_zero_do_not_cancel():
     values = torch.randn(3, 1001, generator=torch.Generator().manual_seed(1)) + 1e4
-    parts = torch.stack([spatial_parallel._statistics(part) for part in values.split([400, 0, 601], dim=1)])
+    parts = torch.stack([rows_layers._statistics(part[None], 3) for part in values.split([400, 0, 601], dim=1)])
     mean, variance = merged_statistics(parts)
     exact = torch.var_mean(values.double(), dim=1, correction=0)
     torch.testing.assert_close(variance.double(), exact[0], rtol=1e-4, atol=0)
     torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=0)
 
 
-def test_statistics_of_half_precision_are_made_in_pieces(monkeypatch):
-    monkeypatch.setattr(spatial_parallel, "STATISTICS_PIECE", 64)
-    values = torch.randn(5, 50, generator=torch.Generator().manual_seed(2)).bfloat16()
-    count, mean, squares = spatial_parallel._statistics(values)
-    assert count.tolist() == [50.0] * 5 and mean.dtype == torch.float32
-    torch.testing.assert_close(mean, values.float().mean(1))
-    torch.testing.assert_close(squares, (values.float() - mean[:, None]).square().sum(1))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_half_precision_are_those_of_fp32(dtype):
+    picture = (torch.randn(2, 6, 9, 11, generator=torch.Generator().manual_seed(2)) * 0.5 + 8).to(dtype)
+    half, full = (rows_layers._statistics(part, 3) for part in (picture, picture.double()))
+    assert half.dtype == torch.float32 and half[0].tolist() == [198.0] * 6
+    torch.testing.assert_close(half.double(), full, rtol=1e-3, atol=1e-3)
+    plan = RowsPlan(types.SimpleNamespace(size=1, index=0, all_gather=lambda t, counts: t), torch.device("cpu"))
+    mine = torch.nn.functional.group_norm(plan.deal(picture), 3, torch.ones(6, dtype=dtype)).local
+    torch.testing.assert_close(mine, torch.nn.functional.group_norm(picture.float(), 3).to(dtype), rtol=1e-2, atol=1e-2)
 
 
 def _alone(rows=2):
@@ -112,7 +115,7 @@ def test_a_kernel_asked_for_by_name_gets_rows():
         got.append((type(q), type(k)))
         return (q,)
 
-    out, lse = spatial_parallel._cudnn_attention(kernel, (tokens, tokens, tokens, None, False), {})
+    out, lse = rows_layers._cudnn_attention(kernel, (tokens, tokens, tokens, None, False), {})
     assert got == [(torch.Tensor, torch.Tensor)] and out.rows == Layout(2, (2,), 3) and lse is None
     assert isinstance(torch.ops.aten.silu(tensor), RowsTensor)
 

@@ -26,6 +26,16 @@ HANDLERS: dict[str, Handler] = {}
 """By the name of the function: `handler(function, args, kwargs)`, which returns `NotImplemented` for whole tensors."""
 
 
+_said: set[str] = set()
+
+
+def note_whole(name: str) -> None:
+    """Say, the first time, that a function gets whole pictures."""
+    if name not in _said:
+        _said.add(name)
+        logging.info("TACO-DiT: %s is not known to work on rows of a picture; it is given the whole picture", name)
+
+
 def register(handler: Handler, names: str) -> None:
     """Let a handler treat the functions of these names."""
     HANDLERS.update(dict.fromkeys(names.split(), handler))
@@ -134,7 +144,7 @@ def whole(value: Any) -> Any:
 def _on_whole(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Call what is not known to treat rows separately with whole tensors; what it writes into gets its rows back."""
     found = _rows_in((args, kwargs))
-    found[0].plan.note_whole(name)
+    note_whole(name)
     known: dict[int, torch.Tensor] = {}
     for tensor in found:
         if id(tensor) not in known:
@@ -351,10 +361,3 @@ register(_along(1), "narrow flip cumsum index_select")
 register(_along(1, -1), "softmax log_softmax")
 register(_concatenated, "cat concat")
 register(_indexed, "__getitem__")
-
-
-def warn_once(said: set[str], name: str) -> None:
-    """Say that a function is given whole pictures, the first time."""
-    if name not in said:
-        said.add(name)
-        logging.info("TACO-DiT: %s is not known to work on rows of a picture; it is given the whole picture", name)
