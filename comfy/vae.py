@@ -107,7 +107,8 @@ class VAE:
                 "use the VAE that belongs to the model, or its empty latent node"
             )
         needed = self.memory_used_decode(samples_in.shape, self.vae_dtype)
-        at_once = self._load(needed / rows_over(samples_in.shape[0]))
+        pixels = samples_in.shape[2] * samples_in.shape[3] * self.upscale_ratio**2
+        at_once = self._load(needed / rows_over(samples_in.shape[0], pixels))
         pictures = None
         try:
             pictures = spread_pictures(
@@ -116,6 +117,7 @@ class VAE:
                 self.first_stage_model,
                 self._decode_batch,
                 self.device,
+                pixels,
             ).to(self.output_device)
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE decoding, retrying with tiled VAE decoding.")
@@ -187,7 +189,8 @@ class VAE:
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """Pictures [B, H, W, 3] in 0..1 -> latents [B, C, h, w]; in tiles when memory does not suffice."""
         pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
-        at_once = self._load(self.memory_used_encode(pixels.shape, self.vae_dtype) / rows_over(pixels.shape[0]))
+        size = pixels.shape[2] * pixels.shape[3]
+        at_once = self._load(self.memory_used_encode(pixels.shape, self.vae_dtype) / rows_over(pixels.shape[0], size))
         latents = None
         try:
             latents = spread_pictures(
@@ -196,6 +199,7 @@ class VAE:
                 self.first_stage_model,
                 self._encode_batch,
                 self.device,
+                size,
                 self.spacial_compression_encode(),
             ).to(self.output_device)
         except model_management.OOM_EXCEPTION:

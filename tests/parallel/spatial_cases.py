@@ -293,6 +293,21 @@ def out_of_memory(manager, vae):
     return deviation(expected, got), NoMemory.left < 0, len(calls)
 
 
+def spread_without_memory(manager):
+    """Whether this rank hears that another ran out of memory with its items."""
+
+    def work(item):
+        if manager.rank == manager.world_size - 1:
+            raise comfy.model_management.OOM_EXCEPTION("on purpose")
+        return torch.zeros(2)
+
+    try:
+        spread.spread(range(5), work)
+    except comfy.model_management.OOM_EXCEPTION:
+        return True
+    return False
+
+
 def failing(manager, lockstep, vae, error):
     """Rank 1 raises in the middle of a decode; (what this rank raises, seconds until then)."""
     lockstep.begin("fails")
@@ -320,11 +335,14 @@ def prompts(manager):
     runtime.activate(runtime.Runtime(engine.config, manager, lockstep, engine))
     try:
         lockstep.begin("nodes")
+        with counted(spatial_parallel, "run_by_rows") as by_rows:
+            found["small"] = deviation(one["VAEDecode", 1], vae.decode(draw(1, 16, 9, 7))), len(by_rows)
+        spread.ROWS_FROM_PIXELS = 72 * 56
         with counted(spatial_parallel, "run_by_rows") as by_rows, counted(spread, "spread") as dealt:
             many = through_nodes(vae)
         found["nodes"] = {key: deviation(one[key], many[key]) for key in one}
         found["calls"] = len(by_rows), len(dealt)
-        found["memory"] = out_of_memory(manager, vae)
+        found["memory"] = out_of_memory(manager, vae), spread_without_memory(manager)
         off = TacoConfig(parallel=ParallelConfig(spatial_parallel=False))
         runtime.activate(runtime.Runtime(off, manager, lockstep, engine))
         with counted(spatial_parallel, "run_by_rows") as by_rows:

@@ -58,12 +58,14 @@ def test_nodes_give_what_one_rank_gives(found):
         # one, two and three pictures decoded and encoded, and the inpainted one: those that cannot be dealt evenly
         assert by_rows == 2 * sum(pictures % world for pictures in (1, 2, 3)) + 1
         assert prompts["calls"][1] > 0
-        deviation, by_rows = prompts["off"]
-        assert deviation < 1e-5 and by_rows == 0
+        for how in ("small", "off"):
+            deviation, by_rows = prompts[how]
+            assert deviation < 1e-5 and by_rows == 0
 
 
 def test_out_of_memory_on_one_rank_makes_all_decode_in_tiles(found):
-    results = [prompts["memory"] for prompts in each(found, "prompts")]
+    results = [prompts["memory"][0] for prompts in each(found, "prompts")]
+    assert all(prompts["memory"][1] for prompts in each(found, "prompts"))
     assert [happened for _, happened, _ in results] == [False] * (found[0] - 1) + [True]
     assert all(deviation < 1e-5 and calls == 1 for deviation, _, calls in results)
 

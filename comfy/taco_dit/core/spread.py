@@ -16,6 +16,9 @@ from comfy.taco_dit import runtime
 from .group_values import gather_values
 from .plan import share
 
+ROWS_FROM_PIXELS = 1 << 19
+"""Size of pictures from which on their rows are dealt: in smaller ones exchanging takes about as long as computing."""
+
 Item = TypeVar("Item")
 Result = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -94,11 +97,11 @@ def spread_batch(batch: torch.Tensor, work: Callable[[torch.Tensor], torch.Tenso
     return torch.cat(done)
 
 
-def rows_over(pictures: int) -> int:
+def rows_over(pictures: int, pixels: int) -> int:
     """Over how many ranks `spread_pictures` deals the rows of each of so many pictures; 1: each is on one rank."""
     current = runtime.current()
     config = current.config.parallel
-    if not (current.lockstep.together and config.enabled and config.spatial_parallel):
+    if pixels < ROWS_FROM_PIXELS or not (current.lockstep.together and config.enabled and config.spatial_parallel):
         return 1
     size: int = current.manager.world_size
     return size if pictures < size else 1
@@ -110,13 +113,15 @@ def spread_pictures(
     network: torch.nn.Module,
     by_rows: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device,
+    pixels: int,
     unit: int = 1,
 ) -> torch.Tensor:
     """`work(batch)` for a convolutional network. As many pictures as can be dealt evenly are dealt whole, others by rows.
 
     batch [B, C, ..., H, W], the same on every rank. `work` maps a part [b, ...] to results [b, ...], as `by_rows` does
-    with rows of one picture on `device`, on which `network` computes (`comfy.taco_dit.parallel.spatial_parallel`). `unit`:
-    rows that stay on one rank, the factor by which the network makes pictures smaller. Raises the out-of-memory error on
+    with rows of one picture on `device`, on which `network` computes (`comfy.taco_dit.parallel.spatial_parallel`).
+    `pixels`: of one picture where it is largest. `unit`: rows that stay on one rank, the factor by which the network makes
+    pictures smaller. Raises the out-of-memory error on
     all ranks when one of them has it.
     """
     from comfy.taco_dit.parallel.spatial_parallel import run_by_rows, takes_rows
@@ -124,7 +129,7 @@ def spread_pictures(
     current = runtime.current()
     size = current.manager.world_size
     by_itself = batch.shape[0] % size
-    if not by_itself or rows_over(by_itself) == 1 or not takes_rows(network):
+    if not by_itself or rows_over(by_itself, pixels) == 1 or not takes_rows(network):
         return spread_batch(batch, work)
     group = current.manager.data.group(range(size), device.type)
     dealt = batch.shape[0] - by_itself

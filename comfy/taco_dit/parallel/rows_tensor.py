@@ -203,8 +203,10 @@ def _alike(tensor: RowsTensor, value: Any) -> bool:
 def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     """Functions of each value, with operands broadcast against each other."""
     first = args[0] if args else None
-    if isinstance(first, RowsTensor) and not kwargs and all(_alike(first, value) for value in args):
-        local = first.plan.compute(func, *(value.local if isinstance(value, RowsTensor) else value for value in args))
+    plain = not any(isinstance(value, torch.Tensor) for value in kwargs.values())
+    if isinstance(first, RowsTensor) and plain and all(_alike(first, value) for value in args):
+        mine = (value.local if isinstance(value, RowsTensor) else value for value in args)
+        local = first.plan.compute(func, *mine, **kwargs)
         if _written(_name(func), args, kwargs) is None:
             return first.with_local(local)
         first.local = local
@@ -218,8 +220,8 @@ def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     written = _written(_name(func), args, kwargs)
     if written is not None and (written is not args[0] or written.rows != like.rows):
         return NotImplemented
-    mine, options = pytree.tree_map(lambda value: aligned(value, axis, like), (args, kwargs))
-    local = like.plan.compute(func, *mine, **options)
+    operands, options = pytree.tree_map(lambda value: aligned(value, axis, like), (args, kwargs))
+    local = like.plan.compute(func, *operands, **options)
     if written is not None:
         written.local = local  # itself, or its shape after this rank ran out of memory
         return written
