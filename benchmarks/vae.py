@@ -90,6 +90,8 @@ def work(options: argparse.Namespace) -> None:
     vae = VAE(sd=_weights(options.base), device=device, dtype=getattr(torch, options.dtype))
     generator = torch.Generator().manual_seed(2)
     latent = torch.randn((options.batch, 16, options.size // 8, options.size // 8), generator=generator)
+    if options.channels_last:
+        latent = latent.contiguous(memory_format=torch.channels_last)
     picture = torch.rand((options.batch, options.size, options.size, 3), generator=generator)
     calls = {"decode": lambda: vae.decode(latent), "encode": lambda: vae.encode(picture)}
     if options.tiled:
@@ -120,6 +122,7 @@ def run(ranks: int, options: argparse.Namespace, folder: str) -> dict[str, Any]:
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "benchmarks.vae", "--worker", "--out", out,
         "--size", str(options.size), "--batch", str(options.batch), "--base", str(options.base), "--dtype", options.dtype,
         "--device", options.device, "--repeats", str(options.repeats), *(["--tiled"] if options.tiled else []),
+        *(["--channels-last"] if options.channels_last else []),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     try:
@@ -173,6 +176,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=None)
     parser.add_argument("--tiled", action="store_true", help="also decode in tiles")
+    parser.add_argument("--channels-last", action="store_true", help="latents in that order of memory, which rows keep")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)

@@ -12,7 +12,9 @@ from torch import nn
 
 import comfy.model_management
 import nodes
+from comfy.ldm.dit_state import DenoiserCall, Tokens
 from comfy.ldm.models.autoencoder import AutoencoderKL, config_from_state_dict
+from comfy.ldm.modules import attention as attention_module
 from comfy.sd import VAE
 from comfy.taco_dit import runtime
 from comfy.taco_dit.core import spread
@@ -70,6 +72,15 @@ def self_attention(x):
     out = (out + scores).transpose(1, 2).reshape(batch, height * width, 8)
     out = F.linear(out, draw(channels, 8, seed=8))
     return x + out.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def attention_seam(x):
+    """Attention as networks call it, under both of its names."""
+    tokens = x.flatten(2).movedim(1, 2)
+    q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in (tokens, tokens * 2, tokens + 1))
+    out = attention_module.attention(q, k, v, attention_module.AttentionSpec(2, Tokens((q.shape[2],))), DenoiserCall())
+    out = out + attention_module.optimized_attention(tokens, tokens, tokens, 4)
+    return out.movedim(2, 1).reshape(x.shape)
 
 
 def cross_attention(x):
@@ -138,7 +149,10 @@ OPERATIONS = {
     "exact up": (lambda x: F.interpolate(x, size=(13, 17), mode="nearest-exact"), True),
     "bilinear": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), False),
     "pooled": (lambda x: F.avg_pool2d(x, 2), True), "broadcast": (broadcast, True), "in place": (in_place, True),
-    "self-attention": (self_attention, True), "cross-attention": (cross_attention, True),
+    "self-attention": (self_attention, True), "attention seam": (attention_seam, True), "channels last": (
+        lambda x: F.group_norm(conv((3, 3), padding=1)(x.contiguous(memory_format=torch.channels_last)), 3), True
+    ),
+    "cross-attention": (cross_attention, True),
     "causal video": (causal_video, True), "foreign": (foreign, False),
     "half": (lambda x: (x.half().float().clamp(-1, 1), x.to(torch.float64))[1], True),
     "chunks": (lambda x: torch.cat([F.gelu(a) * b for a, b in [x.chunk(2, dim=1)]], dim=3), True),

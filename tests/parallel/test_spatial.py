@@ -95,6 +95,8 @@ def test_statistics_far_from_zero_do_not_cancel():
 def test_statistics_of_half_precision_are_those_of_fp32(dtype):
     picture = (torch.randn(2, 6, 9, 11, generator=torch.Generator().manual_seed(2)) * 0.5 + 8).to(dtype)
     half, full = (rows_layers._statistics(part, 3) for part in (picture, picture.double()))
+    other_order = rows_layers._statistics(picture.contiguous(memory_format=torch.channels_last), 3)
+    torch.testing.assert_close(other_order, half, rtol=1e-4, atol=1e-4)
     assert half.dtype == torch.float32 and half[0].tolist() == [198.0] * 6
     torch.testing.assert_close(half.double(), full, rtol=1e-3, atol=1e-3)
     plan = RowsPlan(types.SimpleNamespace(size=1, index=0, all_gather=lambda t, counts: t), torch.device("cpu"))

@@ -230,24 +230,23 @@ def _resized(func: Any, args: Any, kwargs: Any) -> Any:
 def _statistics(local: torch.Tensor, groups: int) -> torch.Tensor:
     """Of each group of channels of [B, C, ...]: values, mean, sum of squared distances; [3, B * groups], fp32 (fp64 of fp64).
 
-    Half-precision values are summed in fp32 without a copy in fp32, by channel: their own rounding is coarser than what
-    cancels in the difference of the sums. Channels are then merged like ranks.
+    They are computed by channel, in whatever order values are in memory, and channels are merged like ranks. Half-precision
+    values are summed in fp32 without a copy in fp32: their own rounding is coarser than what cancels in these sums.
     """
     batch, channels = local.shape[:2]
-    if local.dtype not in (torch.float16, torch.bfloat16):
-        values = local.reshape(batch * groups, local.numel() // (batch * groups))
-        if not values.numel():
-            return values.new_zeros(3, batch * groups)
-        variance, mean = torch.var_mean(values, dim=1, correction=0)
-        return torch.stack([torch.full_like(mean, values.shape[1]), mean, variance * values.shape[1]])
-    values = local.reshape(batch * channels, local.numel() // (batch * channels))
-    if not values.numel():
-        return torch.zeros(3, batch * groups, device=local.device)
-    mean = values.sum(1, dtype=torch.float32) / values.shape[1]
-    squares = torch.linalg.vector_norm(values, dim=1, dtype=torch.float32).square() - mean.square() * values.shape[1]
-    of_channels = torch.stack([torch.full_like(mean, values.shape[1]), mean, squares.clamp_min(0)])
+    axes, each = tuple(range(2, local.ndim)), local.numel() // (batch * channels)
+    half = local.dtype in (torch.float16, torch.bfloat16)
+    if not each:
+        return torch.zeros(3, batch * groups, dtype=torch.float32 if half else local.dtype, device=local.device)
+    if half:
+        mean = local.sum(axes, dtype=torch.float32) / each
+        squares = torch.linalg.vector_norm(local, dim=axes, dtype=torch.float32).square()
+        variance = (squares / each - mean.square()).clamp_min(0)
+    else:
+        variance, mean = torch.var_mean(local, dim=axes, correction=0)
+    of_channels = torch.stack([torch.full_like(mean, each), mean, variance * each])
     mean, variance = merged_statistics(of_channels.view(3, batch * groups, -1).permute(2, 0, 1))
-    each = values.shape[1] * (channels // groups)
+    each *= channels // groups
     return torch.stack([torch.full_like(mean, each), mean, variance * each])
 
 
