@@ -111,6 +111,17 @@ def uneven_up(x):
     return torch.cat([large, x], dim=1)
 
 
+def reduced(x):
+    """Norms and sums along channels, as video VAEs have them."""
+    y = (
+        F.normalize(x, dim=1)
+        + x.pow(2).mean(1, keepdim=True)
+        + x.sum(1)[:, None]
+        + x.mean(dim=(1, 3))[:, None, :, None]
+    )
+    return y * x.unbind(1)[0].unsqueeze(1) + x.select(3, 2).unsqueeze(-1) + x.new_full((1, 1), 2.0)
+
+
 def broadcast(x):
     """With scales by row, by column, of one row, and by channel from a reduction over the whole picture."""
     height, width = x.shape[2:]
@@ -148,6 +159,8 @@ OPERATIONS = {
     "up 2": (lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"), True), "uneven up": (uneven_up, True),
     "exact up": (lambda x: F.interpolate(x, size=(13, 17), mode="nearest-exact"), True),
     "bilinear": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), False),
+    "reduced": (reduced, True),
+    "repeated": (lambda x: x.repeat_interleave(2, dim=2).repeat_interleave(3, 3), True),
     "pooled": (lambda x: F.avg_pool2d(x, 2), True), "broadcast": (broadcast, True), "in place": (in_place, True),
     "self-attention": (self_attention, True), "attention seam": (attention_seam, True), "channels last": (
         lambda x: F.group_norm(conv((3, 3), padding=1)(x.contiguous(memory_format=torch.channels_last)), 3), True

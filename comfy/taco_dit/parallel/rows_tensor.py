@@ -101,7 +101,7 @@ class RowsTensor(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = HANDLERS.get(name)
-        if handler is not None and "out" not in kwargs:
+        if handler is not None and kwargs.get("out") is None:
             out = handler(func, args, kwargs)
             if out is not NotImplemented:
                 return out
@@ -161,7 +161,7 @@ def _on_whole(func: Any, name: str, args: Any, kwargs: Any) -> Any:
 def _written(name: str, args: Any, kwargs: Any) -> RowsTensor | None:
     """The tensor of rows that a call writes into."""
     in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
-    target = kwargs.get("out", args[0] if in_place and args else None)
+    target = args[0] if in_place and args else kwargs.get("out")
     return target if isinstance(target, RowsTensor) else None
 
 
@@ -308,18 +308,43 @@ def _axes(args: Any, kwargs: Any, place: int, default: Any, ndim: int) -> list[i
 
 
 def _along(place: int, default: Any = 0) -> Handler:
-    """Functions along axes of which rows are none, and which keep the order of axes."""
+    """Functions along axes of which rows are none; these stay, or all go."""
 
     def handler(func: Any, args: Any, kwargs: Any) -> Any:
         tensor = args[0]
-        if not isinstance(tensor, RowsTensor) or tensor.rows.axis in _axes(args, kwargs, place, default, tensor.ndim):
+        if not isinstance(tensor, RowsTensor):
             return NotImplemented
+        axes = _axes(args, kwargs, place, default, tensor.ndim)
+        if tensor.rows.axis in axes:
+            return NotImplemented
+        before = sum(axis < tensor.rows.axis for axis in axes)
+
+        def dealt(part: torch.Tensor) -> RowsTensor:
+            gone = before if part.ndim < tensor.ndim else 0
+            return tensor.with_local(part, tensor.rows.moved(tensor.rows.axis - gone))
+
         out = tensor.plan.compute(func, tensor.local, *args[1:], **kwargs)
-        if isinstance(out, torch.Tensor):
-            return tensor.with_local(out) if out.ndim == tensor.ndim else NotImplemented
-        return tuple(tensor.with_local(part) for part in out)
+        return dealt(out) if isinstance(out, torch.Tensor) else tuple(dealt(part) for part in out)
 
     return handler
+
+
+def _repeated(func: Any, args: Any, kwargs: Any) -> Any:
+    """`repeat_interleave`; repeated rows stay on their rank."""
+    tensor, repeats = args[:2] if len(args) > 1 else (args[0], kwargs.get("repeats"))
+    axes = _axes(args, kwargs, 2, None, tensor.ndim)
+    if len(axes) > 1 or not isinstance(repeats, int) or not isinstance(tensor, RowsTensor) or tensor.rows.unit != 1:
+        return NotImplemented
+    counts = (
+        tuple(count * repeats for count in tensor.rows.counts) if axes[0] == tensor.rows.axis else tensor.rows.counts
+    )
+    local = tensor.plan.compute(torch.repeat_interleave, tensor.local, repeats, axes[0])
+    return tensor.with_local(local, Layout(tensor.rows.axis, counts))
+
+
+def _new(func: Any, args: Any, kwargs: Any) -> Any:
+    """Whole tensors of the same dtype on the same device, whose values do not come from this one."""
+    return func(torch.empty(0, dtype=args[0].dtype, device=args[0].plan.device), *args[1:], **kwargs)
 
 
 def _concatenated(func: Any, args: Any, kwargs: Any) -> Any:
@@ -358,8 +383,12 @@ def _indexed(func: Any, args: Any, kwargs: Any) -> Any:
 
 register(_reshaped, "view reshape flatten unflatten squeeze unsqueeze")
 register(_permuted, "permute transpose movedim moveaxis swapaxes swapdims")
-register(_along(2), "chunk split tensor_split repeat_interleave")
-register(_along(1), "narrow flip cumsum index_select")
+register(_along(2), "chunk split tensor_split")
+register(_along(1), "narrow cumsum index_select select unbind")
+register(_along(1, None), "mean sum amax amin prod logsumexp")
+register(_along(2, 1), "normalize")
+register(_repeated, "repeat_interleave")
+register(_new, "new_zeros new_ones new_empty new_full")
 register(_along(1, -1), "softmax log_softmax")
 register(_concatenated, "cat concat")
 register(_indexed, "__getitem__")
