@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -147,12 +147,14 @@ def tiled_scale_multidim(
     downscale: bool = False,
     index_formulas: Any = None,
     pbar: Any = None,
+    each: Callable[..., Iterable[torch.Tensor]] = map,
 ) -> torch.Tensor:
     """Apply `function` tile by tile along the last `len(tile)` axes and blend overlaps linearly.
 
     `samples` is [B, C, *sizes]; the result [B, out_channels, *scaled sizes]. `upscale_amount` (a factor or a function
     of a length) and `overlap` may be given per axis; `downscale` divides instead of multiplying.
     `index_formulas` maps the start of a tile to its place in the output where that differs from `upscale_amount`.
+    `each(function, tiles)` gives the results in order, as `map` does.
     """
     axes = len(tile)
     amounts, overlaps = _per_axis(upscale_amount, axes), _per_axis(overlap, axes)
@@ -175,13 +177,17 @@ def tiled_scale_multidim(
             continue
         total = torch.zeros([1, out_channels, *out_sizes], device=output_device)
         weight = torch.zeros_like(total)
+        parts, places = [], []
         for corner in itertools.product(*(_tile_starts(sizes[d], tile[d], overlaps[d]) for d in range(axes))):
             part, place = sample, []
             for d in range(axes):
                 start = max(0, min(sizes[d] - overlaps[d], corner[d]))
                 part = part.narrow(d + 2, start, min(tile[d], sizes[d] - start))
                 place.append(round(scaled(formulas[d], start)))
-            _add_tile(total, weight, function(part).to(output_device), place, feathers)
+            parts.append(part)
+            places.append(place)
+        for place, made in zip(places, each(function, parts)):
+            _add_tile(total, weight, made.to(output_device), place, feathers)
             if pbar is not None:
                 pbar.update(1)
         results.append(total / weight)
@@ -198,10 +204,11 @@ def tiled_scale(
     out_channels: int = 3,
     output_device: torch.device | str = "cpu",
     pbar: Any = None,
+    each: Callable[..., Iterable[torch.Tensor]] = map,
 ) -> torch.Tensor:
     """`tiled_scale_multidim` for pictures: [B, C, H, W] -> [B, out_channels, H * amount, W * amount]."""
     return tiled_scale_multidim(
-        samples, function, (tile_y, tile_x), overlap, upscale_amount, out_channels, output_device, pbar=pbar
+        samples, function, (tile_y, tile_x), overlap, upscale_amount, out_channels, output_device, pbar=pbar, each=each
     )
 
 

@@ -13,7 +13,7 @@ import comfy.model_patcher
 import comfy.utils
 from comfy import accounting, weight_files
 from comfy.ldm.models.autoencoder import AutoencoderKL, config_from_state_dict, convert_diffusers_vae
-from comfy.taco_dit.core.spread import spread_batch
+from comfy.taco_dit.core.spread import rows_over, spread_pictures, spread_rounds
 
 # Bytes of activations per output pixel and byte of dtype, measured on the 84M-parameter image VAE.
 DECODE_BYTES = 2178
@@ -107,11 +107,17 @@ class VAE:
                 "use the VAE that belongs to the model, or its empty latent node"
             )
         needed = self.memory_used_decode(samples_in.shape, self.vae_dtype)
-        at_once = self._load(needed)
+        pixels = samples_in.shape[2] * samples_in.shape[3] * self.upscale_ratio**2
+        at_once = self._load(needed / rows_over(samples_in.shape[0], pixels))
         pictures = None
         try:
-            pictures = spread_batch(
-                samples_in, lambda batch: torch.cat([self._decode_batch(part) for part in batch.split(at_once)])
+            pictures = spread_pictures(
+                samples_in,
+                lambda batch: self._in_parts(batch, at_once, self._decode_batch),
+                self.first_stage_model,
+                self._decode_batch,
+                self.device,
+                pixels,
             ).to(self.output_device)
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE decoding, retrying with tiled VAE decoding.")
@@ -120,9 +126,14 @@ class VAE:
         self.patcher.weight_store.check_files()
         return pictures.movedim(1, -1)
 
+    def _in_parts(
+        self, batch: torch.Tensor, at_once: int, network: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """`network` for a few entries of a batch at a time; what is ready waits on the output device."""
+        return torch.cat([network(part).to(self.output_device) for part in batch.split(at_once)])
+
     def _decode_batch(self, latents: torch.Tensor) -> torch.Tensor:
-        out = self.first_stage_model.decode(latents.to(self.device, self.vae_dtype))
-        return self.process_output(out.to(self.output_device).float())
+        return self.process_output(self.first_stage_model.decode(latents.to(self.device, self.vae_dtype)).float())
 
     def _decode_tiled(self, samples: torch.Tensor, tile_x: int, tile_y: int, overlap: int) -> torch.Tensor:
         """The mean of three tilings, so that no seam is at the same place in all of them."""
@@ -136,6 +147,7 @@ class VAE:
             comfy.utils.tiled_scale(
                 samples, decode, width, height, overlap, upscale_amount=self.upscale_ratio,
                 out_channels=self.output_channels, output_device=self.output_device, pbar=bar,
+                each=spread_rounds,
             )
             for width, height in tilings
         ]  # fmt: skip
@@ -177,11 +189,18 @@ class VAE:
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """Pictures [B, H, W, 3] in 0..1 -> latents [B, C, h, w]; in tiles when memory does not suffice."""
         pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
-        at_once = self._load(self.memory_used_encode(pixels.shape, self.vae_dtype))
+        size = pixels.shape[2] * pixels.shape[3]
+        at_once = self._load(self.memory_used_encode(pixels.shape, self.vae_dtype) / rows_over(pixels.shape[0], size))
         latents = None
         try:
-            latents = spread_batch(
-                pixels, lambda batch: torch.cat([self._encode_batch(part) for part in batch.split(at_once)])
+            latents = spread_pictures(
+                pixels,
+                lambda batch: self._in_parts(batch, at_once, self._encode_batch),
+                self.first_stage_model,
+                self._encode_batch,
+                self.device,
+                size,
+                self.spacial_compression_encode(),
             ).to(self.output_device)
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE encoding, retrying with tiled VAE encoding.")
@@ -191,8 +210,8 @@ class VAE:
         return latents
 
     def _encode_batch(self, pixels: torch.Tensor) -> torch.Tensor:
-        inputs = self.process_input(pixels).to(self.device, self.vae_dtype)
-        return self.first_stage_model.encode(inputs).to(self.output_device).float()
+        inputs = self.process_input(pixels.to(self.device)).to(self.vae_dtype)
+        return self.first_stage_model.encode(inputs).float()
 
     def _encode_tiled(self, pixels: torch.Tensor, tile_x: int, tile_y: int, overlap: int) -> torch.Tensor:
         def encode(tile: torch.Tensor) -> torch.Tensor:
@@ -204,6 +223,7 @@ class VAE:
             comfy.utils.tiled_scale(
                 pixels, encode, width, height, overlap, upscale_amount=1 / self.downscale_ratio,
                 out_channels=self.latent_channels, output_device=self.output_device, pbar=bar,
+                each=spread_rounds,
             )
             for width, height in tilings
         ]  # fmt: skip

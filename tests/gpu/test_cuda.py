@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,6 +68,25 @@ def test_ranks_agree_in_bf16(tmp_path: Path) -> None:
     rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
     assert [row["ranks"] for row in rows] == ranks
     assert all(row["deviation"] < 2e-2 for row in rows[1:])
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("dtype, limit", [("float32", 1e-4), ("bfloat16", 5e-2)])
+def test_rows_of_the_vae_agree(dtype: str, limit: float) -> None:
+    """Rows dealt over GPUs: the picture and latent of one GPU, in about 1/N of the memory. Without TF32, which rounds."""
+    ranks = [r for r in (1, 2, 3, 4) if r <= torch.cuda.device_count()]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.vae", "--size", "1048", "--dtype", dtype, "--repeats", "2",
+         "--ranks", ",".join(map(str, ranks))],
+        cwd=ROOT, capture_output=True, text=True, timeout=400, env={**os.environ, "NVIDIA_TF32_OVERRIDE": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+    decodes, encodes = ([row for row in rows if row["what"] == what] for what in ("decode", "encode"))
+    assert [row["ranks"] for row in decodes] == ranks
+    assert all(row["difference"] <= limit for row in decodes)
+    assert all(row["difference"] <= 10 * limit for row in encodes)  # latents reach from about -4 to 4
+    assert all(row["peak_gib"] < 1.3 * decodes[0]["peak_gib"] / row["ranks"] + 0.3 for row in decodes)
 
 
 def _render(server: BenchmarkServer, make: Callable[..., Any]) -> np.ndarray:

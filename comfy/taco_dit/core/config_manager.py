@@ -40,6 +40,7 @@ class ParallelConfig:
     cfg_parallel: bool = True
     data_parallel: bool = True
     data_parallel_degree: int | None = None
+    spatial_parallel: bool = True
 
 
 @dataclass(frozen=True)

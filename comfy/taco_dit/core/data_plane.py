@@ -72,6 +72,11 @@ class Group(Protocol):
         Neither may be changed before `Pending.wait` returned, and the group takes no call but `shift` until then.
         """
 
+    def start_all_to_all(
+        self, out: torch.Tensor, send: torch.Tensor, out_splits: Sequence[int], send_splits: Sequence[int]
+    ) -> Pending:
+        """Begin an `all_to_all`; the same rules as for `shift` hold until its end."""
+
     def abort(self) -> None:
         """Leave collectives in progress; the group is unusable afterwards."""
 
@@ -88,7 +93,7 @@ class _OnStream:
 
 
 class NcclGroup:
-    """A group on GPUs. Collectives run on the caller's stream, `shift` on one of the group's own."""
+    """A group on GPUs. Collectives run on the caller's stream, those that are begun on one of the group's own."""
 
     def __init__(self, backend: Any, ranks: tuple[int, ...], rank: int, store: Any = None) -> None:
         self._backend = backend
@@ -170,11 +175,17 @@ class NcclGroup:
         sent, received = [0] * self.size, [0] * self.size
         sent[(self.index + 1) % self.size] = send.numel()
         received[(self.index - 1) % self.size] = out.numel()
+        return self.start_all_to_all(out, send, received, sent)
+
+    def start_all_to_all(
+        self, out: torch.Tensor, send: torch.Tensor, out_splits: Sequence[int], send_splits: Sequence[int]
+    ) -> Pending:
+        """As `Group.start_all_to_all`."""
         if self._side is None:
             self._side = torch.cuda.Stream(out.device)
         self._side.wait_stream(torch.cuda.current_stream(out.device))
         with torch.cuda.stream(self._side):
-            self.all_to_all(out, send, received, sent)
+            self.all_to_all(out, send, out_splits, send_splits)
         return _OnStream(self._side, (out, send))
 
     def abort(self) -> None:

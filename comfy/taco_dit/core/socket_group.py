@@ -137,6 +137,13 @@ class SocketGroup:
             futures.append(self._from_previous.submit(channel.receive_into, _bytes_of(out)))
         return _InThreads(futures, (out, send))
 
+    def start_all_to_all(
+        self, out: torch.Tensor, send: torch.Tensor, out_splits: Sequence[int], send_splits: Sequence[int]
+    ) -> _InThreads:
+        """`all_to_all`, which is over on return: what computes on the CPU would wait for the same cores."""
+        self.all_to_all(out, send, out_splits, send_splits)
+        return _InThreads([], (out, send))
+
     def abort(self) -> None:
         """Leave collectives in progress, from any thread; the group is unusable afterwards."""
         with self._lock:
