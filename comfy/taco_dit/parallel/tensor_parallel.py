@@ -256,7 +256,6 @@ class LinearPart:
         mine = self._ranges[self._weights.index][: self._starts.index(first)]
         return sum(stop - start for start, stop in mine)
 
-    @torch.compiler.disable
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's `forward`."""
         own = functools.partial(type(self.module).forward, self.module) if self._forward is None else self._forward
@@ -295,6 +294,12 @@ def _without_bias(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module._parameters["bias"] = bias
+
+
+@functools.cache
+def _never_compiled() -> None:
+    """Keep the exchanges of cut linears out of compiled stages. Not at import: torch's compiler takes 70 MB of memory."""
+    LinearPart.__call__ = torch.compiler.disable(LinearPart.__call__)  # type: ignore[method-assign]
 
 
 class TensorWeights:
@@ -340,6 +345,7 @@ class TensorWeights:
 
     def install(self) -> None:
         """Let the linears compute with their parts; the store must hold these parts from now on."""
+        _never_compiled()
         for part in self.parts.values():
             part.install()
         for block in self._blocks:
