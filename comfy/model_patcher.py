@@ -105,10 +105,10 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
     # --- identity and size -----------------------------------------------------------------------------------------
 
     def model_size(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all weights on the device."""
         if self.size <= 0:
-            self.size = comfy.model_management.module_size(self.model)
-        return self.size
+            self.size = self.weight_store.size()
+        return self.size - self.weight_store.saving(self.load_device)
 
     def get_ram_usage(self) -> int:
         """Bytes of host memory the weights take at most."""
@@ -125,7 +125,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
     def clone(self) -> ModelPatcher:
         """Another patcher of the same network, with copies of all settings."""
         other = self.__class__(
-            self.model, self.load_device, self.offload_device, self.model_size(),
+            self.model, self.load_device, self.offload_device, self.size,
             weight_inplace_update=self.weight_inplace_update,
         )  # fmt: skip
         other.patches = {key: list(patches) for key, patches in self.patches.items()}
@@ -379,7 +379,8 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
         """Load up to `extra_memory` further bytes; returns how many were loaded."""
         before = self.loaded_size()
-        if before >= self.model_size() and self.model.current_weight_patches_uuid == self.patches_uuid:
+        same = self.model.current_weight_patches_uuid == self.patches_uuid
+        if before >= self.model_size() and same and self.weight_store.as_wanted(force_patch_weights):
             return 0
         self.patch_model(device_to, max(1, before + int(extra_memory)), force_patch_weights=force_patch_weights)
         return self.loaded_size() - before

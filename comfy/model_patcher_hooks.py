@@ -14,6 +14,7 @@ import comfy.lora
 import comfy.utils
 from comfy import weight_files
 from comfy.weights.patching import get_key_weight, string_to_seed
+from comfy.weights.quantised import real_from
 from comfy.weights.store import store_of
 
 
@@ -152,7 +153,11 @@ class HooksMixin:
         from comfy.float import stochastic_rounding
 
         weight, _, convert = get_key_weight(self.model, key)
-        real = convert(weight) if convert is not None else weight.to(torch.float32, copy=True)
+        record = store_of(self.model).weight(key)
+        if record.eight_bit is not None and record.eight_bit.scale is not None:  # only what the hooks change is lost
+            real, weight, convert = real_from(record, weight), record.source, None
+        else:
+            real = convert(weight) if convert is not None else weight.to(torch.float32, copy=True)
         # a model that is blended in needs to know what it replaces
         originals = {key: [(real.clone(),)]} if any(_blends_model(patch[1]) for patch in patches) else None
         patched = comfy.lora.calculate_weight(patches, real, key, original_weights=originals)

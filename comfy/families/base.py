@@ -49,7 +49,8 @@ class Family:
     in. from_diffusers: a state dict with diffusers' keys under the family's, or None when it is not of this family.
     lora_keys: `network -> {adapter key prefix: weight, or (weight, part), or (weight, None, transform)}` beyond the
     weights' own names. splits: how each linear of a block is cut, by its name in the network with `*` for numbers.
-    sizes: `network -> Sizes` for the splits.
+    sizes: `network -> Sizes` for the splits. full_precision: names of linears among those of `splits` that never compute
+    in eight bits, with `*` for numbers.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Family:
     lora_keys: Callable[[Any], dict[str, Any]] | None = None
     splits: Mapping[str, Split] = field(default_factory=dict)
     sizes: Callable[[Any], Sizes] | None = None
+    full_precision: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # A class is known by its public name: in messages, in tables, when pickled, and to packs that ask for it.

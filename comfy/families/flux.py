@@ -254,4 +254,5 @@ FAMILY = Family(
     lora_keys=keys.lora_keys,
     splits=_splits(),
     sizes=_sizes,
+    full_precision=("double_blocks.*_mod.lin", "single_blocks.*.modulation.lin"),  # small products, large effect
 )

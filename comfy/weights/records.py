@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from comfy.ldm.modules.eight_bit import EightBit
 from comfy.weight_files import WeightFile
 
 from .patching import Patch
@@ -13,9 +14,10 @@ from .patching import Patch
 
 class Weight:
     """One weight. `patches`: those with which `placed` was made; `pristine`: the unpatched value on the device, if kept;
-    `wanted`: the patches of the last `place`, and `patch_files` the files that they are from."""
+    `wanted`: the patches of the last `place`, and `patch_files` the files that they are from; `eight_bit`: its layer's, if
+    `placed` is quantised."""
 
-    __slots__ = ("key", "source", "placed", "pristine", "patches", "wanted", "patch_files")
+    __slots__ = ("key", "source", "placed", "pristine", "patches", "wanted", "patch_files", "eight_bit")
 
     def __init__(self, key: str, source: torch.Tensor) -> None:
         self.key = key
@@ -25,6 +27,7 @@ class Weight:
         self.patches: tuple[Patch, ...] = ()
         self.wanted: tuple[Patch, ...] = ()
         self.patch_files: set[WeightFile] = set()
+        self.eight_bit: EightBit | None = None
 
     @property
     def current(self) -> torch.Tensor:

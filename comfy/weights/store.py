@@ -19,6 +19,7 @@ import torch
 import comfy.utils
 from comfy import accounting, weight_files
 
+from . import quantised
 from .patching import (
     Calculate,
     LowVramPatch,
@@ -40,7 +41,10 @@ Wrapper = Callable[..., Any]
 
 
 class WeightStore:
-    """See the module's docstring. `always_copy` treats the CPU as a device of its own, for tests."""
+    """See the module's docstring. `always_copy` treats the CPU as a device of its own, for tests.
+
+    `linear_precision` (bf16, auto, fp8, int8; see `quantised`) is what the next `place` goes by.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -50,12 +54,15 @@ class WeightStore:
         self.device: torch.device | None = None
         self.patched_at_use = 0
         self.always_copy = False
+        self.linear_precision = "bf16"
+        self._saving: tuple[Any, int] = (None, 0)  # (precision and device, bytes that weights in eight bits save there)
         self.loaded_from: set[weight_files.WeightFile] = set()
         self._files: set[weight_files.WeightFile] = set()  # those that the network as it is placed depends on
         self._resident: set[str] = set()  # paths of modules whose weights are on the device
         self._wrapped: list[tuple[Any, str, Wrapper]] = []
         self._stream: WeightStream | None = None
         self._waiting = 0
+        self._whole = False  # whether weights are in full precision because they are to be saved
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightStore:
         other = copy.copy(self)
@@ -76,7 +83,7 @@ class WeightStore:
             names = [name for name, _ in module.named_parameters(recurse=False)]
             names += [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None]
             if names:
-                size = sum(getattr(module, name).nbytes for name in names)
+                size = sum(quantised.bytes_of(module, name) for name in names)
                 keys = tuple(f"{path}.{name}" if path else name for name in names)
                 found.append(Group(size, path, module, keys))
         return sorted(found, key=lambda group: (-group.size, group.path))
@@ -99,12 +106,32 @@ class WeightStore:
         """Whether some modules bring their weights over at each use."""
         return self._waiting > 0
 
+    def size(self) -> int:
+        """Bytes of all weights as they are in their file."""
+        import comfy.model_management
+
+        now = [weight for weight in self.weights.values() if weight.eight_bit is not None]
+        return comfy.model_management.module_size(self.model) + sum(w.source.nbytes - w.current.nbytes for w in now)
+
+    def saving(self, device: torch.device) -> int:
+        """Bytes that weights take less on `device` because linears multiply in eight bits."""
+        known, saved = self._saving
+        if known != (self.linear_precision, device):
+            wanted = quantised.formats(self.model, self.linear_precision, device, self.source)
+            saved = quantised.saving(wanted, self.source)
+            self._saving = (self.linear_precision, device), saved
+        return saved
+
+    def as_wanted(self, whole: bool) -> bool:
+        """Whether weights are in full precision as, or in eight bits although, they are to be saved (`whole`)."""
+        return self._whole == whole or self.device is None or not self.saving(self.device)
+
     def _moved(self) -> None:
         """Memory moved. Versions are never used twice in a process, so that no captured graph mistakes a network."""
         self.layout_version = next(_versions)
 
-    def _must_copy(self, source: torch.Tensor, device: torch.device) -> bool:
-        return source.device != device or self.always_copy
+    def _must_copy(self, weight: Weight, device: torch.device) -> bool:
+        return weight.eight_bit is not None or weight.source.device != device or self.always_copy
 
     def _use(self, weight: Weight, value: torch.Tensor | None) -> None:
         """Let the network use `value` (None: the original)."""
@@ -156,7 +183,8 @@ class WeightStore:
 
         Raises WeightFileChangedError when a file that weights or patches are from has changed since it was loaded.
         """
-        self.device = device
+        self.device, self._whole = device, patch_host
+        quantised.prepare(self, device, patch_host)
         groups = self.groups()
         resident = self._choose(groups, device, budget)
         waiting = [group for group in groups if group.path not in resident]
@@ -199,7 +227,7 @@ class WeightStore:
         out = []
         for key in group.keys:
             weight = self.weight(key)
-            if not self._must_copy(weight.source, device):
+            if not self._must_copy(weight, device):
                 if weight.placed is not None and weight.placed.device != device:
                     self._drop(weight)
             elif weight.placed is None or weight.placed.device != device:
@@ -209,8 +237,11 @@ class WeightStore:
 
     def _bring(self, weights: list[Weight]) -> None:
         pairs = []
+        quantised.bring(self, [weight for weight in weights if weight.eight_bit is not None], _fetch)
         for weight in weights:
             source = weight.source
+            if weight.eight_bit is not None:
+                continue
             if type(source) in _PLAIN_TENSORS:
                 with torch.inference_mode(False):  # training saves weights for its derivatives
                     target = torch.empty_like(source, device=self.device, memory_format=torch.contiguous_format)
@@ -225,6 +256,8 @@ class WeightStore:
         if weight.placed is not None:
             self._use(weight, None)
         weight.pristine, weight.patches = None, ()
+        if weight.eight_bit is not None:
+            weight.eight_bit.scale = None
 
     def _evict(self, group: Group) -> None:
         for key in group.keys:
@@ -260,18 +293,26 @@ class WeightStore:
             else:
                 base = self._pristine_value(weight, device)
                 real = calculate(wanted, real_value(self.model, weight.key, base), weight.key)
-                self._write(weight, stored_value(self.model, weight.key, real, weight.source))
+                self._write(weight, self._stored(weight, real))
             weight.patches = wanted
+
+    def _stored(self, weight: Weight, real: torch.Tensor) -> torch.Tensor:
+        """What `_write` takes, from a calculated value: that itself where it is quantised by `_write`."""
+        return real if weight.eight_bit is not None else stored_value(self.model, weight.key, real, weight.source)
 
     def _restore(self, weights: list[Weight], device: torch.device) -> None:
         """Unpatched values again, in the memory the weights have."""
         fetched, kept = [], []
         for weight in weights:
-            if not self._must_copy(weight.source, device):
+            if not self._must_copy(weight, device):
                 self._drop(weight)
                 continue
             placed = weight.placed
             assert placed is not None
+            if weight.eight_bit is not None:
+                self._bring([weight])
+                weight.patches = ()
+                continue
             plain = type(weight.source) in _PLAIN_TENSORS  # other tensor classes may carry patches of their own
             if not plain or placed.shape != weight.source.shape or placed.dtype != weight.source.dtype:
                 self._drop(weight)
@@ -287,8 +328,12 @@ class WeightStore:
 
     def _pristine_value(self, weight: Weight, device: torch.device) -> torch.Tensor:
         """The unpatched value on the device, kept for the next change where there is room for it."""
-        if not self._must_copy(weight.source, device):
+        if not self._must_copy(weight, device):
             return weight.source
+        if weight.eight_bit is not None:  # in full precision it would take twice the memory that it has
+            whole = quantised.original(self, weight)
+            _fetch([(weight.source, whole)])
+            return whole
         if weight.pristine is not None:
             return weight.pristine
         assert weight.placed is not None
@@ -305,8 +350,10 @@ class WeightStore:
         return value
 
     def _write(self, weight: Weight, value: torch.Tensor) -> None:
-        """Give a weight a new value, in the memory it has if that fits."""
+        """Give a weight a new value, in the memory it has if that fits; one in eight bits gets its real value."""
         placed = weight.placed
+        if weight.eight_bit is not None:
+            value = quantised.quantised(weight, value)
         if placed is not None and placed.shape == value.shape and placed.dtype == value.dtype:
             with torch.inference_mode():
                 placed.copy_(value)
@@ -316,7 +363,7 @@ class WeightStore:
     def _patch_by(self, foreign: Callable[[str], Any], weight: Weight) -> None:
         """Let somebody's own method patch a weight from its original; what it put in place is then ours to undo."""
         if weight.patches:
-            if self.device is not None and self._must_copy(weight.source, self.device):
+            if self.device is not None and self._must_copy(weight, self.device):
                 self._restore([weight], self.device)
             else:
                 self._drop(weight)
@@ -330,12 +377,12 @@ class WeightStore:
         """Give one weight its patched value on `device`, whatever the others are."""
         weight = self.weight(key)
         weight_files.check(weight_files.files_in([weight.source, patches]))
-        if self._must_copy(weight.source, device) and (weight.placed is None or weight.placed.device != device):
+        if self._must_copy(weight, device) and (weight.placed is None or weight.placed.device != device):
             self.device = device
             self._drop(weight)
             self._bring([weight])
         real = calculate(patches, real_value(self.model, key, self._pristine_value(weight, device)), key)
-        self._write(weight, stored_value(self.model, key, real, weight.source))
+        self._write(weight, self._stored(weight, real))
         weight.patches = tuple(patches)
 
     def release_pristine(self) -> None:
@@ -427,6 +474,7 @@ class WeightStore:
             wipe_lowvram_weight(group.module)
             for key in group.keys:
                 self._drop(self.weight(key))
+        quantised.plain_again(self)
         self._wrap([], {})
         self._resident, self._waiting, self._stream = set(), 0, None
         self.loaded_bytes = self.patched_at_use = 0
@@ -440,7 +488,7 @@ class WeightStore:
         for group in groups:
             if freed >= amount:
                 break
-            on_device = any(self._must_copy(self.weight(key).source, self.device) for key in group.keys)
+            on_device = any(self._must_copy(self.weight(key), self.device) for key in group.keys)
             if group.path in self._resident and group.can_wait and on_device:
                 leaving.append(group)
                 freed += group.size

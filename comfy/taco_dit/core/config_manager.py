@@ -47,7 +47,13 @@ class OptimizationConfig:
     use_flash_attention: bool = True
     use_torch_compile: bool | None = None
     use_cuda_graph: bool | None = None
+    linear_precision: str = "auto"
+    attention: str = "auto"
     use_cache: bool = False
+    cache_mode: str = "first_block"
+    cache_threshold: float = 0.08
+    cache_interval: int = 2
+    cache_warm_up_steps: int = 4
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,9 @@ _SECTIONS: dict[str, type[Any]] = {
 }
 _CHOICES = {
     "optimization.engine": ("native", "xfuser"),
+    "optimization.linear_precision": ("auto", "bf16", "fp8", "int8"),
+    "optimization.attention": ("auto", "sdpa", "cudnn", "flash", "sage"),
+    "optimization.cache_mode": ("first_block", "interval"),
     "memory.offload_device": ("cpu",),
 }
 # Strategies whose names are promised but which this version cannot run yet: only "off" is accepted.
@@ -97,7 +106,6 @@ _NOT_YET: dict[str, Any] = {
     "parallel.pipeline_parallel_degree": 1,
     "parallel.tensor_parallel": False,
     "parallel.tensor_parallel_degree": 1,
-    "optimization.use_cache": False,
 }
 
 
@@ -124,6 +132,10 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             automatic = "auto, or " if optional else ""
             raise ConfigError(f"{key} is {value!r}; allowed: {automatic}a whole number of at least 1")
+    elif wanted is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise ConfigError(f"{key} is {value!r}; allowed: a number of at least 0")
+        return float(value)
     elif key in _CHOICES and value not in _CHOICES[key]:
         raise ConfigError(f"{key} is {value!r}; allowed: {', '.join(_CHOICES[key])}")
     if key in _NOT_YET and value != _NOT_YET[key]:

@@ -28,6 +28,7 @@ class TACODiTModelPatcher(ModelPatcher):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.weight_store.linear_precision = runtime.current().config.optimization.linear_precision
         self.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _sample_together)
 
     def clone(self, *args: Any, **kwargs: Any) -> TACODiTModelPatcher:
