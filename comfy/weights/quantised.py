@@ -95,6 +95,7 @@ def prepare(store: Any, device: torch.device, whole: bool) -> None:
     whole: all in full precision, for weights that are about to be saved.
     """
     wanted = {} if whole else formats(store.model, store.linear_precision, device, store.source)
+    store.multiplies_in = next((form.name for form in wanted.values()), None)
     for path, module in store.model.named_modules():
         form = wanted.get(path)
         if form is None and getattr(module, "eight_bit", None) is None:

@@ -54,6 +54,8 @@ class WeightStore:
         self.device: torch.device | None = None
         self.patched_at_use = 0
         self.always_copy = False
+        self.rewritten = 0  # how often hooks gave weights other values
+        self.multiplies_in: str | None = None  # the eight-bit format of its linears, if any
         self.linear_precision = "bf16"
         self._saving: tuple[Any, int] = (None, 0)  # (precision and device, bytes that weights in eight bits save there)
         self.loaded_from: set[weight_files.WeightFile] = set()
@@ -393,6 +395,7 @@ class WeightStore:
     def rewrite(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """Give a weight a value for a while (hooks); returns what was there, for `rewrite` to put back."""
         weight = self.weights.get(key) or self.weight(key)
+        self.rewritten += 1
         if weight.placed is not None and weight.placed.shape == value.shape and weight.placed.dtype == value.dtype:
             before = weight.placed.detach().clone()
             self._write(weight, value)
@@ -403,6 +406,7 @@ class WeightStore:
 
     def put_back(self, key: str, before: torch.Tensor) -> None:
         """Undo `rewrite`."""
+        self.rewritten += 1
         weight = self.weights[key]
         if before is weight.source or before is weight.placed:
             comfy.utils.set_attr(self.model, key, before)

@@ -27,6 +27,11 @@ def use_fused_attention(enabled: bool) -> None:
     _fused = enabled
 
 
+def lossy_kernel() -> str | None:
+    """The kernel in use that computes another attention than exact ones, beyond rounding."""
+    return None
+
+
 def describe_backend(device: torch.device) -> str:
     """Which attention kernel is used on `device`, and why; one line for the log."""
     if not _fused:

@@ -21,11 +21,14 @@ import comfy.model_management
 from comfy import accounting
 from comfy.denoiser_batch import DenoiserBatch, evaluate_serially
 from comfy.ldm import dit
+from comfy.ldm.modules import kernels
 from comfy.taco_dit.fast.captured_calls import CapturedCalls
+from comfy.taco_dit.fast.step_cache import CacheSettings, StepCache
 from comfy.taco_dit.parallel.exchange import CollectiveExchange
 from comfy.taco_dit.parallel.ring_parallel import native_plan
 from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
+from comfy.weights.store import store_of
 from comfy_execution.lockstep import Lockstep, is_alone
 
 from .config_manager import ConfigError, OptimizationConfig, ParallelConfig, TacoConfig
@@ -43,6 +46,7 @@ class TACODiTExecutionEngine:
         self.manager = manager
         if config.optimization.engine == "xfuser" and manager.device.type != "cuda":
             raise ConfigError("optimization.engine is 'xfuser', which needs NVIDIA GPUs; allowed here: native")
+        _check_precision(config.optimization.linear_precision, manager.device)
         self.lockstep = lockstep
         self.clock = Clock(manager.device)
         self.last_run: RunStatistics | None = None
@@ -52,8 +56,12 @@ class TACODiTExecutionEngine:
         self._started = 0.0
         self._token_plans: dict[Any, UlyssesPlan] = {}
         self._warned: set[str] = set()
+        self._eight_bit: str | None = None
         self.runner = CapturedCalls(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
         comfy.model_management.add_memory_holder(self.runner.release_memory)
+        self.step_cache = _step_cache(config.optimization)
+        if self.step_cache is not None:
+            comfy.model_management.add_memory_holder(self.step_cache.release_memory)
         if manager.data is not None:
             manager.data.before_groups_end(self.runner.forget)
 
@@ -159,7 +167,9 @@ class TACODiTExecutionEngine:
         cfg, data, _, _ = dims.coordinates(self.manager.rank)
         mine = rows_of(batches, dims, cfg, data)
         parts = [batches[i].select_conds(conds).select_samples(*samples) for i, conds, samples in mine]
-        outs = self._run(model, parts, model_options, token_plan, layout)
+        outs = self._run(
+            model, parts, model_options, token_plan, layout, tuple((i, start) for i, _, (start, _) in mine)
+        )
         return collect_rows(batches, dims, outs, functools.partial(self._gather_rows, dims))
 
     def _run(
@@ -169,12 +179,23 @@ class TACODiTExecutionEngine:
         model_options: dict[str, Any],
         token_plan: UlyssesPlan | None,
         layout: Layout,
+        places: Sequence[Any] = (),
     ) -> list[torch.Tensor]:
-        """Runs this rank's batches, with the denoiser call in their `transformer_options`."""
+        """Runs this rank's batches, with the denoiser call in their `transformer_options`. places: of which rows each is."""
         call = dit.DenoiserCall(plan=token_plan, layout=layout)
-        batches = [batch.within(call) for batch in batches]
+        self._eight_bit = store_of(model).multiplies_in
+        slots = []
+        if self.step_cache is not None:
+            context = None if token_plan is None else id(token_plan)
+            for i, batch in enumerate(batches):
+                slots.append(self.step_cache.slot(model, batch, (places[i] if places else i, context)))
+        calls = [dataclasses.replace(call, cache=slot) for slot in slots] or [call] * len(batches)
+        batches = [batch.within(its) for batch, its in zip(batches, calls, strict=True)]
         with dit.fallback_call(call), self._fast(model, token_plan):
-            return evaluate_serially(model, batches, model_options)
+            outs = evaluate_serially(model, batches, model_options)
+        if self.step_cache is not None:
+            self.step_cache.note_step(slots)
+        return outs
 
     def _gather_rows(self, dims: ParallelDims, flat: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         group = self.manager.data.group(dims.row_group(self.manager.rank))  # type: ignore[union-attr]
@@ -199,6 +220,8 @@ class TACODiTExecutionEngine:
         """Before sampling, on all ranks."""
         self.runner.begin_run()
         self.clock.restart()
+        if self.step_cache is not None:
+            self.step_cache.begin_run()
         self._plan = None
         self._started = time.perf_counter()
 
@@ -214,14 +237,26 @@ class TACODiTExecutionEngine:
             calls=int(ranks[0]["calls"]),
             seconds=time.perf_counter() - self._started,
             ranks=ranks,
+            computed=None if self.step_cache is None else self.step_cache.steps.count(False),
+            lossy=self._lossy(),
         )
         self._unsaid = self.last_run
         return self.last_run
+
+    def _lossy(self) -> list[str]:
+        """What makes the results of this run others than those of its weights, for people."""
+        found = [] if self._eight_bit is None else [f"linears in {self._eight_bit}"]
+        found += [] if kernels.lossy_kernel() is None else [f"attention by {kernels.lossy_kernel()}"]
+        if self.step_cache is not None:
+            found.append(f"{self.step_cache.settings.describe()}: {self.step_cache.text()}")
+        return found
 
     def summary(self) -> str:
         """What the console says of the prompt that ended: its sampling, if there was any, and where its time went."""
         run, self._unsaid = self._unsaid, None
         parts = [f"{run.calls} steps of {run.mean_call_ms:.1f} ms, {run.plan}"] if run is not None else []
+        if run is not None and run.lossy:
+            parts.append(f"lossy: {', '.join(run.lossy)}")
         parts += filter(None, [accounting.current().text()])
         return "; ".join(["", *parts])
 
@@ -229,6 +264,7 @@ class TACODiTExecutionEngine:
         """For `/taco_dit/status`."""
         return {
             "engine": self.config.optimization.engine,
+            "lossy": [] if self.last_run is None else self.last_run.lossy,
             **self.runner.status(),
             "config": dataclasses.asdict(self.config),
             "active_plan": None if self._plan is None else self._plan.dims.describe(),
@@ -238,6 +274,29 @@ class TACODiTExecutionEngine:
             "total_calls": self.total_calls,
             "last_run": None if self.last_run is None else self.last_run.as_dict(),
         }
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    """Raises ConfigError for linears in a format that a GPU does not multiply. CPUs compute with the same numbers in fp32."""
+    if precision == "fp8" and device.type == "cuda" and not comfy.model_management.supports_fp8_compute(device):
+        raise ConfigError(
+            "optimization.linear_precision is 'fp8', which NVIDIA GPUs of compute capability 8.9 and newer multiply, and "
+            f"{device} does not; allowed here: auto, bf16, int8"
+        )
+
+
+def _step_cache(optimization: OptimizationConfig) -> StepCache | None:
+    """The step cache that is configured."""
+    if not optimization.use_cache:
+        return None
+    return StepCache(
+        CacheSettings(
+            optimization.cache_mode,
+            optimization.cache_threshold,
+            optimization.cache_interval,
+            optimization.cache_warm_up_steps,
+        )
+    )
 
 
 def _fast_ways(optimization: OptimizationConfig, device: torch.device) -> tuple[bool, bool]:
