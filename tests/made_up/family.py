@@ -103,4 +103,5 @@ FAMILY = Family(
         "blocks.*.down": Split("row", ("mlp",)),
     },
     sizes=sizes,
+    full_precision=("blocks.*.mod",),
 )
