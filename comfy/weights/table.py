@@ -58,9 +58,8 @@ class WeightTable:
         self.loaded_from: set[weight_files.WeightFile] = set()
         self.arrangement: Arrangement | None = None
         self._held_bytes: int | None = None
-        self._saving: tuple[Any, int] | None = (
-            None  # (precision and device, bytes that weights in eight bits save there)
-        )
+        self._saving: tuple[Any, int] | None = None
+        """(precision and device, bytes that weights in eight bits save there), where known."""
         self._held: dict[str, Held] = {}  # of these weights only a part is wanted
         self._files: set[weight_files.WeightFile] = set()  # those that the network as it is placed depends on
         self._resident: set[str] = set()  # paths of modules whose weights are on the device

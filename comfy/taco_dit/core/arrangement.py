@@ -212,7 +212,8 @@ class Arranger:
         saved = 0 if store.linear_precision == "auto" else store.saving(device)
         return NetworkFacts(
             name=type(model).__name__,
-            total_bytes=size(model, "") - saved,
+            total_bytes=size(model, ""),
+            saved_bytes=saved,
             block_bytes=tuple(blocks),
             block_costs=() if network is None else tuple(block.cost for block in network.block_list()),
             cuttable=bool(declared),
