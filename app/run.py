@@ -46,14 +46,19 @@ _WITHOUT_EFFECT = (
     "front_end_version", "comfy_api_base", "fp8_e8m0fnu_unet",
 )  # fmt: skip
 
+_OF_GPUS = ("use_sage_attention", "use_flash_attention")  # those of them that have an effect on NVIDIA GPUs
+
 
 def _name_flags_without_effect(args: argparse.Namespace) -> None:
+    import torch
+
     from comfy.cli_args import PerformanceFeature, build_parser
 
     options = {action.dest: action for action in build_parser()._actions}
-    given = [
-        options[name].option_strings[0] for name in _WITHOUT_EFFECT if getattr(args, name) != options[name].default
-    ]
+    names = [name for name in _WITHOUT_EFFECT if getattr(args, name) != options[name].default]
+    if not args.cpu and torch.cuda.is_available():
+        names = [name for name in names if name not in _OF_GPUS]
+    given = [options[name].option_strings[0] for name in names]
     if PerformanceFeature.CublasOps in args.fast:
         given.append(f"--fast {PerformanceFeature.CublasOps.value}")
     if given:
@@ -103,6 +108,7 @@ def _make_runtime(args: argparse.Namespace, root: str, info: Any) -> Any:
     use_fused_attention(config.optimization.use_flash_attention)
     device = rank_device(info, args.cpu)
     management.bind_device(device)
+    _choose_attention(args, config.optimization.attention, device)
     manager = TACODiTDistributedManager(info, device)
     lockstep: Lockstep = Lockstep()
     if info.world_size > 1:
@@ -112,6 +118,30 @@ def _make_runtime(args: argparse.Namespace, root: str, info: Any) -> Any:
     current = runtime.Runtime(config, manager, lockstep, TACODiTExecutionEngine(config, manager, lockstep))
     runtime.activate(current)
     return current
+
+
+def _choose_attention(args: argparse.Namespace, configured: str, device: Any) -> None:
+    """Use the attention kernels that are configured, or are named by ComfyUI's flags, or are the fastest here."""
+    import folder_paths
+    from comfy.ldm.modules import attention_choice, kernels
+    from comfy.taco_dit.core.config_manager import ConfigError
+
+    wanted = _attention_flag(args, device) or configured
+    try:
+        path = os.path.join(folder_paths.get_user_directory(), "taco_dit", "attention.json")
+        kernels.use_kernels(*attention_choice.choose(device, wanted, path))
+    except ValueError as error:
+        raise ConfigError(f"optimization.{error}") from None
+
+
+def _attention_flag(args: argparse.Namespace, device: Any) -> str | None:
+    """The kernel that a flag of ComfyUI names, on GPUs."""
+    flags = {
+        "sage": args.use_sage_attention,
+        "flash": args.use_flash_attention,
+        "pytorch": args.use_pytorch_cross_attention,
+    }
+    return next((name for name, given in flags.items() if given and device.type == "cuda"), None)
 
 
 def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEventLoop) -> None:

@@ -7,6 +7,12 @@
 Prints a table, and the same as JSON in its last line: ms per step (median), share of the roofline (work over the
 measured bf16 rate of a large matrix product), largest deviation of our result from one rank's, and what our planner
 predicted from what it measured of the machine just before.
+
+    python -m benchmarks.denoise_step --ranks 1,2 --linear fp8
+    python -m benchmarks.denoise_step --ranks 1,2 --cache first_block --steps 50 --repeats 3
+
+Lossy settings are compared with one rank that computes everything in `--dtype`. With `--steps` a row is a whole denoising
+run of so many steps, and its milliseconds are those of the run.
 """
 
 from __future__ import annotations
@@ -104,7 +110,9 @@ def work(options: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     dtype = getattr(torch, options.dtype)
     settings = {"compile": not options.eager, "graph": not options.eager and not options.no_graph,
-                "engine": options.engine, "layout": options.layout, "machine": options.out + ".machine"}  # fmt: skip
+                "engine": options.engine, "layout": options.layout, "machine": options.out + ".machine",
+                "linear": options.linear, "cache": options.cache, "threshold": options.threshold,
+                "interval": options.interval, "steps": options.steps}  # fmt: skip
     with torch.inference_mode() if options.worker == "taco" else torch.no_grad():
         step = SYSTEMS[options.worker](CASES[options.model], device, dtype, settings)
         start = time.perf_counter()
@@ -136,6 +144,15 @@ def run_system(name: str, ranks: int, options: argparse.Namespace, folder: str) 
         "--warmup", str(options.warmup), "--repeats", str(options.repeats), "--engine", options.engine,
         "--layout", options.layout,
     ]  # fmt: skip
+    command += ["--linear", options.linear if name == "taco" else "bf16", "--cache", options.cache]
+    command += [
+        "--threshold",
+        str(options.threshold),
+        "--interval",
+        str(options.interval),
+        "--steps",
+        str(options.steps),
+    ]
     command += ["--eager"] if options.eager else []
     command += ["--no-graph"] if options.no_graph else []
     command += ["--profile", options.profile] if options.profile else []
@@ -206,6 +223,11 @@ def main() -> int:
     parser.add_argument(
         "--layout", choices=("whole", "tensor", "sharded"), default="whole", help="where ours keeps the weights"
     )
+    parser.add_argument("--linear", choices=("bf16", "fp8", "int8"), default="bf16", help="ours: linears of blocks")
+    parser.add_argument("--cache", choices=("off", "first_block", "interval"), default="off", help="ours: step cache")
+    parser.add_argument("--threshold", type=float, default=0.08, help="of --cache first_block")
+    parser.add_argument("--interval", type=int, default=2, help="of --cache interval")
+    parser.add_argument("--steps", type=int, default=0, help="ours: each call is a whole run of so many Euler steps")
     parser.add_argument("--eager", action="store_true", help="neither torch.compile nor CUDA graphs, in any system")
     parser.add_argument("--no-graph", action="store_true", help="ours without a CUDA graph")
     parser.add_argument("--profile", metavar="FOLDER", help="also write each rank's kernels of one step there")
@@ -220,18 +242,24 @@ def main() -> int:
         work(options)
     systems = ["taco", *(peer for peer in options.peers.split(",") if peer)]
     rows, alone = [], {}
+    lossy = options.linear != "bf16" or options.cache != "off"
+    options.steps = options.steps or (50 if options.cache != "off" else 0)
     with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(folder + "/exact")
         for ranks in (int(r) for r in options.ranks.split(",")):
             for name in systems:
                 result = run_system(name, ranks, options, folder)
+                if lossy and name == "taco" and name not in alone:
+                    exact = argparse.Namespace(**{**vars(options), "linear": "bf16", "cache": "off"})
+                    alone[name] = run_system(name, 1, exact, folder + "/exact")
                 row = {"system": name, "ranks": ranks, **result}
                 if "error" not in result:
                     alone.setdefault(name, result)
-                    row["deviation"] = deviation(result, alone[name]) if ranks > 1 else None
+                    row["deviation"] = deviation(result, alone[name]) if ranks > 1 or lossy else None
                 row.pop("tensor", None)
                 rows.append(row)
                 print(f"{name} on {ranks}: {row.get('ms', row.get('error'))}", flush=True)
-        add_roofline(rows, CASES[options.model].tera_flop())
+        add_roofline(rows, CASES[options.model].tera_flop() * max(1, options.steps))
         report(rows, options)
     return int(any("error" in row for row in rows if row["system"] == "taco"))
 

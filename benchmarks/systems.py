@@ -64,6 +64,7 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
 
     args.cpu = device.type == "cpu"
     import comfy.model_management as management
+    import comfy.samplers
     import comfy.supported_models
     from comfy.denoiser_batch import DenoiserBatch
     from comfy.taco_dit import runtime
@@ -84,6 +85,11 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
             use_torch_compile=None if options.get("compile", True) else False,
             use_cuda_graph=None if options.get("graph", True) else False,
             engine=options.get("engine", "native"),
+            linear_precision=options.get("linear", "bf16"),
+            use_cache=options.get("cache", "off") != "off",
+            cache_mode=options["cache"] if options.get("cache", "off") != "off" else "first_block",
+            cache_threshold=options.get("threshold", 0.08),
+            cache_interval=options.get("interval", 2),
         ),
     )
     manager = TACODiTDistributedManager(RankInfo.from_environment(os.environ), device)
@@ -101,6 +107,8 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
     else:
         _randomise_in_host_memory(model.diffusion_model, device)
     patcher = TACODiTModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+    if layout == "whole" and config.optimization.linear_precision != "bf16":
+        patcher.patch_model(device)
     x = _draw(device, torch.float32, 1, 16, case.height // 8, case.width // 8)
     conditioning = {
         "c_crossattn": _draw(device, dtype, 1, case.text_tokens, case.network["context_in_dim"]),
@@ -108,8 +116,8 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
         "guidance": torch.full((1,), 3.5, device=device),
         "transformer_options": {},
     }
-    sigma = torch.full((1,), 0.7, device=device)
-    batch = DenoiserBatch(x, sigma, conditioning, [0], 1)
+    sigma_now = torch.full((1,), 0.7, device=device)
+    batch = DenoiserBatch(x, sigma_now, conditioning, [0], 1)
     lockstep.begin("benchmark")
     if layout != "whole":
         management.load_models_gpu([patcher])
@@ -117,7 +125,24 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
     def step() -> torch.Tensor:
         return patcher.evaluate_batches(model, [batch], {"transformer_options": {}})[0]
 
-    return step
+    def run() -> torch.Tensor:
+        """Euler's method on the flow, from noise to the last sigma."""
+        engine.begin_run()
+        now = x
+        for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
+            schedule = {"transformer_options": {"sample_sigmas": sigmas}}
+            at = DenoiserBatch(now, torch.full_like(sigma_now, sigma), {**conditioning, **schedule}, [0], 1)
+            denoised = patcher.evaluate_batches(model, [at], {"transformer_options": {}})[0]
+            now = now + (now - denoised) / sigma * (following - sigma)
+        summary = engine.end_run()
+        engine.runner.end_run()
+        if summary.lossy and manager.rank == 0:
+            print("TACO-DiT:", ", ".join(summary.lossy), file=sys.stderr)
+        return now
+
+    steps = int(options.get("steps", 0))
+    sigmas = comfy.samplers.calculate_sigmas(model.model_sampling, "simple", max(1, steps))
+    return run if steps else step
 
 
 def _diffusers_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:

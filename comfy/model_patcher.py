@@ -105,12 +105,13 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
     # --- identity and size -----------------------------------------------------------------------------------------
 
     def model_size(self) -> int:
-        """Bytes of all weights, or of those parts of them that this process is to hold."""
+        """Bytes on the device of all weights, or of those parts of them that this process is to hold."""
+        saving = self.weight_store.saving(self.load_device)
         if self.weight_store.holds_parts:
-            return self.weight_store.held_bytes()
+            return self.weight_store.held_bytes() - saving
         if self.size <= 0:
-            self.size = comfy.model_management.module_size(self.model)
-        return self.size
+            self.size = self.weight_store.size()
+        return self.size - saving
 
     def get_ram_usage(self) -> int:
         """Bytes of host memory the weights take at most."""
@@ -381,7 +382,8 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
         """Load up to `extra_memory` further bytes; returns how many were loaded."""
         before = self.loaded_size()
-        if before >= self.model_size() and self.model.current_weight_patches_uuid == self.patches_uuid:
+        same = self.model.current_weight_patches_uuid == self.patches_uuid
+        if before >= self.model_size() and same and self.weight_store.as_wanted(force_patch_weights):
             return 0
         self.patch_model(device_to, max(1, before + int(extra_memory)), force_patch_weights=force_patch_weights)
         return self.loaded_size() - before

@@ -154,14 +154,19 @@ class HooksMixin:
         _, _, convert = get_key_weight(self.model, key)
         store = store_of(self.model)
         weight = store.whole_value(key, self.calculate_weight)  # type: ignore[attr-defined]
-        real = convert(weight) if convert is not None else weight.to(torch.float32, copy=True)
+        dtype = weight.dtype
+        if (record := store.weight(key)).eight_bit is not None:  # it is quantised when it is used
+            real, convert = weight, None
+            dtype = torch.bfloat16 if record.source.dtype.itemsize == 1 else record.source.dtype
+        else:
+            real = convert(weight) if convert is not None else weight.to(torch.float32, copy=True)
         # a model that is blended in needs to know what it replaces
         originals = {key: [(real.clone(),)]} if any(_blends_model(patch[1]) for patch in patches) else None
         patched = comfy.lora.calculate_weight(patches, real, key, original_weights=originals)
         if convert is not None:
             owner = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
             patched = patched / owner.scale_weight.to(patched.device, patched.dtype)
-        return store.part(key, stochastic_rounding(patched, weight.dtype, seed=string_to_seed(key)))
+        return store.part(key, stochastic_rounding(patched, dtype, seed=string_to_seed(key)))
 
     def patch_cached_hook_weights(self, cached_weights: dict[str, Any], key: str, memory_counter: Any) -> None:
         """Let the network use a kept weight."""

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from comfy.cli_args import PerformanceFeature, args
+from comfy.ldm.modules import eight_bit as in_eight_bits
+from comfy.ldm.modules.eight_bit import FP8, EightBit, Rows
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -58,8 +60,25 @@ def cast_bias_weight(
         weight, bias = arrived.get("weight", weight), arrived.get("bias", bias)
     if bias is not None:
         bias = _patched(bias, getattr(s, "bias_function", ()), bias_dtype or dtype, device, non_blocking)
-    weight = _patched(weight, getattr(s, "weight_function", ()), dtype, device, non_blocking)
+    functions = getattr(s, "weight_function", ())
+    eight_bit = getattr(s, "eight_bit", None)
+    if functions or (eight_bit is not None and eight_bit.scale is None):
+        weight = _real(s, weight, dtype, device, non_blocking)
+    weight = _patched(weight, functions, dtype, device, non_blocking)
     return weight, bias
+
+
+def _real(
+    layer: Any, weight: torch.Tensor, dtype: torch.dtype | None, device: torch.device | None, non_blocking: bool
+) -> torch.Tensor:
+    """A weight that is stored divided by a scale, as it is real: so functions between weights and layers see it."""
+    eight_bit = getattr(layer, "eight_bit", None)
+    scale = None if eight_bit is None else eight_bit.scale
+    scale = getattr(layer, "scale_weight", None) if scale is None else scale
+    if scale is None:
+        return weight
+    weight = cast_to(weight, dtype, device, non_blocking=non_blocking)
+    return weight * scale.to(weight.device, weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def _patched(
@@ -129,16 +148,34 @@ class CastWeightBiasOp:
             missing.extend(prefix + name for name in own if prefix + name not in state_dict)
 
 
+def _eight_bit_product(layer: Any, form: EightBit, input: torch.Tensor | Rows) -> torch.Tensor:
+    """The product of a layer that multiplies in eight bits, wherever its weights are and with what is patched at use."""
+    device = input.values.device if isinstance(input, Rows) else input.device
+    as_stored = form.scale is not None and not layer.weight_function and layer.weight.dtype == form.form.dtype
+    dtype = form.form.dtype if as_stored else torch.float32
+    weight, bias = cast_bias_weight(layer, dtype=dtype, device=device, bias_dtype=input.dtype)
+    return in_eight_bits.linear(layer, input, weight, bias)
+
+
 class disable_weight_init:  # noqa: N801 (ComfyUI's name)
     """Torch's layers without initialisation; they compute in their weights' dtype."""
 
     class Linear(CastWeightBiasOp, torch.nn.Linear):
+        eight_bit: EightBit | None = None
+        """Set where it multiplies in eight bits."""
+
         def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             weight, bias = cast_bias_weight(self, input)
             return F.linear(input, weight, bias)
 
-        def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def forward(self, input: torch.Tensor | Rows, *args: Any, **kwargs: Any) -> torch.Tensor:
+            """input: tokens [.., in], or the same in eight bits where `eight_bit.reads_rows` says so."""
+            if self.eight_bit is not None:
+                return _eight_bit_product(self, self.eight_bit, input)
+            assert isinstance(input, torch.Tensor)
             return self.forward_comfy_cast_weights(input) if self.casts else super().forward(input)
+
+        forward.takes_rows = True  # type: ignore[attr-defined]
 
     class Conv1d(CastWeightBiasOp, torch.nn.Conv1d):
         def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
@@ -263,33 +300,21 @@ class manual_cast(disable_weight_init):  # noqa: N801 (ComfyUI's name)
 def fp8_linear(layer: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor | None:
     """The layer's product computed in fp8 by tensor cores, or None where shapes or dtypes do not allow it.
 
-    Activations are scaled by row to the range of e4m3, weights by `layer.scale_weight` where the file has one.
-    input: [..., in] bf16 or fp16, weight: [out, in] fp8. Returns [..., out] in the input's dtype.
+    Weights are scaled by `layer.scale_weight` where the file has one. input: [..., in] bf16 or fp16, weight: [out, in]
+    e4m3. Returns [..., out] in the input's dtype.
     """
     weight = layer.weight
-    if not input.is_cuda or weight.dtype not in FP8_DTYPES or input.dtype not in (torch.bfloat16, torch.float16):
+    if not input.is_cuda or weight.dtype != FP8.dtype or input.dtype not in (torch.bfloat16, torch.float16):
         return None
-    if weight.shape[0] % 16 or weight.shape[1] % 16 or getattr(layer, "weight_function", None):
+    if weight.shape[0] % FP8.multiple or weight.shape[1] % FP8.multiple or getattr(layer, "weight_function", None):
         return None
     if getattr(layer, "streamed_weights", None) is not None:
         return None  # it waits in host memory: cast_bias_weight brings it over in time
-    rows = input.reshape(-1, input.shape[-1])
-    amax = rows.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-12)
-    scale_in = amax / torch.finfo(torch.float8_e4m3fn).max
-    quantised = (rows / scale_in.to(rows.dtype)).clamp(-448, 448).to(torch.float8_e4m3fn)
-    scale_weight = getattr(layer, "scale_weight", None)
-    one = torch.ones((), device=input.device, dtype=torch.float32)
-    scale_w = one if scale_weight is None else scale_weight.to(input.device, torch.float32).reshape(())
-    product = torch._scaled_mm(
-        quantised,
-        weight.to(input.device).t(),
-        scale_a=scale_in,
-        scale_b=scale_w.expand(1, weight.shape[0]).contiguous(),
-        out_dtype=torch.bfloat16,
-    ).to(input.dtype)
-    if layer.bias is not None:
-        product = product + layer.bias.to(input.device, input.dtype)
-    return product.reshape(*input.shape[:-1], weight.shape[0])
+    scale = getattr(layer, "scale_weight", None)
+    one = torch.ones((), device=input.device) if scale is None else scale.to(input.device, torch.float32).reshape(())
+    bias = None if layer.bias is None else layer.bias.to(input.device, input.dtype)
+    rows = in_eight_bits.quantise(input, FP8)
+    return in_eight_bits.product(rows, weight.to(input.device), one.expand(weight.shape[0]).contiguous(), bias)
 
 
 class fp8_ops(manual_cast):  # noqa: N801 (ComfyUI's name)

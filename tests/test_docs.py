@@ -80,7 +80,7 @@ def test_described_defaults_are_true():
     text = read("docs/configuration.md")
     for name, keys in sections().items():
         part = text.split(f"\n### {name}\n", 1)[1].split("\n##", 1)[0]
-        shown = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", part, re.MULTILINE))
+        shown = dict(re.findall(r"^\| `(\w+)` \| `([\w.]+)` \|", part, re.MULTILINE))
         assert {key: yaml.safe_load(value) for key, value in shown.items()} == {
             key: "auto" if value is None else value for key, value in keys.items()
         }, name

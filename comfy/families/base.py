@@ -55,6 +55,7 @@ class Family:
     weights' own names. splits: how each linear of a block is cut, by its name in the network with `*` for numbers.
     sizes: `network -> Sizes` for the splits. sizes_from_tensors: whether the blocks take their numbers of heads from the
     tensors that their linears return, and mark rotary tables as `inside`: so they run with the heads that a rank has.
+    full_precision: names of linears among those of `splits` that never compute in eight bits, with `*` for numbers.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Family:
     splits: Mapping[str, Split] = field(default_factory=dict)
     sizes: Callable[[Any], Sizes] | None = None
     sizes_from_tensors: bool = False
+    full_precision: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # A class is known by its public name: in messages, in tables, when pickled, and to packs that ask for it.

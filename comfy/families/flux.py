@@ -255,4 +255,5 @@ FAMILY = Family(
     splits=_splits(),
     sizes=_sizes,
     sizes_from_tensors=True,
+    full_precision=("double_blocks.*_mod.lin", "single_blocks.*.modulation.lin"),  # small products, large effect
 )

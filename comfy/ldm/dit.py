@@ -203,21 +203,38 @@ def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequen
     state: whole, from `network.embed`, or sharded by the call's plan, from earlier blocks. Returns a state that is
     sharded where `call.plan` says so. Between blocks a prompt that was cancelled ends (see `pace`).
     """
-    plan, options = call.plan, call.options
     if call.pipeline is not None and blocks is None:
         return call.pipeline.run(network.block_list(), state, call, functools.partial(run_blocks, network))
-    if (
-        plan is not None
-        and blocks is None
-        and hasattr(network, "prepared_layers")
-        and vars(network).get("layers_prepared", True)
-    ):
-        call = dataclasses.replace(call, prepared=_prepared(network.prepared_layers(state), plan))
-    state = state if state.plan is plan else state.shard(plan)
-    replacements = options.get("patches_replace", {}).get("dit", {})
+    prepare = blocks is None and vars(network).get("layers_prepared", True)
+    state = state if state.plan is call.plan else state.shard(call.plan)
     tokens = list(state.streams.values())
     pace = Pace(is_long(len(tokens[0]), sum(part.shape[1] for part in tokens), sum(state.lengths.values())))
-    for block in network.block_list() if blocks is None else blocks:
+    span = functools.partial(_run_span, network, call, pace, prepare)
+    blocks = network.block_list() if blocks is None else blocks
+    if call.cache is None or not _ours(blocks, call.options):
+        return span(blocks, state)
+    return call.cache.run(blocks, state, span)
+
+
+def _ours(blocks: Sequence[Block], options: Mapping[str, Any]) -> bool:
+    """Whether nothing of custom nodes is in or between blocks, which may rely on all of them being computed."""
+    foreign = ("patches", "patches_replace", "optimized_attention_override")
+    return all(block.own for block in blocks) and not any(options.get(name) for name in foreign)
+
+
+def _run_span(
+    network: Any, call: DenoiserCall, pace: Pace, prepare: bool, blocks: Sequence[Block], state: DiTState
+) -> DiTState:
+    """Some blocks, one after the other, with the modulations that they need computed beforehand where `prepare` says so."""
+    plan, options = call.plan, call.options
+    if prepare and plan is not None and hasattr(network, "prepared_layers"):
+        layers = network.prepared_layers(state)
+        if call.cache is not None:
+            modules = {id(module) for block in blocks for module in block.module.modules()}
+            layers = [layer for layer in layers if id(layer.module) in modules]
+        call = dataclasses.replace(call, prepared=_prepared(layers, plan))
+    replacements = options.get("patches_replace", {}).get("dit", {})
+    for block in blocks:
         replacement = replacements.get(block.replace_key)
         if replacement is None and block.own:
             state = _run_own(block, state, call)

@@ -91,6 +91,15 @@ class BlockPipeline(Protocol):
         """The state after all blocks, on every stage; `run(state, call, blocks)` runs some of them on this one."""
 
 
+class BlockCache(Protocol):
+    """What may let blocks of a call be replaced by what they added in an earlier one."""
+
+    def run(
+        self, blocks: Sequence[Any], state: DiTState, span: Callable[[Sequence[Any], DiTState], DiTState]
+    ) -> DiTState:
+        """The blocks on a state; `span(blocks, state)` computes some of them."""
+
+
 @dataclass(frozen=True, eq=False)
 class DenoiserCall:
     """What one call of a network needs besides its inputs.
@@ -99,7 +108,7 @@ class DenoiserCall:
     opaque here). options: ComfyUI's `transformer_options`. control: residuals of ControlNets by list name
     (`input`, `output`, ...), whole tokens [B, L, C] each. prepared: outputs of per-sample layers that were computed
     beforehand, by `id` of the module. around: functions `(block, state, run) -> state` that surround each of our own
-    blocks on shards, outermost first: step caches, and prefetching of weights.
+    blocks on shards, outermost first: prefetching of weights. cache: what may stand in for some blocks.
     layer: name of the block that is running, None where foreign code called it. pipeline: runs the blocks where they are
     spread over stages; None where all are on this process.
     """
@@ -110,6 +119,7 @@ class DenoiserCall:
     control: Mapping[str, Any] = field(default_factory=dict)
     prepared: Mapping[int, torch.Tensor] = field(default_factory=dict)
     around: tuple[Callable[..., Any], ...] = ()
+    cache: BlockCache | None = None
     layer: str | None = None
     pipeline: BlockPipeline | None = None
 

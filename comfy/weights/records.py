@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from comfy.ldm.modules.eight_bit import EightBit
 from comfy.weight_files import WeightFile
 
 from .held import Held
@@ -15,9 +16,9 @@ from .patching import Patch
 class Weight:
     """One weight. `patches`: those with which `placed` was made; `pristine`: the unpatched value on the device, if kept;
     `held`: the part that `placed` is, None for all; `wanted`: the patches of the last `place`, and `patch_files` the files
-    that they are from."""
+    that they are from; `eight_bit`: its layer's, if `placed` is quantised."""
 
-    __slots__ = ("key", "source", "placed", "pristine", "patches", "held", "wanted", "patch_files")
+    __slots__ = ("key", "source", "placed", "pristine", "patches", "held", "wanted", "patch_files", "eight_bit")
 
     def __init__(self, key: str, source: torch.Tensor) -> None:
         self.key = key
@@ -28,6 +29,7 @@ class Weight:
         self.held: Held | None = None
         self.wanted: tuple[Patch, ...] = ()
         self.patch_files: set[WeightFile] = set()
+        self.eight_bit: EightBit | None = None
 
     @property
     def current(self) -> torch.Tensor:

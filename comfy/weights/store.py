@@ -17,6 +17,7 @@ import torch
 import comfy.utils
 from comfy import accounting, weight_files
 
+from . import quantised
 from .fetching import fetch, has_room, pairs_of
 from .patching import (
     Calculate,
@@ -34,7 +35,37 @@ from .table import PLAIN_TENSORS, WeightTable, Wrapper
 
 
 class WeightStore(WeightTable):
-    """See the module's docstring."""
+    """See the module's docstring.
+
+    `linear_precision` (bf16, auto, fp8, int8; see `quantised`) is what the next `place` goes by.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.rewritten = 0  # how often hooks gave weights other values
+        self.multiplies_in: str | None = None  # the eight-bit format of its linears, if any
+        self.linear_precision = "bf16"
+        self._whole = False  # whether weights are in full precision because they are to be saved
+
+    # --- sizes -----------------------------------------------------------------------------------------------------
+
+    def size(self) -> int:
+        """Bytes of all weights as they are in their file."""
+        import comfy.model_management
+
+        now = [weight for weight in self.weights.values() if weight.eight_bit is not None and weight.held is None]
+        return comfy.model_management.module_size(self.model) + sum(w.source.nbytes - w.current.nbytes for w in now)
+
+    def saving(self, device: torch.device) -> int:
+        """Bytes that weights take less on `device` because linears multiply in eight bits."""
+        wanted = self.linear_precision, device
+        if self._saving is None or self._saving[0] != wanted:
+            self._saving = wanted, quantised.saving(self, device)
+        return self._saving[1]
+
+    def as_wanted(self, whole: bool) -> bool:
+        """Whether weights are in full precision as, or in eight bits although, they are to be saved (`whole`)."""
+        return self._whole == whole or self.device is None or not self.saving(self.device)
 
     # --- placing ---------------------------------------------------------------------------------------------------
 
@@ -58,9 +89,10 @@ class WeightStore(WeightTable):
 
         Raises WeightFileChangedError when a file that weights or patches are from has changed since it was loaded.
         """
-        self.device = device
+        self.device, self._whole = device, patch_host
+        self._note_held(self.groups())
+        quantised.prepare(self, device, patch_host)
         groups = self.groups()
-        self._note_held(groups)
         resident = self._choose(groups, device, budget)
         waiting = [group for group in groups if group.path not in resident]
         for group in waiting:
@@ -118,6 +150,8 @@ class WeightStore(WeightTable):
         def copies() -> Iterator[Pair]:
             for weight in weights:
                 source = weight.source
+                if weight.eight_bit is not None:
+                    continue
                 if type(source) not in PLAIN_TENSORS:  # a tensor class of its own knows how to move
                     self._use(weight, source.to(self.device, copy=True))
                     continue
@@ -126,6 +160,7 @@ class WeightStore(WeightTable):
                 self._use(weight, target)
                 yield from pairs_of(weight, target)
 
+        quantised.bring(self, [weight for weight in weights if weight.eight_bit is not None])
         fetch(copies())
 
     def _evict(self, group: Group) -> None:
@@ -167,8 +202,13 @@ class WeightStore(WeightTable):
     def _patched_value(
         self, weight: Weight, patches: Sequence[Patch], base: torch.Tensor, calculate: Calculate
     ) -> torch.Tensor:
-        """The whole weight, patched, in the form in which its layer stores it; `base` is its unpatched value."""
+        """The whole weight, patched, in the form in which its layer stores it; `base` is its unpatched value.
+
+        Where it is stored in eight bits it is the real value, which `_write` quantises.
+        """
         real = calculate(patches, real_value(self.model, weight.key, base), weight.key)
+        if weight.eight_bit is not None:
+            return real
         return stored_value(self.model, weight.key, real, weight.source)
 
     def _restore(self, weights: list[Weight], device: torch.device) -> None:
@@ -181,6 +221,10 @@ class WeightStore(WeightTable):
                 continue
             placed = weight.placed
             assert placed is not None
+            if weight.eight_bit is not None:
+                self._bring([weight])
+                weight.patches = ()
+                continue
             plain = type(weight.source) in PLAIN_TENSORS  # other tensor classes may carry patches of their own
             if not plain or placed.shape != weight.shape or placed.dtype != weight.source.dtype:
                 self._drop(weight)
@@ -200,7 +244,7 @@ class WeightStore(WeightTable):
             return weight.source
         if weight.pristine is not None:
             return weight.pristine
-        if weight.held is not None:  # room for whole weights is what is missing
+        if weight.held is not None or weight.eight_bit is not None:  # room for whole weights is what is missing
             whole = torch.empty_like(weight.source, device=device, memory_format=torch.contiguous_format)
             fetch([(weight.source, whole)])
             return whole
@@ -218,8 +262,10 @@ class WeightStore(WeightTable):
         return value
 
     def _write(self, weight: Weight, value: torch.Tensor) -> None:
-        """Give a weight a new value, in the memory it has if that fits."""
+        """Give a weight a new value, in the memory it has if that fits; one in eight bits gets its real value."""
         placed = weight.placed
+        if weight.eight_bit is not None:
+            value = quantised.quantised(weight, value)
         if placed is not None and placed.shape == value.shape and placed.dtype == value.dtype:
             with torch.inference_mode():
                 placed.copy_(value)
@@ -228,7 +274,7 @@ class WeightStore(WeightTable):
 
     def _patch_by(self, foreign: Callable[[str], Any], weight: Weight) -> None:
         """Let somebody's own method patch a weight from its original; what it put in place is then ours to undo."""
-        if weight.held is not None:
+        if weight.held is not None or weight.eight_bit is not None:
             self._patch_whole_by(foreign, weight)
             return
         if weight.patches:
@@ -243,7 +289,8 @@ class WeightStore(WeightTable):
             self._moved()
 
     def _patch_whole_by(self, foreign: Callable[[str], Any], weight: Weight) -> None:
-        """The same where a part is held: the method finds the whole weight in place, of which the part is then taken."""
+        """The same where a part is held, or eight bits are: the method finds the whole original in place, and what it made
+        of it is then taken."""
         assert self.device is not None
         placed, held = weight.placed, weight.held
         weight.held = None
@@ -257,6 +304,7 @@ class WeightStore(WeightTable):
         finally:
             weight.held, weight.placed, weight.pristine = held, placed, None
             comfy.utils.set_attr(self.model, weight.key, weight.current)
+        made = real_value(self.model, weight.key, made) if weight.eight_bit is not None else made
         self._write(weight, weight.part(made))
 
     def patch_one(self, key: str, patches: Sequence[Patch], device: torch.device, calculate: Calculate) -> None:
@@ -275,13 +323,16 @@ class WeightStore(WeightTable):
         weight.patches = tuple(patches)
 
     def whole_value(self, key: str, calculate: Calculate) -> torch.Tensor:
-        """A weight as the network has it now, all of it, also where only a part is held; on the weight's device."""
+        """A weight as the network has it now, all of it, also where only a part is held; on the weight's device.
+
+        Of a weight in eight bits it is what was quantised, fp32, in memory of its own.
+        """
         weight = self.weight(key)
-        if weight.held is None:
+        if weight.held is None and weight.eight_bit is None:
             return weight.current
         base = self._pristine_value(weight, weight.current.device)
         if not weight.patches:
-            return base
+            return base if weight.eight_bit is None else real_value(self.model, key, base)
         return self._patched_value(weight, weight.patches, base, calculate)
 
     def release_pristine(self) -> None:
@@ -292,6 +343,7 @@ class WeightStore(WeightTable):
     def rewrite(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """Give a weight a value for a while (hooks); returns what was there, for `rewrite` to put back."""
         weight = self.weights.get(key) or self.weight(key)
+        self.rewritten += 1  # on all ranks alike, also where the weight is on another
         if weight.absent:
             return weight.source
         self._changed()
@@ -305,6 +357,7 @@ class WeightStore(WeightTable):
 
     def put_back(self, key: str, before: torch.Tensor) -> None:
         """Undo `rewrite`."""
+        self.rewritten += 1
         weight = self.weights[key]
         if weight.absent:
             return
@@ -383,6 +436,7 @@ class WeightStore(WeightTable):
             wipe_lowvram_weight(group.module)
             for key in group.keys:
                 self._drop(self.weight(key))
+        quantised.plain_again(self)
         self._wrap([], {})
         if self.arrangement is not None:
             self.arrangement.release()

@@ -14,6 +14,7 @@ import torch
 
 import comfy.utils
 from comfy import weight_files
+from comfy.ldm.modules.eight_bit import eight_bit_bytes
 
 from .held import Held
 from .patching import Patch, same_patches
@@ -57,6 +58,8 @@ class WeightTable:
         self.loaded_from: set[weight_files.WeightFile] = set()
         self.arrangement: Arrangement | None = None
         self._held_bytes: int | None = None
+        self._saving: tuple[Any, int] | None = None
+        """(precision and device, bytes that weights in eight bits save there), where known."""
         self._held: dict[str, Held] = {}  # of these weights only a part is wanted
         self._files: set[weight_files.WeightFile] = set()  # those that the network as it is placed depends on
         self._resident: set[str] = set()  # paths of modules whose weights are on the device
@@ -85,7 +88,7 @@ class WeightTable:
             names += [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None]
             if names:
                 keys = tuple(f"{path}.{name}" if path else name for name in names)
-                size = sum(self._bytes_held(key, getattr(module, name)) for key, name in zip(keys, names))
+                size = sum(self._bytes_on_device(key, module, name) for key, name in zip(keys, names))
                 found.append(Group(size, path, module, keys, self._held.keys().isdisjoint(keys)))
         return sorted(found, key=lambda group: (-group.size, group.path))
 
@@ -117,7 +120,7 @@ class WeightTable:
                     f"{key} is stored as {type(source).__name__}, of which no part can be held; load this network whole "
                     "(parallel.tensor_parallel and memory.shard_weights: false), or use a file in bf16 or fp8"
                 )
-        self._held, self._held_bytes = dict(held), None
+        self._held, self._held_bytes, self._saving = dict(held), None, None
 
     @property
     def holds_parts(self) -> bool:
@@ -125,9 +128,13 @@ class WeightTable:
         return bool(self._held)
 
     def held_bytes(self) -> int:
-        """Bytes that are wanted on the device."""
+        """Bytes that are wanted on the device, in the form in which weights are in their file."""
         if self._held_bytes is None:
-            self._held_bytes = sum(group.size for group in self.groups())
+            self._held_bytes = sum(
+                self._bytes_held(key, comfy.utils.get_attr(self.model, key))
+                for group in self.groups()
+                for key in group.keys
+            )
         return self._held_bytes + (0 if self.arrangement is None else self.arrangement.extra_bytes)
 
     def _note_held(self, groups: Sequence[Group]) -> None:
@@ -139,6 +146,11 @@ class WeightTable:
                     self._drop(weight)
                     weight.held = self._held.get(key)
 
+    def wanted_shape(self, key: str) -> tuple[int, ...]:
+        """The shape of what is wanted of a weight."""
+        whole, part = self.source(key).shape, self._held.get(key)
+        return tuple(whole) if part is None else part.shape(whole)
+
     def part(self, key: str, whole: torch.Tensor) -> torch.Tensor:
         """What is held of a whole value of a weight."""
         return self.weight(key).part(whole)
@@ -148,7 +160,13 @@ class WeightTable:
         if part is not None:
             return part.bytes_of(self.weight(key).source)
         known = self.weights.get(key)
-        return (current if known is None or known.held is None else known.source).nbytes
+        as_in_file = known is None or (known.held is None and known.eight_bit is None)
+        return (current if known is None or as_in_file else known.source).nbytes
+
+    def _bytes_on_device(self, key: str, module: Any, name: str) -> int:
+        if name == "weight" and getattr(module, "eight_bit", None) is not None:
+            return eight_bit_bytes(self.wanted_shape(key))
+        return self._bytes_held(key, getattr(module, name))
 
     @property
     def partly_loaded(self) -> bool:
@@ -164,7 +182,8 @@ class WeightTable:
         self.layout_version = next(_versions)
 
     def _must_copy(self, weight: Weight, device: torch.device) -> bool:
-        return weight.held is not None or weight.source.device != device or self.always_copy
+        copied = weight.held is not None or weight.eight_bit is not None
+        return copied or weight.source.device != device or self.always_copy
 
     def _use(self, weight: Weight, value: torch.Tensor | None) -> None:
         """Let the network use `value` (None: the original)."""
@@ -178,6 +197,8 @@ class WeightTable:
         if weight.placed is not None:
             self._use(weight, None)
         weight.pristine, weight.patches = None, ()
+        if weight.eight_bit is not None:
+            weight.eight_bit.scale = None
 
     # --- files -----------------------------------------------------------------------------------------------------
 

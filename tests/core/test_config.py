@@ -113,6 +113,23 @@ def test_tensor_parallelism_leaves_copies_for_other_degrees(
             validate_for(config, 4)
 
 
+@pytest.mark.parametrize(
+    "content,key",
+    [
+        ({"parallel": {"pipeline_parallel": True}}, "parallel.pipeline_parallel"),
+        ({"memory": {"shard_weights": True}}, "memory.shard_weights"),
+        ({"parallel": {"tensor_parallel": True}}, None),
+    ],
+)
+def test_the_step_cache_needs_ranks_that_may_compute_other_blocks(content: dict[str, object], key: str | None) -> None:
+    config = parse_config({**content, "optimization": {"use_cache": True}}, "taco.yaml")
+    if key is None:
+        assert validate_for(config, 4) is config
+    else:
+        with pytest.raises(ConfigError, match=f"optimization.use_cache and {key} are both true"):
+            validate_for(config, 4)
+
+
 def test_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(str(tmp_path / "none.yaml"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -67,6 +68,7 @@ FLUX_BYTES = NetworkFacts("Flux", 24 * GIB, (GIB // 2,) * 46, cuttable=True)
         ({}, None, FLUX_BYTES, 8 * GIB, 3, Layout(), "9.7 GiB of each of 3 ranks do not either: they are streamed"),
         ({}, None, FLUX_BYTES, 8 * GIB, 1, Layout(), ""),
         ({}, False, FLUX_BYTES, 20 * GIB, 2, Layout(), ""),
+        ({}, None, dataclasses.replace(FLUX_BYTES, saved_bytes=11 * GIB), 20 * GIB, 2, Layout(), ""),
         ({}, True, FLUX_BYTES, None, 2, Layout(Placement.SHARDED), "memory.shard_weights is true"),
         ({}, True, NetworkFacts("UNet", 5 * GIB), None, 2, Layout(), ""),
         ({"tensor_parallel": True}, None, FLUX_BYTES, None, 4, Layout(tensor_degree=4), "tensor_parallel is true"),

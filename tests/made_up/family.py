@@ -105,4 +105,5 @@ FAMILY = Family(
     },
     sizes=sizes,
     sizes_from_tensors=True,
+    full_precision=("blocks.*.mod",),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 import comfy.hooks
@@ -11,11 +13,13 @@ from comfy.denoiser_batch import evaluate_serially
 from comfy.ldm import dit
 from comfy.model_patcher import ModelPatcher
 from comfy.taco_dit import runtime
-from comfy.taco_dit.core.config_manager import parse_config, validate_for
+from comfy.taco_dit.core.config_manager import ParallelConfig, parse_config, validate_for
 from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
+from comfy.taco_dit.core.layout import Layout, Placement
 from comfy.taco_dit.core.lockstep import RankLockstep
 from comfy.taco_dit.core.plan import ParallelDims
 
+from .cache_cases import Denoiser
 from .engine_cases import CallsOnCpu, batch
 from .test_flux_tokens import CASES
 from .tiny import inputs, tiny_flux
@@ -155,12 +159,13 @@ def bytes_held(engine, depth=12, singles=24):
     return held, whole
 
 
-def scaled_fp8(engine):
+def scaled_fp8(engine, precision="bf16"):
     """Deviation of a network whose linears are stored in fp8 with a scale, with an adapter."""
     patchers = []
     for loading in (_load_whole, management.load_models_gpu):
         operations = ops.scaled_fp8_ops()
         patcher = ModelPatcher(Model(operations=operations), CPU, CPU)
+        patcher.weight_store.linear_precision = precision
         for module in patcher.model.modules():
             if isinstance(module, operations.Linear):
                 scale = module.weight.abs().max() / 448
@@ -170,6 +175,47 @@ def scaled_fp8(engine):
         loading([patchers[-1]])
     whole, parts = patchers
     return deviation(evaluated(parts.model, engine), evaluated(whole.model))
+
+
+def scaled_fp8_multiplied(engine):
+    """The same, multiplied in fp8."""
+    return scaled_fp8(engine, "fp8")
+
+
+def eight_bit(engine):
+    """{(format, adapter's strength or hook): (deviation of whole weights in eight bits from full precision, of parts, of
+    one from the other)}, and whether a rank has on its device what it says it needs."""
+    full, found, sizes = ModelPatcher(Model(), CPU, CPU), {}, []
+    for precision in ("fp8", "int8"):
+        whole, parts = ModelPatcher(Model(), CPU, CPU), ModelPatcher(Model(), CPU, CPU)
+        whole.weight_store.linear_precision = parts.weight_store.linear_precision = precision
+        versions = set()
+        for name, strength in (("0.5", 0.5), ("hook", 0.5), ("off", 0.0)):
+            patchers = [adapted(each, strength) if strength else each for each in (full, whole, parts)]
+            _load_whole(patchers[:2])
+            management.load_models_gpu(patchers[2:])
+            versions.add(parts.weight_store.layout_version)
+            for each in patchers if name == "hook" else ():
+                each.patch_hooks(hook_of(each))
+            exact, one, many = (evaluated(each.model, engine if each is patchers[2] else None) for each in patchers)
+            for each in patchers if name == "hook" else ():
+                each.patch_hooks(None)
+            found[precision, name] = deviation(one, exact), deviation(many, exact), deviation(many, one)
+        sizes.append(parts.loaded_size() == parts.model_size())
+    return found, all(sizes)
+
+
+def cached(engine):
+    """(deviation of a run with the step cache from the same on one rank, decisions here and there, whether a layout whose
+    ranks compute the same blocks may use it)."""
+    parts = ModelPatcher(Model(), CPU, CPU)
+    management.load_models_gpu([parts])
+    many = Denoiser(engine, parts.model, 1).run("euler")
+    settings = dataclasses.replace(engine.config, parallel=ParallelConfig(enabled=False))
+    alone = TACODiTExecutionEngine(settings, engine.manager, engine.lockstep)
+    one = Denoiser(alone, ModelPatcher(Model(), CPU, CPU).model, 1).run("euler")
+    refused = engine._may_reuse(Layout(Placement.SHARDED), None)
+    return deviation(many, one), engine.step_cache.steps, alone.step_cache.steps, refused
 
 
 def unequal_rows(engine):

@@ -25,7 +25,9 @@ class Model:
     """What the engine and the runner need of a model."""
 
     def __init__(self):
-        self.weight_store = types.SimpleNamespace(partly_loaded=False, layout_version=1)
+        self.weight_store = types.SimpleNamespace(
+            partly_loaded=False, layout_version=1, multiplies_in=None, rewritten=0
+        )
         self.diffusion_model = tiny_flux()
         self.network_runner = None
 

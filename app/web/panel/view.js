@@ -87,17 +87,22 @@ export class Panel {
       bar(["used", share]));
   }
 
+  lossyNote(status) {
+    return status.lossy?.length ? el("p", "", `${this.texts.lossy}: ${status.lossy.join(", ")}`) : null;
+  }
+
   planSection(status) {
-    const t = this.texts;
-    if (status.world_size === 1) return this.section(t.plan, null, el("p", "taco-quiet", t.oneRank));
-    if (!status.enabled) return this.section(t.plan, null, el("p", "taco-quiet", t.off));
+    const t = this.texts, lossy = this.lossyNote(status);
+    if (status.world_size === 1) return this.section(t.plan, null, el("p", "taco-quiet", t.oneRank), lossy);
+    if (!status.enabled) return this.section(t.plan, null, el("p", "taco-quiet", t.off), lossy);
     if (status.active_plan === null) {
       const last = status.last_run;
       const text = last ? `${t.lastPlan}: ${last.plan}${last.reason ? ` (${last.reason})` : ""}` : t.noPlan;
-      return this.section(t.plan, null, el("p", "taco-quiet", text));
+      return this.section(t.plan, null, el("p", "taco-quiet", text), lossy);
     }
     return this.section(t.plan, el("strong", "taco-plan", status.active_plan), el("p", "", status.reason),
-      this.times(status), status.workload ? el("p", "taco-quiet", t.work(status.workload)) : null, this.considered(status));
+      this.times(status), status.workload ? el("p", "taco-quiet", t.work(status.workload)) : null, lossy,
+      this.considered(status));
   }
 
   times(status) {

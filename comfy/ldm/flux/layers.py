@@ -18,8 +18,15 @@ import comfy.ops
 from comfy.ldm import dit
 from comfy.ldm.modules.attention import AttentionSpec, joined_heads, meet
 from comfy.ldm.modules.copy_runs import joined_tokens
-from comfy.ldm.modules.fused import linear_of_pair, mlp_gelu, split_linear, split_linear_rest
-from comfy.ldm.modules.modulate import add_gated, add_gated_norm_modulate, norm_modulate
+from comfy.ldm.modules.eight_bit import BeforeGelu, Rows, reads_rows
+from comfy.ldm.modules.fused import first_linear, linear_of_pair, mlp_gelu, split_linear, split_linear_rest
+from comfy.ldm.modules.modulate import (
+    add_gated,
+    add_gated_norm_modulate,
+    add_gated_norm_modulate_rows,
+    norm_modulate,
+    norm_modulate_rows,
+)
 from comfy.ldm.modules.norm_rope import norm_and_rotate
 
 from .math import apply_rope, attention, rope
@@ -186,9 +193,13 @@ def _plain_norm(norm: nn.Module) -> bool:
     )
 
 
-def _modulated(norm: nn.LayerNorm, x: torch.Tensor, mod: ModulationOut, dims: Any) -> torch.Tensor:
-    """norm(x) * (1 + scale) + shift for x [B, L, C]; `dims` as in `apply_mod`."""
+def _modulated(
+    norm: nn.LayerNorm, x: torch.Tensor, mod: ModulationOut, dims: Any, reader: nn.Module
+) -> torch.Tensor | Rows:
+    """norm(x) * (1 + scale) + shift for x [B, L, C], as the layer `reader` takes it; `dims` as in `apply_mod`."""
     if dims is None and _plain_norm(norm):
+        if reads_rows(reader):
+            return norm_modulate_rows(x, mod.scale, mod.shift, reader.eight_bit.form, norm.eps)
         return norm_modulate(x, mod.scale, mod.shift, norm.eps)
     return apply_mod(norm(x), 1 + mod.scale, mod.shift, dims)
 
@@ -312,7 +323,7 @@ class DoubleStreamBlock(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """One stream's x [B, L, C] -> q, k, v [B, H, L, D]; q and k rotated by the stream's part of `pe` if given."""
         attn = getattr(self, f"{stream}_attn")
-        normed = _modulated(getattr(self, f"{stream}_norm1"), x, mod, dims)
+        normed = _modulated(getattr(self, f"{stream}_norm1"), x, mod, dims, attn.qkv)
         q, k, v = _heads_first(attn.qkv(normed), self.hidden_size // self.num_heads)
         return (*_normed(attn.norm, q, k, v, pe), v)
 
@@ -321,12 +332,19 @@ class DoubleStreamBlock(nn.Module):
         """Add the attention's output [B, L, C] and the MLP's to x [B, L, C]."""
         first, second = mods
         out, norm = getattr(self, f"{stream}_attn").proj(out), getattr(self, f"{stream}_norm2")
-        if dims is None and _plain_norm(norm):
+        mlp = getattr(self, f"{stream}_mlp")
+        reader = first_linear(mlp)
+        normed: torch.Tensor | Rows
+        if dims is None and _plain_norm(norm) and reads_rows(reader):
+            x, normed = add_gated_norm_modulate_rows(
+                x, out, first.gate, second.scale, second.shift, reader.eight_bit.form, norm.eps
+            )
+        elif dims is None and _plain_norm(norm):
             x, normed = add_gated_norm_modulate(x, out, first.gate, second.scale, second.shift, norm.eps)
         else:
             x = _add_gated(x, out, first.gate, dims)
-            normed = _modulated(norm, x, second, dims)
-        return _add_gated(x, mlp_gelu(getattr(self, f"{stream}_mlp"), normed), second.gate, dims)
+            normed = _modulated(norm, x, second, dims, reader)
+        return _add_gated(x, mlp_gelu(mlp, normed), second.gate, dims)
 
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall, dims: Any = (None, None)) -> dit.DiTState:
         """The block on a state with the streams `img` and `txt`; `dims`: modulation ranges of img and txt."""
@@ -399,21 +417,24 @@ class SingleStreamBlock(nn.Module):
     @dit.stage
     def _into_attention(
         self, x: torch.Tensor, mod: ModulationOut, dims: Any, pe: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """x [B, L, C] -> q, k, v [B, H, L, D], q and k rotated by `pe` if given, and what `_middle` begins from."""
-        normed = _modulated(self.pre_norm, x, mod, dims)
+        normed = _modulated(self.pre_norm, x, mod, dims, self.linear1)
         qkv, rest = split_linear(self.linear1, self.mlp_act, normed, 3 * self.hidden_size)
         q, k, v = _heads_first(qkv, self.hidden_size // self.num_heads)
         return (*_normed(self.norm, q, k, v, pe), v, rest)
 
     @dit.stage
-    def _middle(self, rest: torch.Tensor) -> torch.Tensor:
-        """The MLP's hidden activations [B, L, M]: the half of the block that does not depend on attention."""
+    def _middle(self, rest: torch.Tensor | Rows) -> torch.Tensor | BeforeGelu:
+        """The MLP's hidden activations [B, L, M], in eight bits before their GELU.
+
+        It is the half of the block that does not depend on attention.
+        """
         return split_linear_rest(self.linear1, self.mlp_act, rest, 3 * self.hidden_size)
 
     @dit.stage
     def _after_attention(
-        self, x: torch.Tensor, out: torch.Tensor, mlp: torch.Tensor, mod: ModulationOut, dims: Any
+        self, x: torch.Tensor, out: torch.Tensor, mlp: torch.Tensor | BeforeGelu, mod: ModulationOut, dims: Any
     ) -> torch.Tensor:
         """Add attention [B, L, C] and MLP [B, L, M], projected together, to x [B, L, C]."""
         return _clamped(_add_gated(x, linear_of_pair(self.linear2, out, mlp), mod.gate, dims))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .eight_bit import BeforeGelu, Rows, product, quantise, reads_rows
 from .linear_cut import cut_of, entered, left, outputs_here
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -49,40 +50,76 @@ def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True).view(*x.shape[:-1], -1)
 
 
-def mlp_gelu(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def first_linear(mlp: nn.Module) -> nn.Module:
+    """The layer that gets an MLP's input, or the MLP where it is not a sequence of layers."""
+    layers = (
+        list(mlp.children())
+        if type(mlp) is nn.Sequential and not (mlp._forward_hooks or mlp._forward_pre_hooks)
+        else []
+    )
+    return layers[0] if layers and "forward" not in vars(mlp) else mlp
+
+
+def mlp_gelu(mlp: nn.Module, x: torch.Tensor | Rows) -> torch.Tensor:
     """`mlp(x)` for [.., C] -> [.., C], where mlp is linear, GELU (tanh), linear."""
     layers = list(mlp.children()) if type(mlp) is nn.Sequential else []
+    if len(layers) == 3 and is_tanh_gelu(layers[1]) and reads_rows(layers[2]):
+        return layers[2](quantise(layers[0](x), layers[2].eight_bit.form, gelu=True))
+    if isinstance(x, Rows):
+        return layers[2](layers[1](layers[0](x)))
     if len(layers) != 3 or not is_tanh_gelu(layers[1]) or not computes_directly(layers[0], x):
         return mlp(x)
     return layers[2](gelu_linear(entered(layers[0], x), layers[0].weight, layers[0].bias))
 
 
 def split_linear(
-    linear: nn.Module, activation: nn.Module, x: torch.Tensor, first: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    linear: nn.Module, activation: nn.Module, x: torch.Tensor | Rows, first: int
+) -> tuple[torch.Tensor, torch.Tensor | Rows]:
     """The first `first` outputs of `linear(x)` for x [.., in], and what `split_linear_rest` finishes the others from.
 
     That is what the linear multiplies where the rest of the product can be computed on its own, else the rest before its
     activation. Of a cut linear it is the outputs that are here.
     """
     first = outputs_here(linear, first)
-    if is_tanh_gelu(activation) and computes_directly(linear, x):
+    if is_tanh_gelu(activation) and reads_rows(linear) and first % linear.eight_bit.form.multiple == 0:
+        rows = x if isinstance(x, Rows) else quantise(x, linear.eight_bit.form)
+        return _some_outputs(linear, rows, slice(None, first)), rows
+    if isinstance(x, torch.Tensor) and is_tanh_gelu(activation) and computes_directly(linear, x):
         x = entered(linear, x)
         return F.linear(x, linear.weight[:first], linear.bias[:first]), x
     out = linear(x)
     return out[..., :first], out[..., first:]
 
 
-def split_linear_rest(linear: nn.Module, activation: nn.Module, rest: torch.Tensor, first: int) -> torch.Tensor:
-    """The outputs of `linear(x)` from `first` on, through `activation`: [.., out - first]."""
+def _some_outputs(linear: nn.Linear, rows: Rows, which: slice) -> torch.Tensor:
+    """Some outputs of a linear that multiplies in eight bits."""
+    bias = None if linear.bias is None else linear.bias[which]
+    return product(rows, linear.weight[which], linear.eight_bit.scale[which], bias)  # type: ignore[union-attr, index]
+
+
+def split_linear_rest(
+    linear: nn.Module, activation: nn.Module, rest: torch.Tensor | Rows, first: int
+) -> torch.Tensor | BeforeGelu:
+    """The outputs of `linear(x)` from `first` on, through `activation`: [.., out - first].
+
+    In eight bits the activation is left to `linear_of_pair`.
+    """
+    if isinstance(rest, Rows):
+        return BeforeGelu(_some_outputs(linear, rest, slice(first, None)))  # type: ignore[arg-type]
     if is_tanh_gelu(activation) and computes_directly(linear, rest):
         first = outputs_here(linear, first)
         return gelu_linear(rest, linear.weight[first:], linear.bias[first:])
     return activation(rest)
 
 
-def linear_of_pair(linear: nn.Module, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def linear_of_pair(linear: nn.Module, first: torch.Tensor, second: torch.Tensor | BeforeGelu) -> torch.Tensor:
     """`linear(cat(first, second))` over the last axis, without writing the concatenation."""
+    gelu = isinstance(second, BeforeGelu)
+    second = second.tokens if isinstance(second, BeforeGelu) else second
+    if reads_rows(linear):
+        return linear(quantise(first, linear.eight_bit.form, second, gelu))
+    if gelu:
+        second = F.gelu(second, approximate="tanh")
     if computes_directly(linear, first):
         size = first.shape[-1]
         bias = linear.bias if cut_of(linear) is None else None  # it is added to the sum over ranks

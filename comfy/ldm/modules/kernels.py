@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 import comfy.model_management
 
+if TYPE_CHECKING:
+    from .attention_choice import Kernel
+
 LONGEST_CPU_CALL = 1 << 37  # multiplications and additions in one piece: a few seconds of one core
 MOST_SCORES = 1 << 28  # scores that are written out at a time on a GPU: 1 GiB in fp32
 _CPU_BLOCK = 256  # queries that torch's kernel for the CPU takes together
 _fused = True
+_chosen: dict[int, Kernel] = {}  # by head size
+_why = ""
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -27,10 +34,30 @@ def use_fused_attention(enabled: bool) -> None:
     _fused = enabled
 
 
+def lossy_kernel() -> str | None:
+    """The kernel in use that computes another attention than exact ones, beyond rounding."""
+    return next((kernel.name for kernel in _chosen.values() if kernel.lossy), None)
+
+
+def use_kernels(chosen: Mapping[int, Kernel], why: str = "") -> None:
+    """Use these kernels where they fit, by head size: for each head the next larger one. None: what is known of GPUs."""
+    global _why
+    _chosen.clear()
+    _chosen.update(chosen)
+    _why = why
+
+
+def _kernel_for(size: int) -> Kernel | None:
+    return _chosen.get(next((known for known in sorted(_chosen) if size <= known), 0))
+
+
 def describe_backend(device: torch.device) -> str:
     """Which attention kernel is used on `device`, and why; one line for the log."""
     if not _fused:
         return "attention: written out (optimization.use_flash_attention is false)"
+    if device.type == "cuda" and _chosen:
+        names = " and ".join(dict.fromkeys(kernel.name for kernel in _chosen.values()))
+        return f"attention: {names} where it fits{' (lossy)' if lossy_kernel() else ''}, else torch's choice ({_why})"
     if device.type == "cuda" and _prefers_cudnn(device.index):
         return "attention: cuDNN where it fits (twice as fast on Hopper as torch's flash kernel), else torch's choice"
     return f"attention: torch's fused kernels ({device.type})"
@@ -114,10 +141,13 @@ def _run(
     if not _fused:
         return _written_out(q, k, v, mask, need_lse)
     fits = _fits_half_kernels(q, k, v, mask)
-    if fits and _prefers_cudnn(q.device.index):
+    # Derivatives need the sums of exponentials, and kernels that have them.
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    kernel = _kernel_for(q.shape[-1]) if fits else None
+    if kernel is not None and not trains and not need_lse:
+        return kernel.run(q, *repeat_heads(q, k, v)), None
+    if fits and (kernel is None or kernel.name != "sdpa") and _prefers_cudnn(q.device.index):
         k, v = repeat_heads(q, k, v)
-        # The derivative needs the sums of exponentials; without them it is NaN.
-        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, trains or need_lse)
         return found[0], found[1].reshape(q.shape[:-1]) if need_lse else None
     if need_lse:

@@ -11,11 +11,12 @@ Shapes: tokens x, y [B, L, C]; scale, shift, gate [B or 1, 1 or L, C].
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from .eight_bit import INT8, SMALLEST_SCALE, Format, Rows, kernels_available, quantise
 
 _HALF = (torch.bfloat16, torch.float16)
 _LARGEST_ROW = 16384  # channels that one program holds in registers
@@ -28,9 +29,9 @@ def _kernel() -> Any:
 
     @triton.jit(do_not_specialize=["tokens"])  # a new number of tokens needs no new code
     def modulate(  # type: ignore[no-untyped-def]  # Triton gives annotations a meaning of its own
-        x, y, gate, scale, shift, summed, normed, tokens, width, x_batch, x_token, y_batch, y_token, gate_batch,
-        gate_token, scale_batch, scale_token, shift_batch, shift_token, out_batch, out_token, eps,
-        GATED: tl.constexpr, NORMED: tl.constexpr, BLOCK: tl.constexpr,
+        x, y, gate, scale, shift, summed, normed, row_scales, tokens, width, x_batch, x_token, y_batch, y_token, gate_batch,
+        gate_token, scale_batch, scale_token, shift_batch, shift_token, out_batch, out_token, eps, largest, smallest,
+        GATED: tl.constexpr, NORMED: tl.constexpr, EIGHT_BIT: tl.constexpr, INTEGER: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         # One program: one token. Rows are contiguous; a modulation without token axis has token stride 0.
         token = tl.program_id(0).to(tl.int64)
@@ -53,21 +54,23 @@ def _kernel() -> Any:
             factor = tl.load(scale + batch * scale_batch + token * scale_token + cols, mask=inside, other=0.0)
             offset = tl.load(shift + batch * shift_batch + token * shift_token + cols, mask=inside, other=0.0)
             value = centred * tl.rsqrt(variance + eps) * (1.0 + factor.to(tl.float32)) + offset.to(tl.float32)
+            if EIGHT_BIT:
+                row_scale = tl.maximum(tl.max(tl.abs(value), axis=0) / largest, smallest)
+                tl.store(row_scales + batch * tokens + token, row_scale)
+                value = value / row_scale
+                if INTEGER:
+                    value = tl.floor(value + 0.5)
+                value = tl.minimum(tl.maximum(value, -largest), largest)
             tl.store(normed + out, value.to(normed.dtype.element_ty), mask=inside)
 
     return modulate
-
-
-@functools.cache
-def _available() -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
 
 
 def _fits(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether the kernel covers these tensors."""
     if torch.compiler.is_compiling():
         return False  # the compiler fuses the torch operations by itself
-    if not x.is_cuda or x.dtype not in _HALF or x.ndim != 3 or x.shape[-1] > _LARGEST_ROW or not _available():
+    if not x.is_cuda or x.dtype not in _HALF or x.ndim != 3 or x.shape[-1] > _LARGEST_ROW or not kernels_available():
         return False
     tensors = (x, *others)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -99,23 +102,27 @@ def _modulate(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + gate * y, its modulated norm); an output that was not asked for is an empty tensor."""
+    form: Format | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x + gate * y, its modulated norm, with `form` in eight bits, the scales of its rows); an output that was not asked
+    for is an empty tensor."""
     batch, tokens, width = x.shape
     gated, normed = y is not None and gate is not None, scale is not None and shift is not None
     summed = x.new_empty(x.shape if gated else (0,))
-    target = x.new_empty(x.shape if normed else (0,))
+    target = x.new_empty(x.shape if normed else (0,), dtype=x.dtype if form is None else form.dtype)
+    row_scales = x.new_empty((batch, tokens, 1) if form is not None else (0,), dtype=torch.float32)
     if x.numel() == 0:
-        return summed, target
+        return summed, target, row_scales
     y_, gate_ = (y, gate) if y is not None and gate is not None else (x, x)
     scale_, shift_ = (scale, shift) if scale is not None and shift is not None else (x, x)
     block = 1 << (width - 1).bit_length()
     _kernel()[(tokens, batch)](
-        x, y_, gate_, scale_, shift_, summed, target, tokens, width, *_strides(x), *_strides(y_), *_strides(gate_),
-        *_strides(scale_), *_strides(shift_), tokens * width, width, eps,
-        GATED=gated, NORMED=normed, BLOCK=block, num_warps=4 if block <= 2048 else 8,
+        x, y_, gate_, scale_, shift_, summed, target, row_scales, tokens, width, *_strides(x), *_strides(y_), *_strides(gate_),
+        *_strides(scale_), *_strides(shift_), tokens * width, width, eps, 1.0 if form is None else form.largest,
+        SMALLEST_SCALE, GATED=gated, NORMED=normed, EIGHT_BIT=form is not None, INTEGER=form is INT8, BLOCK=block,
+        num_warps=4 if block <= 2048 else 8,
     )  # fmt: skip
-    return summed, target
+    return summed, target, row_scales
 
 
 def norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -137,6 +144,27 @@ def add_gated_norm_modulate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x2, norm_modulate(x2, scale, shift)) with x2 = x + gate * y: [B, L, C] each."""
     if _fits(x, y, gate, scale, shift):
-        return _modulate(x, y, gate, scale, shift, eps)
+        return _modulate(x, y, gate, scale, shift, eps)[:2]
     x = x + gate * y
     return x, norm_modulate(x, scale, shift, eps)
+
+
+def norm_modulate_rows(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, form: Format, eps: float = 1e-6
+) -> Rows:
+    """`norm_modulate` in eight bits, for a linear that reads them."""
+    if _fits(x, scale, shift):
+        return Rows(*_modulate(x, None, None, scale, shift, eps, form)[1:], x.dtype)
+    return quantise(norm_modulate(x, scale, shift, eps), form)
+
+
+def add_gated_norm_modulate_rows(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, form: Format,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, Rows]:  # fmt: skip
+    """`add_gated_norm_modulate` with the norm in eight bits."""
+    if _fits(x, y, gate, scale, shift):
+        summed, values, row_scales = _modulate(x, y, gate, scale, shift, eps, form)
+        return summed, Rows(values, row_scales, x.dtype)
+    x = x + gate * y
+    return x, norm_modulate_rows(x, scale, shift, form, eps)

@@ -146,7 +146,7 @@ class Arranger:
             if known is not None:
                 self._give(model, None)
             return
-        facts = self._facts(model)
+        facts = self._facts(model, patcher.load_device)
         if facts is None:
             return
         layout, reason = choose_layout(
@@ -160,6 +160,13 @@ class Arranger:
         if layout != WHOLE:
             self._give(model, self._make(model, layout, reason))
             self._say(f"{type(model).__name__}: {layout.describe()} ({reason})")
+        precision = self.config.optimization.linear_precision
+        if layout.placement is Placement.SHARDED and precision in ("fp8", "int8"):
+            self._say(
+                f"{type(model).__name__}: only weights that are in {precision} in their file multiply in it "
+                "(optimization.linear_precision), because parts of sharded weights are not quantised",
+                logging.WARNING,
+            )
 
     def check(self, model: Any) -> None:
         """Before a run. Raises ValueError where somebody has replaced parts of a network without which it cannot be cut."""
@@ -182,13 +189,13 @@ class Arranger:
 
     # --- facts -----------------------------------------------------------------------------------------------------
 
-    def _facts(self, model: Any) -> NetworkFacts | None:
+    def _facts(self, model: Any, device: torch.device) -> NetworkFacts | None:
         """What the choice depends on; None where there is nothing to choose."""
         if model not in self._known_facts:
-            self._known_facts[model] = self._find_facts(model)
+            self._known_facts[model] = self._find_facts(model, device)
         return self._known_facts[model]
 
-    def _find_facts(self, model: Any) -> NetworkFacts | None:
+    def _find_facts(self, model: Any, device: torch.device) -> NetworkFacts | None:
         network, declared = _network_of(model), list(_declared(model))
         if not declared and network is None:
             return None
@@ -201,9 +208,12 @@ class Arranger:
         blocks = [] if network is None else [
             size(block.module, f"diffusion_model.{block.name}.") for block in network.block_list() if block.own
         ]  # fmt: skip
+        # Of "auto" it depends on each rank's GPU, and all ranks have to choose alike.
+        saved = 0 if store.linear_precision == "auto" else store.saving(device)
         return NetworkFacts(
             name=type(model).__name__,
             total_bytes=size(model, ""),
+            saved_bytes=saved,
             block_bytes=tuple(blocks),
             block_costs=() if network is None else tuple(block.cost for block in network.block_list()),
             cuttable=bool(declared),

@@ -51,7 +51,13 @@ class OptimizationConfig:
     use_flash_attention: bool = True
     use_torch_compile: bool | None = None
     use_cuda_graph: bool | None = None
+    linear_precision: str = "auto"
+    attention: str = "auto"
     use_cache: bool = False
+    cache_mode: str = "first_block"
+    cache_threshold: float = 0.08
+    cache_interval: int = 2
+    cache_warm_up_steps: int = 4
 
 
 @dataclass(frozen=True)
@@ -97,18 +103,17 @@ _SECTIONS: dict[str, type[Any]] = {
 }
 _CHOICES = {
     "optimization.engine": ("native", "xfuser"),
+    "optimization.linear_precision": ("auto", "bf16", "fp8", "int8"),
+    "optimization.attention": ("auto", "sdpa", "cudnn", "flash", "sage"),
+    "optimization.cache_mode": ("first_block", "interval"),
     "memory.offload_device": ("cpu",),
-}
-# Strategies whose names are promised but which this version cannot run yet: only "off" is accepted.
-_NOT_YET: dict[str, Any] = {
-    "optimization.use_cache": False,
 }
 
 
 def can_run(key: str) -> bool:
     """Whether this version runs the strategy that a key such as `parallel.tensor_parallel` turns on."""
     section, _, name = key.partition(".")
-    return key not in _NOT_YET and name in {field.name for field in dataclasses.fields(_SECTIONS[section])}
+    return name in {field.name for field in dataclasses.fields(_SECTIONS[section])}
 
 
 def _closest(name: str, known: list[str]) -> str:
@@ -134,11 +139,12 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             automatic = "auto, or " if optional else ""
             raise ConfigError(f"{key} is {value!r}; allowed: {automatic}a whole number of at least 1")
+    elif wanted is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise ConfigError(f"{key} is {value!r}; allowed: a number of at least 0")
+        return float(value)
     elif key in _CHOICES and value not in _CHOICES[key]:
         raise ConfigError(f"{key} is {value!r}; allowed: {', '.join(_CHOICES[key])}")
-    if key in _NOT_YET and value != _NOT_YET[key]:
-        off = str(_NOT_YET[key]).lower()
-        raise ConfigError(f"{key} is {value!r}, but this version cannot do that yet; allowed: {off}")
     return value
 
 
@@ -280,6 +286,20 @@ def _validate_pipeline(config: TacoConfig, world_size: int) -> None:
         )
 
 
+def _validate_cache(config: TacoConfig) -> None:
+    """Check that ranks may decide which blocks they compute. Raises ConfigError."""
+    dealt = {
+        "parallel.pipeline_parallel": config.parallel.pipeline_parallel,
+        "memory.shard_weights": config.memory.shard_weights,
+    }
+    for key, on in dealt.items():
+        if on and config.optimization.use_cache:
+            raise ConfigError(
+                f"{config.source}: optimization.use_cache and {key} are both true, but with {key} all ranks have to compute "
+                "the same blocks; set one of them to false"
+            )
+
+
 def _validate_sequence(config: TacoConfig) -> None:
     """Check the degrees of tokens against each other. Raises ConfigError."""
     parallel, source = config.parallel, config.source
@@ -307,6 +327,7 @@ def validate_for(config: TacoConfig, world_size: int) -> TacoConfig:
     parallel = config.parallel
     copies = _validate_tensor(config, world_size)
     _validate_pipeline(config, world_size)
+    _validate_cache(config)
     allowed = ", ".join(str(d) for d in divisors(world_size))
     fixed = {
         "sequence_parallel_degree": parallel.sequence_parallel_degree,

@@ -22,13 +22,16 @@ import comfy.model_management
 from comfy import accounting
 from comfy.denoiser_batch import DenoiserBatch, evaluate_serially
 from comfy.ldm import dit
+from comfy.ldm.modules import kernels
 from comfy.taco_dit.fast.captured_calls import CapturedCalls
+from comfy.taco_dit.fast.step_cache import CacheSettings, StepCache
 from comfy.taco_dit.parallel.exchange import CollectiveExchange
 from comfy.taco_dit.parallel.pipeline_parallel import Pipelines, StagePipeline
 from comfy.taco_dit.parallel.ring_parallel import native_plan
 from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
 from comfy.taco_dit.parallel.tensor_parallel import TensorPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
+from comfy.weights.store import store_of
 from comfy_execution.lockstep import Lockstep, is_alone
 
 from . import step_records
@@ -50,6 +53,7 @@ class TACODiTExecutionEngine:
         self.manager = manager
         if config.optimization.engine == "xfuser" and manager.device.type != "cuda":
             raise ConfigError("optimization.engine is 'xfuser', which needs NVIDIA GPUs; allowed here: native")
+        _check_precision(config.optimization.linear_precision, manager.device)
         self.lockstep = lockstep
         self.clock = Clock(manager.device)
         self.arranger = Arranger(config, manager, lockstep, self.clock)
@@ -66,8 +70,12 @@ class TACODiTExecutionEngine:
         self.records_file: str | None = None  # where predicted and measured times are kept
         self._costs: weakref.WeakKeyDictionary[torch.nn.Module, NetworkCost] = weakref.WeakKeyDictionary()
         self.pipelines = Pipelines(config.parallel, manager)
+        self._eight_bit: str | None = None
         self.runner = CapturedCalls(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
         comfy.model_management.add_memory_holder(self.runner.release_memory)
+        self.step_cache = _step_cache(config.optimization)
+        if self.step_cache is not None:
+            comfy.model_management.add_memory_holder(self.step_cache.release_memory)
         if manager.data is not None:
             manager.data.before_groups_end(self.runner.forget)
 
@@ -221,7 +229,8 @@ class TACODiTExecutionEngine:
         cfg, data, _, _ = dims.coordinates(copy)
         mine = rows_of(batches, dims, cfg, data)
         parts = [batches[i].select_conds(conds).select_samples(*samples) for i, conds, samples in mine]
-        outs = self._run(model, parts, model_options, token_plan, layout, pipeline)
+        places = [(i, start) for i, _, (start, _) in mine]
+        outs = self._run(model, parts, model_options, token_plan, layout, pipeline, places)
         group = self._copies_group(layout, dims.row_group(copy))
         return collect_rows(batches, dims, outs, functools.partial(self._gather_rows, group))
 
@@ -233,12 +242,33 @@ class TACODiTExecutionEngine:
         token_plan: UlyssesPlan | TensorPlan | None,
         layout: Layout,
         pipeline: StagePipeline | None = None,
+        places: Sequence[Any] = (),
     ) -> list[torch.Tensor]:
-        """Runs this rank's batches, with the denoiser call in their `transformer_options`."""
+        """Runs this rank's batches, with the denoiser call in their `transformer_options`. places: of which rows each is."""
         call = dit.DenoiserCall(plan=token_plan, layout=layout, pipeline=pipeline)
-        batches = [batch.within(call) for batch in batches]
+        self._eight_bit = store_of(model).multiplies_in
+        slots = []
+        if self.step_cache is not None and self._may_reuse(layout, pipeline):
+            context = None if token_plan is None else id(token_plan)
+            for i, batch in enumerate(batches):
+                slots.append(self.step_cache.slot(model, batch, (places[i] if places else i, context)))
+        calls = [dataclasses.replace(call, cache=slot) for slot in slots] or [call] * len(batches)
+        batches = [batch.within(its) for batch, its in zip(batches, calls, strict=True)]
         with dit.fallback_call(call), self._fast(model, token_plan, captured=pipeline is None):
-            return evaluate_serially(model, batches, model_options)
+            outs = evaluate_serially(model, batches, model_options)
+        if self.step_cache is not None:
+            self.step_cache.note_step(slots)
+        return outs
+
+    def _may_reuse(self, layout: Layout, pipeline: StagePipeline | None) -> bool:
+        """Whether ranks may decide by themselves which blocks of a call to compute."""
+        if pipeline is None and layout.placement is not Placement.SHARDED:
+            return True
+        self._warn_once(
+            f"the step cache (optimization.use_cache) is not used with weights {layout.describe()}, where all ranks have to "
+            "compute the same blocks"
+        )
+        return False
 
     def _gather_rows(self, group: Any, flat: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         with self.clock.exchange():
@@ -266,6 +296,8 @@ class TACODiTExecutionEngine:
         self.runner.begin_run()
         self.pipelines.begin_run()
         self.clock.restart()
+        if self.step_cache is not None:
+            self.step_cache.begin_run()
         self._plan = None
         self._streamed = None
         self._started = time.perf_counter()
@@ -284,6 +316,8 @@ class TACODiTExecutionEngine:
             calls=int(ranks[0]["calls"]),
             seconds=time.perf_counter() - self._started,
             ranks=ranks,
+            computed=None if self.step_cache is None else self.step_cache.steps.count(False),
+            lossy=self._lossy(),
         )
         self._unsaid = self.last_run
         self._record(plan, self.last_run)
@@ -302,6 +336,14 @@ class TACODiTExecutionEngine:
             ),
         )  # fmt: skip
 
+    def _lossy(self) -> list[str]:
+        """What makes the results of this run others than those of its weights, for people."""
+        found = [] if self._eight_bit is None else [f"linears in {self._eight_bit}"]
+        found += [] if kernels.lossy_kernel() is None else [f"attention by {kernels.lossy_kernel()}"]
+        if self.step_cache is not None:
+            found.append(f"{self.step_cache.settings.describe()}: {self.step_cache.text()}")
+        return found
+
     def summary(self) -> str:
         """What the console says of the prompt that ended: its sampling, if there was any, and where its time went."""
         run, self._unsaid = self._unsaid, None
@@ -310,6 +352,8 @@ class TACODiTExecutionEngine:
             expected = "" if run.predicted_ms is None else f" (predicted {run.predicted_ms:.1f})"
             where = run.plan if run.layout == "whole" else f"{run.plan}, weights {run.layout}"
             parts.append(f"{run.calls} steps of {run.mean_call_ms:.1f} ms{expected}, {where}")
+        if run is not None and run.lossy:
+            parts.append(f"lossy: {', '.join(run.lossy)}")
         parts += filter(None, [self.pipelines.summary() if run is not None else "", accounting.current().text()])
         return "; ".join(["", *parts])
 
@@ -317,6 +361,7 @@ class TACODiTExecutionEngine:
         """For `/taco_dit/status`."""
         return {
             "engine": self.config.optimization.engine,
+            "lossy": [] if self.last_run is None else self.last_run.lossy,
             **self.runner.status(),
             "config": dataclasses.asdict(self.config),
             "layout": self._layout[0].describe(),
@@ -337,6 +382,29 @@ def _equal_calls(batches: Sequence[DenoiserBatch], dims: ParallelDims) -> bool:
     """Whether all row groups call the network equally often."""
     groups = [(cfg, data) for cfg in range(dims.cfg_degree) for data in range(dims.data_degree)]
     return len({len(rows_of(list(batches), dims, cfg, data)) for cfg, data in groups}) == 1
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    """Raises ConfigError for linears in a format that a GPU does not multiply. CPUs compute with the same numbers in fp32."""
+    if precision == "fp8" and device.type == "cuda" and not comfy.model_management.supports_fp8_compute(device):
+        raise ConfigError(
+            "optimization.linear_precision is 'fp8', which NVIDIA GPUs of compute capability 8.9 and newer multiply, and "
+            f"{device} does not; allowed here: auto, bf16, int8"
+        )
+
+
+def _step_cache(optimization: OptimizationConfig) -> StepCache | None:
+    """The step cache that is configured."""
+    if not optimization.use_cache:
+        return None
+    return StepCache(
+        CacheSettings(
+            optimization.cache_mode,
+            optimization.cache_threshold,
+            optimization.cache_interval,
+            optimization.cache_warm_up_steps,
+        )
+    )
 
 
 def _fast_ways(optimization: OptimizationConfig, device: torch.device) -> tuple[bool, bool]:

@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.taco_dit import runtime
 
 from .agreement import agree_on
-from .config_manager import ParallelConfig
+from .config_manager import OptimizationConfig, ParallelConfig
 
 WRAPPER_KEY = "taco_dit"
 
@@ -28,6 +28,9 @@ class TACODiTModelPatcher(ModelPatcher):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        active = runtime.active()
+        optimization = OptimizationConfig() if active is None else active.config.optimization
+        self.weight_store.linear_precision = optimization.linear_precision
         self.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _sample_together)
 
     def clone(self, *args: Any, **kwargs: Any) -> TACODiTModelPatcher:
@@ -70,5 +73,7 @@ def _sample_together(
             run = current.engine.end_run()
     finally:
         current.engine.runner.end_run()
+        if current.engine.step_cache is not None:
+            current.engine.step_cache.end_run()
     accounting.move("denoise", "exchange", run.ranks[current.manager.rank]["exchange"] / 1e3)
     return result

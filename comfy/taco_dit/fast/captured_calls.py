@@ -40,6 +40,11 @@ _FOREIGN_OPTIONS = ("patches", "patches_replace", "optimized_attention_override"
 Gather = Callable[[str, Any], list[Any]]
 
 
+def _cache_of(options: dict[str, Any]) -> Any:
+    """The step cache of a call, None without one."""
+    return getattr(options.get(dit.CALL_KEY), "cache", None)
+
+
 def _is_long(network: Any, context: Any, x: torch.Tensor) -> bool:
     """Whether a call on latents x [B, C, ..., h, w] under a token plan (or None) is to end when its prompt is cancelled."""
     patch = getattr(network, "patch_size", 1)
@@ -47,8 +52,67 @@ def _is_long(network: Any, context: Any, x: torch.Tensor) -> bool:
     return is_long(x.shape[0], tokens // getattr(context, "size", 1), tokens)
 
 
+class Recording:
+    """The graphs of one captured call, in the order in which they are replayed.
+
+    It is one graph, unless the call forks: then that ends, each of two ways to go on has a graph of its own, of which each
+    replay takes one, and another graph follows. All share one pool of memory; as they are captured in the order in which
+    they are replayed, what one of them frees another may use.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._parts: list[tuple[Callable[[], bool] | None, list[Any]]] = []
+        self._open: Any = None
+
+    def _begin(self) -> None:
+        graph: Any = torch.cuda.CUDAGraph()
+        # NCCL's watchdog queries events from its own thread, which the global mode would forbid.
+        self._open = graph, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        self._open[1].__enter__()
+
+    def _end(self, *error: Any) -> Any:
+        graph, capture = self._open
+        self._open = None
+        capture.__exit__(*(error or (None, None, None)))
+        return graph
+
+    def __enter__(self) -> Recording:
+        self._begin()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._open is not None:
+            self._parts.append((None, [self._end(*error)]))
+
+    def fork(self, decide: Callable[[], bool], otherwise: Callable[[], None], chosen: Callable[[], None]) -> None:
+        """Capture two ways to go on, which leave their results in memory that both know.
+
+        Each replay asks `decide`, when the device has done all before it is launched: True takes `chosen`.
+        """
+        self._parts.append((None, [self._end()]))
+        ways = []
+        for way in (otherwise, chosen):
+            self._begin()
+            way()
+            ways.append(self._end())
+        self._parts.append((decide, ways))
+        self._begin()
+
+    def replay(self) -> None:
+        """The call on what its buffers hold now."""
+        for decide, graphs in self._parts:
+            graphs[decide() if decide is not None else 0].replay()
+
+    def reset(self) -> None:
+        """Destroy the graphs."""
+        for _, graphs in self._parts:
+            for graph in graphs:
+                graph.reset()
+
+
 class Captured:
-    """One captured call: its argument buffers, its graph, its output.
+    """One captured call: its argument buffers, its graphs, its output.
 
     arguments: keyword arguments of the network; buffers of their tensors are made here. keep: objects whose addresses
     are part of the key under which the call is found.
@@ -59,11 +123,16 @@ class Captured:
         flatten(arguments, tensors)
         self.keep = keep
         self.buffers = [tensor.clone() for tensor in tensors]
-        self.graph: Any = torch.cuda.CUDAGraph()
-        own = rebuild(arguments, list(self.buffers))
-        # NCCL's watchdog queries events from its own thread, which the global mode would forbid.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = network(**own, **options)
+        self.graph: Any = Recording(pool)
+        own, cache = rebuild(arguments, list(self.buffers)), _cache_of(options["transformer_options"])
+        try:
+            with self.graph:
+                if cache is not None:
+                    cache.recorder = self.graph
+                self.output = network(**own, **options)
+        finally:
+            if cache is not None:
+                cache.recorder = None
 
     def replay(self, arguments: dict[str, Any]) -> torch.Tensor:
         """The call on new values. Raises ConnectionAbortedError when the graph was destroyed meanwhile."""
@@ -182,15 +251,17 @@ class CapturedCalls:
 
     def _run(self, model: Any, context: Any, call: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
         network = model.diffusion_model
+        cache = _cache_of(options)
         key = self._key(model, context, call)
         if key is None:
             return self._plain(network, call, options)
+        key = (*key, None if cache is None else cache.identity)
         captured = self._graphs.get(key)
         if captured is None:
             if key not in self._seen:
                 self._seen.add(key)
                 return self._plain(network, call, options)
-            captured = self._capture(key, network, call, options, (network, context))
+            captured = self._capture(key, network, call, options, (network, context, cache))
             if captured is None:
                 return self._plain(network, call, options)
         accounting.count("calls_replayed")

@@ -109,6 +109,10 @@ class RunStatistics:
     calls: int = 0
     seconds: float = 0.0
     ranks: list[dict[str, float]] = field(default_factory=list)
+    computed: int | None = None
+    """How many calls were computed and not reused by the step cache; None without one."""
+    lossy: list[str] = field(default_factory=list)
+    """What makes the result another than the weights would give in the precision of their file."""
 
     @property
     def mean_call_ms(self) -> float:
@@ -127,6 +131,8 @@ class RunStatistics:
             f"parallel executions: {self.calls} in {self.seconds:.2f} s, mean {self.mean_call_ms:.1f} ms"
             + ("" if self.predicted_ms is None else f", predicted {self.predicted_ms:.1f} ms"),
         ]
+        if self.lossy:
+            lines.append(f"lossy: {', '.join(self.lossy)}")
         for rank, times in enumerate(self.ranks):
             per = max(1, times["calls"])
             lines.append(
