@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -255,3 +256,11 @@ def test_class_tables(name: str) -> None:
     assert kind.clip_vision_prefix == table["clip_vision_prefix"]
     assert kind.memory_usage_factor == table["memory_usage_factor"]
     assert [str(dtype) for dtype in kind.supported_inference_dtypes] == table["inference_dtypes_in_order"]
+
+
+@pytest.mark.skipif(not LORA, reason="recorded figures not found: set TACO_GOLDENS")
+def test_every_adapter_key_of_the_text_encoders_is_understood() -> None:
+    wanted = LORA["key_maps"]["sdxl_te"]
+    encoders = types.SimpleNamespace(state_dict=lambda: dict.fromkeys(wanted.values()))
+    got = comfy.lora.model_lora_keys_clip(encoders, {})
+    assert {key: got.get(key) for key in wanted} == wanted

@@ -309,6 +309,21 @@ def test_openclip_keys_there_and_back():
     assert_same(from_openclip(theirs), ours)
 
 
+def test_text_encoder_files_with_openclip_keys_and_without_the_last_layer():
+    from comfy.text_encoders.loader import load_text_encoder_state_dicts
+
+    def encode(weights):
+        clip = load_text_encoder_state_dicts([weights])
+        rows = [[(token, 1.0) for token in [1, 7, 9, 2, *[0] * 73]]]
+        return clip.cond_stage_model.encode_token_weights({"h": rows})[0]
+
+    whole = encoder(24, 64)
+    last = "text_model.encoder.layers.23."
+    shorter = {key: value for key, value in whole.items() if not key.startswith(last)}
+    torch.testing.assert_close(encode(shorter), encode(whole))
+    torch.testing.assert_close(encode(to_openclip(whole)), encode(whole))
+
+
 @pytest.mark.parametrize("name,parts", [
     ("SD15", {"clip_l.": "cond_stage_model."}),
     ("SD20", {"clip_h.": "cond_stage_model.model."}),
