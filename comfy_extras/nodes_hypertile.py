@@ -64,19 +64,19 @@ class _Tiles:
         return tiles.reshape(-1, down * height * across * width, out.shape[-1])
 
 
+# (name, default, least, most)
+_NUMBERS = (("tile_size", 256, 1, 2048), ("swap_size", 2, 1, 128), ("max_depth", 0, 0, 10))
+
+
 class HyperTile(io.ComfyNode):
     @classmethod
     def define_schema(cls):
+        numbers = [io.Int.Input(name, default=value, min=low, max=high) for name, value, low, high in _NUMBERS]
+        switch = io.Boolean.Input("scale_depth", default=False)
         return io.Schema(
-            node_id="HyperTile",
+            node_id=cls.__name__,
             category="model_patches/unet",
-            inputs=[
-                io.Model.Input("model"),
-                io.Int.Input("tile_size", default=256, min=1, max=2048),
-                io.Int.Input("swap_size", default=2, min=1, max=128),
-                io.Int.Input("max_depth", default=0, min=0, max=10),
-                io.Boolean.Input("scale_depth", default=False),
-            ],
+            inputs=[io.Model.Input("model"), *numbers, switch],
             outputs=[io.Model.Output()],
         )
 
