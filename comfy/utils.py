@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -153,3 +154,12 @@ class ProgressBar:
     def update(self, value: int) -> None:
         """Advance by `value`."""
         self.update_absolute(self.current + value)
+
+
+_UNET_KEYS = ("TRANSFORMER_BLOCKS", "UNET_MAP_ATTENTIONS", "UNET_MAP_BASIC", "UNET_MAP_RESNET", "unet_to_diffusers")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _UNET_KEYS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("comfy.ldm.unet.keys"), name)

@@ -9,12 +9,16 @@ writes, below the folder given:
     text_encoders/tiny_clip_l.safetensors, tiny_t5xxl.safetensors
     vae/tiny_ae.safetensors
     loras/tiny_flux_kohya.safetensors
+and with `--family sd15` or `sdxl` (fewer blocks, but real widths: 130 and 300 MB)
+    checkpoints/tiny_sd15.safetensors, tiny_sdxl.safetensors
+    loras/tiny_sd15_kohya.safetensors
 Pictures made with them are coloured noise: the weights are random.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import zlib
@@ -31,7 +35,7 @@ HIDDEN, HEAD, CLIP_WIDTH, T5_WIDTH = 96, 24, 64, 64
 
 def weight_from(key: str, noise: torch.Tensor) -> torch.Tensor:
     """A weight of a size that keeps activations near 1, from standard normal numbers of its shape."""
-    if "norm" in key and key.endswith(("weight", "scale")):
+    if ("norm" in key or noise.ndim == 1) and key.endswith(("weight", "scale")):
         return 1 + 0.1 * noise
     if "embedding" in key or key.endswith("shared.weight") or "relative_attention_bias" in key:
         return 0.5 * noise
@@ -240,7 +244,12 @@ def write_flux(out: str) -> list[str]:
     return written
 
 
-FAMILIES = {"flux": write_flux}
+def _writer(name: str) -> Callable[[str], list[str]]:
+    """A writer of `tests.tiny_unets`, which uses this module."""
+    return lambda out: getattr(importlib.import_module("tests.tiny_unets"), name)(out)
+
+
+FAMILIES = {"flux": write_flux, "sd15": _writer("write_sd15"), "sdxl": _writer("write_sdxl")}
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import torch
 import comfy.utils
 from comfy import supported_models_base
 from comfy.clip import CLIP
+from comfy.text_encoders.openclip import from_openclip
 
 StateDict = dict[str, torch.Tensor]
 
@@ -103,6 +104,8 @@ def _normalise(sd: StateDict) -> StateDict:
     for prefix in ("transformer.", "text_encoder.", "text_encoders."):
         if sd and all(key.startswith(prefix) for key in sd):
             sd = {key.removeprefix(prefix): value for key, value in sd.items()}
+    if "transformer.resblocks.0.ln_1.weight" in sd:
+        return from_openclip(sd)
     sd = comfy.utils.state_dict_prefix_replace(sd, {"encoder.embed_tokens.": "shared."})
     if "text_model.encoder.layers.0.mlp.fc1.weight" in sd and "text_projection" in sd:
         # OpenCLIP stores the transpose.

@@ -47,6 +47,12 @@ def _is_long(network: Any, context: Any, x: torch.Tensor) -> bool:
     return is_long(x.shape[0], tokens // getattr(context, "size", 1), tokens)
 
 
+def evaluate(network: Any, call: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
+    """The network on latents and times, which it takes by position (families name the times differently), and the rest."""
+    rest = {name: value for name, value in call.items() if name not in ("x", "timestep")}
+    return network(call["x"], call["timestep"], **rest, transformer_options=options)
+
+
 class Captured:
     """One captured call: its argument buffers, its graph, its output.
 
@@ -63,7 +69,7 @@ class Captured:
         own = rebuild(arguments, list(self.buffers))
         # NCCL's watchdog queries events from its own thread, which the global mode would forbid.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = network(**own, **options)
+            self.output = evaluate(network, own, options)
 
     def replay(self, arguments: dict[str, Any]) -> torch.Tensor:
         """The call on new values. Raises ConnectionAbortedError when the graph was destroyed meanwhile."""
@@ -178,7 +184,7 @@ class CapturedCalls:
 
     def _plain(self, network: Any, call: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
         accounting.count("calls_plain")
-        return network(**call, transformer_options=options)
+        return evaluate(network, call, options)
 
     def _run(self, model: Any, context: Any, call: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
         network = model.diffusion_model
@@ -246,7 +252,7 @@ class CapturedCalls:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             with accounting.phase("capture"):
-                captured = Captured(network, call, {"transformer_options": options}, self._pool, keep)
+                captured = Captured(network, call, options, self._pool, keep)
         except (RuntimeError, torch.AcceleratorError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
