@@ -1,4 +1,4 @@
-"""Goldens 09 for Flux: adapter files of every kind, their targets, the weights they give, and the network's output."""
+"""Goldens 09: adapter files of every kind, their targets, the weights they give, and the network's output."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
 from . import golden
-from .test_flux import INDEX as MODELS
-from .test_flux import arguments, model, tensors
+from .models import INDEX as MODELS
+from .models import arguments, model, parameters
 
 TOPIC = "09 adapters"
 INDEX = golden.load_json("09_lora/index.json")
-CASES = [name for name in INDEX.get("cases", {}) if name.startswith("flux_dev/")]
+CASES = {name: name.split("/")[0] for name in INDEX.get("cases", {})}
+NETWORKS = {name: name for name in INDEX.get("key_maps", {}) if not name.endswith("_te")}
 
 
 def adapter(file: str) -> dict[str, torch.Tensor]:
@@ -31,12 +32,12 @@ def _files(name: str, case: dict[str, Any]) -> list[tuple[str, float]]:
     if "stack" not in name:
         return [(case["file"], float(name.rpartition("strength")[2]))]
     words = case["file"].replace(" then ", " ").replace(" at ", " ").split()
-    return [(f"lora_flux_dev_{kind}.safetensors", float(s)) for kind, s in zip(words[::2], words[1::2])]
+    return [(f"lora_{CASES[name]}_{kind}.safetensors", float(s)) for kind, s in zip(words[::2], words[1::2])]
 
 
 def patched(name: str) -> tuple[ModelPatcher, dict[str, torch.Tensor]]:
     """A patcher with the case's adapters, and the weights before."""
-    built = model("flux_dev")
+    built = model(CASES[name])
     patcher = ModelPatcher(built, torch.device("cpu"), torch.device("cpu"))
     before = {key: value.clone() for key, value in built.state_dict().items()}
     key_map = comfy.lora.model_lora_keys_unet(built, {})
@@ -45,7 +46,7 @@ def patched(name: str) -> tuple[ModelPatcher, dict[str, torch.Tensor]]:
     return patcher, before
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", parameters(CASES))
 def test_patches_and_weights(name: str) -> None:
     case = INDEX["cases"][name]
     recorded = golden.load_tensors("09_lora/tensors.safetensors")
@@ -63,9 +64,9 @@ def test_patches_and_weights(name: str) -> None:
     for key, facts in case["changed"].items():
         samples = weights[key].flatten()[:: facts["samples_every"]]
         golden.check(TOPIC, f"{name} weights", samples, recorded[facts["samples"]], 1e-5)
-    forward = MODELS["families"]["flux_dev"]["cases"]["even"]
-    values = arguments(forward)
-    values.pop("sigma")
+    _, family, forward = case["forward_case"].split(" ")[0].split("/")
+    values = arguments(MODELS["families"][family]["cases"][forward])
+    values.pop("sigma", None)
     if "in_x" in case["forward_case"]:
         values["x"] = recorded[case["forward_case"].split("= ")[1]]
     with torch.no_grad():
@@ -76,11 +77,10 @@ def test_patches_and_weights(name: str) -> None:
     assert all(before[key].equal(after[key]) for key in before), "unloading must restore every weight exactly"
 
 
-@pytest.mark.skipif(not INDEX, reason="recorded figures not found: set TACO_GOLDENS")
-def test_every_adapter_key_is_understood() -> None:
-    wanted = INDEX["key_maps"]["flux_dev"]
-    got = comfy.lora.model_lora_keys_unet(model("flux_dev"), {})
-    for key, target in wanted.items():
+@pytest.mark.parametrize("family", parameters(NETWORKS))
+def test_every_adapter_key_is_understood(family: str) -> None:
+    got = comfy.lora.model_lora_keys_unet(model(family), {})
+    for key, target in INDEX["key_maps"][family].items():
         mine = got[key]
         if isinstance(target, str):
             assert mine == target, key
@@ -98,4 +98,3 @@ def test_weights_stay_shared_until_patched() -> None:
     place = unpatched.data_ptr()
     comfy.model_management.load_models_gpu([patcher])
     assert patcher.model.diffusion_model.txt_in.weight.data_ptr() == place
-    assert tensors() is not None
