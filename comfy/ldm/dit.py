@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -63,13 +63,15 @@ class BlockArguments:
     tokens: for each token argument the streams it joins, in the order in which the module returns them.
     values: for each other argument the name of a tensor of the state (see `DiTState.value`).
     optional: arguments that the module is given only if they are not None; older replacements lack them.
-    first: the argument that the module takes by position.
+    first: the argument that the module takes by position. renamed: the module's own names of arguments that have others
+    for replacements.
     """
 
     tokens: Mapping[str, tuple[str, ...]]
     values: Mapping[str, str]
     optional: frozenset[str] = frozenset()
     first: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def collect(self, state: DiTState, options: Mapping[str, Any]) -> dict[str, Any]:
         """What a replacement patch is given: whole tensors and `transformer_options`."""
@@ -87,17 +89,20 @@ class BlockArguments:
         if arguments.get("transformer_options"):
             known["transformer_options"] = arguments["transformer_options"]
         positional = () if self.first is None else (known.pop(self.first),)
-        out = module(*positional, **known)
+        out = module(*positional, **{self.renamed.get(name, name): value for name, value in known.items()})
         return dict(zip(self.tokens, out if isinstance(out, (tuple, list)) else (out,)))
 
     def put(self, state: DiTState, results: Mapping[str, torch.Tensor]) -> DiTState:
         """The state with what foreign code returned.
 
-        Where an argument joins several streams, all but the last keep their lengths.
+        Where an argument joins several streams, all but the last keep their lengths. None: the tokens stay as they are
+        (a last block that has no use for them).
         """
         wholes: dict[str, torch.Tensor] = {}
         for name, streams in self.tokens.items():
             tokens = results[name]
+            if tokens is None:
+                continue
             kept = [state.lengths[stream] for stream in streams[:-1]]
             wholes.update(zip(streams, tokens.split([*kept, tokens.shape[1] - sum(kept)], dim=1)))
         return state.with_whole(wholes)
