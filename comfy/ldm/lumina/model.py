@@ -146,7 +146,7 @@ class JointTransformerBlock(nn.Module):
         """Whole tokens [B, L, C], mask of keys [B, 1, L] or None, rotary table, time's vector [B, n] -> [B, L, C]."""
         call = dit.call_of(transformer_options)
         state = dit.DiTState(
-            {name: part for name, part in zip(self.streams, (x, x[:, :0]))},
+            dict(zip(self.streams, (x, x[:, :0]))),
             {self.pe: dit.TokenAxis(freqs_cis, self.streams, 2)},
             {"vec": adaln_input, "mask": x_mask},
         )
@@ -242,13 +242,13 @@ class NextDiT(nn.Module):
         refined = dit.DiTState({"txt": txt}, {"pe": dit.TokenAxis(pe[:, :, :text], ("txt",), 2)}, {"mask": keys})
         for block in self.context_refiner:
             refined = block.forward_state(refined, alone)
-        tokens = rows * cols
+        img = self.x_embedder(to_patches(x, self.patch_size, channels_first=False))
         if keys is not None:
-            keys = torch.cat((keys, keys.new_ones((*keys.shape[:2], tokens))), dim=2)
+            keys = torch.cat((keys, keys.new_ones((*keys.shape[:2], rows * cols))), dim=2)
         return dit.DiTState(
             streams={
                 "txt": refined.streams["txt"],
-                "img": self.x_embedder(to_patches(x, self.patch_size, channels_first=False)),
+                "img": img,
             },
             tokenwise={
                 "pe": dit.TokenAxis(pe, ("txt", "img"), 2),
