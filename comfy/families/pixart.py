@@ -49,7 +49,7 @@ class PixArtAlpha(supported_models_base.BASE):
     sampling_settings = {
         "beta_schedule": "sqrt_linear", "linear_start": 0.0001, "linear_end": 0.02, "timesteps": 1000,
     }  # fmt: skip
-    latent_format = comfy.latent_formats.SD15
+    latent_format: type[Any] = comfy.latent_formats.SD15
     memory_usage_factor = 0.5
     vae_key_prefix = ["vae."]
     text_encoder_key_prefix = ["text_encoders."]

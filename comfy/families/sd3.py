@@ -62,8 +62,8 @@ class SD3(supported_models_base.BASE):
             name: f"text_encoders.{name}.transformer.text_model.final_layer_norm.weight" in found
             for name in ("clip_l", "clip_g")
         }
-        told = sd3_clip.t5_xxl_detect(found, t5)
-        encoders = sd3_clip.sd3_clip(**clips, t5=f"{t5}encoder.final_layer_norm.weight" in found, **told)
+        told: dict[str, Any] = {**clips, **sd3_clip.t5_xxl_detect(found, t5)}
+        encoders = sd3_clip.sd3_clip(t5=f"{t5}encoder.final_layer_norm.weight" in found, **told)
         return supported_models_base.ClipTarget(sd3_clip.SD3Tokenizer, encoders)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | N
 
 
 def inside_wrappers(
-    network: Any, forward: Callable[..., Any], options: Mapping[str, Any], *args: Any, **kwargs: Any
+    network: Any, forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
     """`forward(*args, **kwargs)` inside the DIFFUSION_MODEL wrappers that custom nodes have put around networks."""
     kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL

@@ -59,6 +59,8 @@ class MLP(nn.Module):
 class SingleAttention(nn.Module):
     """The weights of one set of tokens: queries and keys are normed over the head size without weights."""
 
+    w1o: nn.Module
+
     def __init__(
         self, dim: int, n_heads: int, mh_qknorm: bool = False, dtype: Any = None, device: Any = None,
         operations: Any = None,
@@ -107,6 +109,11 @@ def _after_attention(
 @dit.own_block
 class MMDiTBlock(nn.Module):
     """Text and picture with weights of their own, attending to each other."""
+
+    mlpC: nn.Module
+    mlpX: nn.Module
+    modC: nn.Module
+    modX: nn.Module
 
     def __init__(
         self, dim: int, heads: int = 8, global_conddim: int = 1024, dtype: Any = None, device: Any = None,
@@ -208,6 +215,9 @@ class DiTBlock(nn.Module):
 
 class MMDiT(nn.Module):
     """The whole network, with ComfyUI's configuration names. max_seq: patches in the table of positions, a square."""
+
+    positional_encoding: nn.Parameter
+    register_tokens: nn.Parameter
 
     def __init__(
         self, in_channels: int = 4, out_channels: int = 4, patch_size: int = 2, dim: int = 3072, n_layers: int = 36,

@@ -46,7 +46,7 @@ class DoubleStreamBlock(layers.DoubleStreamBlock):
     """Flux's, with the modulations of this block in the state."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, modulation=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "modulation": False})
 
     def modulations(self, state: dit.DiTState, call: dit.DenoiserCall) -> dict[str, Any]:
         """((attention's, MLP's) of the picture, the same of the text), from the small network."""
@@ -57,7 +57,7 @@ class SingleStreamBlock(layers.SingleStreamBlock):
     """Flux's, with the modulation of this block in the state."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, modulation=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "modulation": False})
 
     def modulations(self, state: dit.DiTState, call: dit.DenoiserCall) -> Any:
         """The block's one, from the small network."""

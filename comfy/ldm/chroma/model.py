@@ -23,6 +23,8 @@ _TIME, _ROW = 16, 32  # width of the features of a time and of a row's number
 class Chroma(Flux):
     """The whole network: Flux's patches, places, blocks and points for custom nodes."""
 
+    final_layer: Any
+
     def __init__(
         self, image_model: str | None = None, final_layer: bool = True, dtype: Any = None, device: Any = None,
         operations: Any = None, in_dim: int = 64, out_dim: int = 3072, hidden_dim: int = 5120, n_layers: int = 5,

@@ -91,6 +91,10 @@ class CrossAttention(_Attention):
 class HunYuanDiTBlock(nn.Module):
     """Self-attention, cross-attention, MLP. In the second half the tokens of an earlier block are mixed in first."""
 
+    norm1: nn.Module
+    norm2: nn.Module
+    norm3: nn.Module
+
     def __init__(
         self, hidden_size: int, c_emb_size: int, num_heads: int, mlp_ratio: float = 4.0, text_states_dim: int = 1024,
         skip: bool = False, dtype: Any = None, device: Any = None, operations: Any = None,
@@ -177,6 +181,10 @@ class HunYuanDiTBlock(nn.Module):
 
 class AttentionPool(nn.Module):
     """All of mT5's features in one vector: their mean attends to them (Radford et al. 2021, CLIP): -> [B, out]."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
 
     def __init__(self, length: int, width: int, output: int, dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()

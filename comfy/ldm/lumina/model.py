@@ -39,6 +39,9 @@ def _rms(dim: int, eps: float, place: dict[str, Any], operations: Any) -> nn.Mod
 class JointAttention(nn.Module):
     """The weights of an attention with fewer key heads than query heads."""
 
+    q_norm: nn.Module
+    k_norm: nn.Module
+
     def __init__(
         self, dim: int, n_heads: int, n_kv_heads: int | None, qk_norm: bool, place: dict[str, Any], operations: Any
     ) -> None:
@@ -82,6 +85,11 @@ class JointTransformerBlock(nn.Module):
 
     streams: which of a state's streams it works on, as one sequence; pe: the name of their rotary table.
     """
+
+    attention_norm1: nn.Module
+    attention_norm2: nn.Module
+    ffn_norm1: nn.Module
+    ffn_norm2: nn.Module
 
     def __init__(
         self, dim: int, n_heads: int, n_kv_heads: int | None, multiple_of: int, norm_eps: float, qk_norm: bool,
@@ -240,16 +248,14 @@ class NextDiT(nn.Module):
         keys = None if allowed is None else allowed.unsqueeze(1)
         alone = dataclasses.replace(call, plan=None)
         refined = dit.DiTState({"txt": txt}, {"pe": dit.TokenAxis(pe[:, :, :text], ("txt",), 2)}, {"mask": keys})
+        block: Any
         for block in self.context_refiner:
             refined = block.forward_state(refined, alone)
         img = self.x_embedder(to_patches(x, self.patch_size, channels_first=False))
         if keys is not None:
             keys = torch.cat((keys, keys.new_ones((*keys.shape[:2], rows * cols))), dim=2)
         return dit.DiTState(
-            streams={
-                "txt": refined.streams["txt"],
-                "img": img,
-            },
+            streams={"txt": refined.streams["txt"], "img": img},
             tokenwise={
                 "pe": dit.TokenAxis(pe, ("txt", "img"), 2),
                 "img_pe": dit.TokenAxis(pe[:, :, text:], ("img",), 2),

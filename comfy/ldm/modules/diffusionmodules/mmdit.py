@@ -50,6 +50,9 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """The weights of one stream's attention. Queries and keys are normed where the model has `ln_q` and `ln_k`."""
 
+    ln_q: nn.Module
+    ln_k: nn.Module
+
     def __init__(
         self, dim: int, num_heads: int, qk_norm: str | None = None, pre_only: bool = False, dtype: Any = None,
         device: Any = None, operations: Any = None,
@@ -236,6 +239,7 @@ class MMDiT(nn.Module):
         self.out_channels = in_channels if out_channels is None else out_channels
         self.mlp_size = int(self.hidden_size * mlp_ratio)
         self.pos_embed_max_size = pos_embed_max_size
+        self.dual_layers = frozenset(x_block_self_attn_layers)
         self.pos_embed: nn.Parameter | None = None
         if num_patches is not None:
             table = torch.empty((1, num_patches, self.hidden_size), **place)
@@ -295,7 +299,7 @@ class MMDiT(nn.Module):
         return tuple(
             dit.Block(
                 f"joint_blocks.{i}", block, _ARGUMENTS, i, replace_key=("double_block", i),
-                residual=dit.Residual("img", "output", i), cost=1.25 if block.x_block.x_block_self_attn else 1.0,
+                residual=dit.Residual("img", "output", i), cost=1.25 if i in self.dual_layers else 1.0,
             )
             for i, block in enumerate(self.joint_blocks)
         )  # fmt: skip
