@@ -124,13 +124,16 @@ _TOP = {
 }
 
 
-def diffusers_targets(depth: int) -> key_maps.Targets:
-    """Diffusers' names of all weights of a network with `depth` blocks, whose hidden size is 64 times that."""
+def diffusers_targets(depth: int, blocks: int | None = None) -> key_maps.Targets:
+    """Diffusers' names of all weights of a network of hidden size 64 * `depth` with that many blocks.
+
+    blocks: how many there are, if not all (in a ControlNet).
+    """
     hidden = 64 * depth
     out = key_maps.linears(_TOP)
     out["pos_embed.pos_embed"] = "pos_embed"
     out |= key_maps.changed("norm_out.linear", "final_layer.adaLN_modulation.1", key_maps.scale_before_shift)
-    for i in range(depth):
+    for i in range(depth if blocks is None else blocks):
         theirs, ours = f"transformer_blocks.{i}.", f"joint_blocks.{i}."
         out |= key_maps.linears(_STREAM, theirs, ours)
         for attention in ("attn", "attn2"):
