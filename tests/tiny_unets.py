@@ -6,15 +6,14 @@ Families of UNets are told by their widths, so these keep the real ones and have
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.text_encoders.openclip import to_openclip
-from tests.tiny_models import Shapes, StateDict, clip_l_shapes, random_weights, vae_shapes
+from tests.tiny_models import Shapes, StateDict, clip_l_shapes, random_weights, vae_4_shapes
 
 SD15: dict[str, Any] = {
     "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [1, 1], "channel_mult": [1, 1],
@@ -35,15 +34,6 @@ def unet_shapes(config: dict[str, Any]) -> Shapes:
         return {key: tuple(value.shape) for key, value in UNetModel(**config).state_dict().items()}
 
 
-def sd_vae_shapes() -> Shapes:
-    """Keys and shapes of Stable Diffusion's VAE."""
-    quantisation = {
-        "quant_conv.weight": (8, 8, 1, 1), "quant_conv.bias": (8,), "post_quant_conv.weight": (4, 4, 1, 1),
-        "post_quant_conv.bias": (4,),
-    }  # fmt: skip
-    return {**vae_shapes(4), **quantisation}
-
-
 def _half(shapes: Shapes, seed: int) -> StateDict:
     return random_weights(shapes, seed, torch.float16)
 
@@ -53,7 +43,7 @@ def sd15_checkpoint(seed: int = 1) -> StateDict:
     parts = {
         "model.diffusion_model.": _half(unet_shapes(SD15), seed),
         "cond_stage_model.transformer.": _half(clip_l_shapes(768, 1), seed + 1),
-        "first_stage_model.": _half(sd_vae_shapes(), seed + 2),
+        "first_stage_model.": _half(vae_4_shapes(), seed + 2),
     }
     return {prefix + key: value for prefix, weights in parts.items() for key, value in weights.items()}
 
@@ -70,7 +60,7 @@ def sdxl_checkpoint(seed: int = 1) -> StateDict:
         "model.diffusion_model.": _half(unet_shapes(SDXL), seed),
         "conditioner.embedders.0.transformer.": _half(clip_l_shapes(768, 1), seed + 1),
         "conditioner.embedders.1.model.": clip_g(seed + 2),
-        "first_stage_model.": _half(sd_vae_shapes(), seed + 3),
+        "first_stage_model.": _half(vae_4_shapes(), seed + 3),
     }
     return {prefix + key: value for prefix, weights in parts.items() for key, value in weights.items()}
 
@@ -91,21 +81,10 @@ def sd15_lora(rank: int = 4, seed: int = 5) -> StateDict:
     return out
 
 
-def _write(out: str, name: str, weights: StateDict) -> str:
-    path = os.path.join(out, name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    save_file({key: value.contiguous() for key, value in weights.items()}, path)
-    return path
-
-
-def write_sd15(out: str) -> list[str]:
-    """Write a tiny Stable Diffusion 1 checkpoint and a LoRA below `out`; returns their paths."""
-    return [
-        _write(out, "checkpoints/tiny_sd15.safetensors", sd15_checkpoint()),
-        _write(out, "loras/tiny_sd15_kohya.safetensors", sd15_lora()),
-    ]
-
-
-def write_sdxl(out: str) -> list[str]:
-    """Write a tiny SDXL checkpoint below `out`; returns its path."""
-    return [_write(out, "checkpoints/tiny_sdxl.safetensors", sdxl_checkpoint())]
+FILES: dict[str, dict[str, Callable[[], StateDict]]] = {
+    "sd15": {
+        "checkpoints/tiny_sd15.safetensors": sd15_checkpoint,
+        "loras/tiny_sd15_kohya.safetensors": sd15_lora,
+    },
+    "sdxl": {"checkpoints/tiny_sdxl.safetensors": sdxl_checkpoint},
+}

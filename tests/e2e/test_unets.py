@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests import tiny_unets
+from tests import tiny_models
 from tests.e2e.compare import furthest
 from tests.e2e.workflows import changed, flux, insert, node, with_areas
 
@@ -16,7 +16,7 @@ SIZE = {"checkpoint": SD15, "width": 72, "height": 104, "steps": 2, "cfg": 4.5}
 
 @pytest.fixture(scope="module", autouse=True)
 def files(base):
-    tiny_unets.write_sd15(os.path.join(base, "models"))
+    tiny_models.write_family("sd15", os.path.join(base, "models"))
 
 
 def everything():
