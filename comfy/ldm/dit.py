@@ -63,13 +63,15 @@ class BlockArguments:
     tokens: for each token argument the streams it joins, in the order in which the module returns them.
     values: for each other argument the name of a tensor of the state (see `DiTState.value`).
     optional: arguments that the module is given only if they are not None; older replacements lack them.
-    first: the argument that the module takes by position.
+    first: the argument that the module takes by position. names: the module's own names of arguments that patches know
+    by others.
     """
 
     tokens: Mapping[str, tuple[str, ...]]
     values: Mapping[str, str]
     optional: frozenset[str] = frozenset()
     first: str | None = None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def collect(self, state: DiTState, options: Mapping[str, Any]) -> dict[str, Any]:
         """What a replacement patch is given: whole tensors and `transformer_options`."""
@@ -87,6 +89,7 @@ class BlockArguments:
         if arguments.get("transformer_options"):
             known["transformer_options"] = arguments["transformer_options"]
         positional = () if self.first is None else (known.pop(self.first),)
+        known = {self.names.get(name, name): value for name, value in known.items()}
         out = module(*positional, **known)
         return dict(zip(self.tokens, out if isinstance(out, (tuple, list)) else (out,)))
 
