@@ -141,3 +141,19 @@ def norm_together_and_rotate(
         return _norm_rotate(x.unflatten(-1, (heads, size)), scale, table, eps, together=True).transpose(1, 2)
     normed = rms_norm(x, scale, eps).unflatten(-1, (heads, size)).transpose(1, 2)
     return normed if table is None else rotated(normed, table)
+
+
+def norm_by_head_and_rotate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_scale: torch.Tensor,
+    k_scale: torch.Tensor,
+    table: torch.Tensor | None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`norm_and_rotate` with torch operations where the kernel does not apply; no rotation without a table."""
+    fused = None if table is None else norm_and_rotate(q, k, q_scale, k_scale, table, eps)
+    if fused is not None:
+        return fused
+    q, k = rms_norm(q, q_scale, eps), rms_norm(k, k_scale, eps)
+    return (q, k) if table is None else (rotated(q, table), rotated(k, table))

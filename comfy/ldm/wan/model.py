@@ -17,7 +17,7 @@ from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.ldm.flux.layers import EmbedND, timestep_embedding
 from comfy.ldm.modules.attention import AttentionSpec, attention, joined_heads, meet
 from comfy.ldm.modules.fused import mlp_gelu
-from comfy.ldm.modules.modulate import add_gated, norm_modulate
+from comfy.ldm.modules.modulate import add_gated, norm_modulate, spread_rows
 from comfy.ldm.modules.norm_rope import norm_together_and_rotate
 
 ARGUMENTS = dit.BlockArguments(
@@ -32,11 +32,6 @@ ARGUMENTS = dit.BlockArguments(
 def heads_of(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, L, H*D] -> [B, H, L, D]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def spread_rows(e: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Modulation by frame [B, n, C] -> by token [B, L, C], `rows` [L] naming each token's frame; as it is without."""
-    return e if rows is None else e.index_select(1, rows)
 
 
 def token_rows(frames: int, tokens: int, device: torch.device) -> torch.Tensor:
