@@ -19,7 +19,7 @@ from comfy.missing import missing_names
 __all__ = ["Family", "lookup", "record_of", "records", "register"]
 
 # Modules of this package with a `FAMILY`, in the order in which their families are tried.
-_NAMES = ("flux", "hunyuan_video", "wan", "qwen_image")
+_NAMES = ("flux", "ltx", "hunyuan_video", "wan", "qwen_image")
 _registered: list[Family] = []
 
 

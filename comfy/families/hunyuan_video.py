@@ -194,7 +194,9 @@ class HunyuanVideo(supported_models_base.BASE):
     def clip_target(self, state_dict: dict[str, Any] | None = None) -> supported_models_base.ClipTarget | None:
         from comfy.text_encoders import hunyuan_video
 
-        return supported_models_base.ClipTarget(hunyuan_video.HunyuanVideoTokenizer, hunyuan_video.HunyuanVideoClipModel)
+        return supported_models_base.ClipTarget(
+            hunyuan_video.HunyuanVideoTokenizer, hunyuan_video.HunyuanVideoClipModel
+        )
 
 
 class HunyuanVideoI2V(HunyuanVideo):
@@ -306,7 +308,10 @@ def _diffusers_key_map(sd: StateDict, hidden: int) -> dict[str, Any]:
         },
     }  # fmt: skip
     for i in range(count_blocks(sd, "context_embedder.token_refiner.refiner_blocks.{}.")):
-        theirs, ours = f"context_embedder.token_refiner.refiner_blocks.{i}.", f"txt_in.individual_token_refiner.blocks.{i}."
+        theirs, ours = (
+            f"context_embedder.token_refiner.refiner_blocks.{i}.",
+            f"txt_in.individual_token_refiner.blocks.{i}.",
+        )
         layers |= {theirs + a: ours + b for a, b in _REFINER.items()}
         for place, name in enumerate("qkv"):
             for kind in ("weight", "bias"):
@@ -342,7 +347,10 @@ def lora_keys(network: Any) -> dict[str, Any]:
             stem = key.removesuffix(".weight")
             for ours, theirs in _ADAPTER:
                 stem = stem.replace(ours, theirs)
-            out |= {f"transformer.{stem}": f"diffusion_model.{key}", f"diffusion_model.{stem}": f"diffusion_model.{key}"}
+            out |= {
+                f"transformer.{stem}": f"diffusion_model.{key}",
+                f"diffusion_model.{stem}": f"diffusion_model.{key}",
+            }
     return out
 
 

@@ -75,7 +75,9 @@ class WAN21(comfy.model_base.BaseModel):
             return torch.zeros_like(noise)[:, :_MASK_CHANNELS]
         if mask.shape[1] != _MASK_CHANNELS:
             mask = mask.mean(dim=1, keepdim=True)
-        known = comfy.utils.common_upscale(1.0 - mask.to(device), noise.shape[-1], noise.shape[-2], "bilinear", "center")
+        known = comfy.utils.common_upscale(
+            1.0 - mask.to(device), noise.shape[-1], noise.shape[-2], "bilinear", "center"
+        )
         lacking = noise.shape[-3] - known.shape[-3]
         if lacking > 0:
             known = torch.nn.functional.pad(known, (0, 0, 0, 0, 0, lacking))
@@ -279,7 +281,8 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
     for key, name in (("img_emb.emb_pos", "flf_pos_embed_token_number"), ("ref_conv.weight", "in_dim_ref_conv")):
         if prefix + key in sd:
             config[name] = sd[prefix + key].shape[1]
-    return {**config, **metadata_config(metadata)}
+    told = metadata_config(metadata)
+    return {**config, **{name: told[name] for name in told if name in config or name == "text_dim"}}
 
 
 _TOP = {

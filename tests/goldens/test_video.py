@@ -32,4 +32,6 @@ def test_wan21(case: str) -> None:
             latent = network.encode(latent)
             golden.check(TOPIC, f"wan21 {case} encode", latent, tensors[names["encode"]], 1e-4)
         decoded = network.decode(latent)
-    golden.check(TOPIC, f"wan21 {case} decode", decoded, tensors[names.get("decode") or names["decode_of_encode"]], 1e-4)
+    golden.check(
+        TOPIC, f"wan21 {case} decode", decoded, tensors[names.get("decode") or names["decode_of_encode"]], 1e-4
+    )

@@ -348,7 +348,9 @@ class DoubleStreamBlock(nn.Module):
         dims = dict(zip(("img", "txt"), dims))
         sizes = [tokens.shape[1] for tokens in state.streams.values()]
         mods = {
-            name: tuple(_by_token(mod, rows) for mod in _modulation(getattr(self, f"{name}_mod"), state.sample["vec"], call))
+            name: tuple(
+                _by_token(mod, rows) for mod in _modulation(getattr(self, f"{name}_mod"), state.sample["vec"], call)
+            )
             for name, rows in zip(state.streams, _rows(state, sizes))
         }
         pe = _rotary(state)

@@ -164,7 +164,9 @@ class ByT5Mapper(nn.Module):
 class PatchEmbed(nn.Module):
     """A strided convolution: latents [B, in, *sizes] -> tokens [B, L, C]."""
 
-    def __init__(self, patch_size: Sequence[int], in_chans: int, embed_dim: int, place: dict[str, Any], operations: Any):
+    def __init__(
+        self, patch_size: Sequence[int], in_chans: int, embed_dim: int, place: dict[str, Any], operations: Any
+    ):
         super().__init__()
         patch = tuple(patch_size)
         self.proj = operations.conv_nd(len(patch), in_chans, embed_dim, kernel_size=patch, stride=patch, **place)
@@ -404,7 +406,3 @@ class HunyuanVideo(nn.Module):
         pairs = [axis for i in range(axes) for axis in (1 + i, 2 + axes + i)]
         sizes = [count * patch for count, patch in zip(grid, self.patch_size)]
         return cells.permute(0, 1 + axes, *pairs).reshape(out.shape[0], self.out_channels, *sizes)
-
-
-
-

@@ -18,7 +18,7 @@ from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.ldm.flux.layers import EmbedND, timestep_embedding
 from comfy.ldm.modules.attention import AttentionSpec, joined_heads, meet
 from comfy.ldm.modules.copy_runs import joined_tokens
-from comfy.ldm.modules.fused import computes_directly, gelu_linear
+from comfy.ldm.modules.mlp import FeedForward, TimestepEmbedding
 from comfy.ldm.modules.modulate import add_gated, add_gated_norm_modulate, norm_modulate, spread_rows
 from comfy.ldm.modules.norm_rope import norm_by_head_and_rotate
 
@@ -30,31 +30,6 @@ _ARGUMENTS = dit.BlockArguments(
     names={"img": "hidden_states", "txt": "encoder_hidden_states", "vec": "temb", "pe": "image_rotary_emb"},
     patch_values={"x": "x"},
 )
-
-
-class _GELU(nn.Module):
-    """A linear and GELU (tanh): [.., C] -> [.., M]."""
-
-    def __init__(self, dim: int, inner: int, place: dict[str, Any], operations: Any) -> None:
-        super().__init__()
-        self.proj = operations.Linear(dim, inner, **place)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if computes_directly(self.proj, x):
-            return gelu_linear(x, self.proj.weight, self.proj.bias)
-        return nn.functional.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    """[.., C] -> [.., C] through `mult` times as many channels, with diffusers' names of weights."""
-
-    def __init__(self, dim: int, mult: int, place: dict[str, Any], operations: Any) -> None:
-        super().__init__()
-        linear = operations.Linear(dim * mult, dim, **place)
-        self.net = nn.ModuleList([_GELU(dim, dim * mult, place, operations), nn.Identity(), linear])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net[2](self.net[0](x))
 
 
 class Attention(nn.Module):
@@ -186,22 +161,12 @@ def _state(
     return dit.DiTState(streams, tokenwise, {"vec": vec, "mask": mask})
 
 
-class _TimestepEmbedding(nn.Module):
-    def __init__(self, width: int, dim: int, place: dict[str, Any], operations: Any) -> None:
-        super().__init__()
-        self.linear_1 = operations.Linear(width, dim, **place)
-        self.linear_2 = operations.Linear(dim, dim, **place)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(nn.functional.silu(self.linear_1(x)))
-
-
 class _TimeEmbed(nn.Module):
     """Times [B] -> [B, C]."""
 
     def __init__(self, dim: int, additional: bool, place: dict[str, Any], operations: Any) -> None:
         super().__init__()
-        self.timestep_embedder = _TimestepEmbedding(256, dim, place, operations)
+        self.timestep_embedder = TimestepEmbedding(256, dim, place, operations)
         self.addition_t_embedding = operations.Embedding(2, dim, **place) if additional else None
 
     def forward(self, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -311,7 +276,9 @@ class QwenImageTransformer2DModel(nn.Module):
             return []
         mods = [getattr(block, f"{stream}_mod") for block in self.transformer_blocks for stream in ("img", "txt")]
         return [
-            dit.PreparedLayer(mod, mod[1].out_features, lambda mod=mod: mod(vec)) for mod in mods if "forward" not in vars(mod)
+            dit.PreparedLayer(mod, mod[1].out_features, lambda mod=mod: mod(vec))
+            for mod in mods
+            if "forward" not in vars(mod)
         ]
 
     def head(self, state: dit.DiTState) -> torch.Tensor:

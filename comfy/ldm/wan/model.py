@@ -64,7 +64,9 @@ class SelfAttention(nn.Module):
         weight = getattr(norm, "weight", None)
         if weight is None:
             weight = x.new_ones(x.shape[-1])
-        return norm_together_and_rotate(x, comfy.ops.cast_to_input(weight, x, copy=False), table, self.num_heads, self.eps)
+        return norm_together_and_rotate(
+            x, comfy.ops.cast_to_input(weight, x, copy=False), table, self.num_heads, self.eps
+        )
 
 
 class CrossAttention(SelfAttention):
@@ -106,7 +108,9 @@ class WanAttentionBlock(nn.Module):
         self.dim, self.num_heads, self.eps = dim, num_heads, eps
         self.norm1 = operations.LayerNorm(dim, eps, elementwise_affine=False, **place)
         self.self_attn = SelfAttention(dim, num_heads, qk_norm, eps, place, operations)
-        self.norm3 = operations.LayerNorm(dim, eps, elementwise_affine=True, **place) if cross_attn_norm else nn.Identity()
+        self.norm3 = (
+            operations.LayerNorm(dim, eps, elementwise_affine=True, **place) if cross_attn_norm else nn.Identity()
+        )
         self.cross_attn = cross(dim, num_heads, qk_norm, eps, place, operations)
         self.norm2 = operations.LayerNorm(dim, eps, elementwise_affine=False, **place)
         self.ffn = nn.Sequential(
@@ -221,7 +225,13 @@ class MLPProj(nn.Module):
     """CLIP vision tokens [B, n, in_dim] -> [B, n, out_dim]; with positions for those of two pictures."""
 
     def __init__(
-        self, in_dim: int, out_dim: int, flf_pos_embed_token_number: int | None, dtype: Any, device: Any, operations: Any
+        self,
+        in_dim: int,
+        out_dim: int,
+        flf_pos_embed_token_number: int | None,
+        dtype: Any,
+        device: Any,
+        operations: Any,
     ) -> None:
         super().__init__()
         place = {"dtype": dtype, "device": device}
@@ -255,7 +265,9 @@ class WanModel(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if num_heads < 1 or dim % num_heads or (dim // num_heads) % 2:
-            raise ValueError(f"dim {dim} cannot be split into {num_heads} heads of an even size; check the configuration")
+            raise ValueError(
+                f"dim {dim} cannot be split into {num_heads} heads of an even size; check the configuration"
+            )
         operations = operations or comfy.ops.disable_weight_init
         place = {"dtype": dtype, "device": device}
         self.dtype, self.model_type = dtype, model_type

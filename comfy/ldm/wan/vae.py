@@ -194,7 +194,14 @@ class Encoder(_OverTime):
     """A piece of a video -> a piece of its moments [B, 2z, t, h, w]."""
 
     def __init__(
-        self, dim: int, z_dim: int, mult: Sequence[int], blocks: int, time: Sequence[bool], channels: int, residual: bool
+        self,
+        dim: int,
+        z_dim: int,
+        mult: Sequence[int],
+        blocks: int,
+        time: Sequence[bool],
+        channels: int,
+        residual: bool,
     ) -> None:
         super().__init__()
         widths = [dim * m for m in (1, *mult)]
@@ -221,7 +228,14 @@ class Decoder(_OverTime):
     """A piece of a latent -> a piece of the video."""
 
     def __init__(
-        self, dim: int, z_dim: int, mult: Sequence[int], blocks: int, time: Sequence[bool], channels: int, residual: bool
+        self,
+        dim: int,
+        z_dim: int,
+        mult: Sequence[int],
+        blocks: int,
+        time: Sequence[bool],
+        channels: int,
+        residual: bool,
     ) -> None:
         super().__init__()
         widths = [dim * m for m in (mult[-1], *reversed(mult))]

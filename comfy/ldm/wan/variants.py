@@ -15,7 +15,13 @@ from .model import WanAttentionBlock, WanModel, block_state
 
 _VACE = dit.BlockArguments(
     tokens={"c": ("vace",), "x": ("img",)},
-    values={"e": "vec", "freqs": "pe", "context": "txt", "context_img_len": "context_img_len", "strengths": "strengths"},
+    values={
+        "e": "vec",
+        "freqs": "pe",
+        "context": "txt",
+        "context_img_len": "context_img_len",
+        "strengths": "strengths",
+    },
     optional=frozenset({"context_img_len"}),
 )
 
@@ -35,7 +41,9 @@ class VaceWanAttentionBlock(WanAttentionBlock):
         """The streams `vace` [n * B, L, C] of n controls, one after the other, and `img` [B, L, C]."""
         control, x = state.streams["vace"], state.streams["img"]
         count = control.shape[0] // x.shape[0]
-        repeated = {name: state.sample[name].repeat(count, *[1] * (state.sample[name].ndim - 1)) for name in ("txt", "vec")}
+        repeated = {
+            name: state.sample[name].repeat(count, *[1] * (state.sample[name].ndim - 1)) for name in ("txt", "vec")
+        }
         control = self.on_tokens(control, state.replace(sample={**state.sample, **repeated}), call)
         for strength, hint in zip(state.sample["strengths"], self.after_proj(control).chunk(count)):
             x = x + hint * strength
@@ -144,7 +152,9 @@ class WanCamAdapter(nn.Module):
         super().__init__()
         place = {"dtype": dtype, "device": device}
         self.conv = operations.Conv2d(in_dim * self.shrink**2, out_dim, kernel_size=patch, stride=patch, **place)
-        self.residual_blocks = nn.Sequential(*(_ResidualBlock(out_dim, place, operations) for _ in range(num_residual_blocks)))
+        self.residual_blocks = nn.Sequential(
+            *(_ResidualBlock(out_dim, place, operations) for _ in range(num_residual_blocks))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         frames = x.transpose(1, 2)
