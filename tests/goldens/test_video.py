@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from comfy.ldm.hunyuan_video import vae as hunyuan
 from comfy.ldm.wan import vae as wan
 
 from . import golden
@@ -35,3 +36,14 @@ def test_wan21(case: str) -> None:
     golden.check(
         TOPIC, f"wan21 {case} decode", decoded, tensors[names.get("decode") or names["decode_of_encode"]], 1e-4
     )
+
+
+@pytest.mark.parametrize("case", ["encode", "decode"])
+def test_hunyuan_video(case: str) -> None:
+    facts, tensors, weights = recorded("video_vae_hunyuan")
+    network = hunyuan.HunyuanVideoVAE(facts["ddconfig"], facts["embed_dim"])
+    network.load_state_dict(weights)
+    names = facts["cases"][case]
+    with torch.no_grad():
+        got = getattr(network, case)(tensors[names["in"]])
+    golden.check(TOPIC, f"hunyuan {case}", got, tensors[names["out"]], 1e-4)
