@@ -13,7 +13,7 @@ import comfy.latent_formats
 import comfy.model_base
 from comfy import supported_models_base
 from comfy.families.base import Family, Sizes, Split, StateDict
-from comfy.model_detection import count_blocks
+from comfy.model_detection import count_blocks, metadata_config
 
 
 class QwenImageModel(comfy.model_base.BaseModel):
@@ -72,6 +72,17 @@ class QwenImage(supported_models_base.BASE):
         return supported_models_base.ClipTarget(qwen_image.QwenImageTokenizer, qwen_image.QwenImageTEModel)
 
 
+# Sizes that are fixed for Qwen-Image; other ones are taken from a file's metadata or diffusers' config.json.
+_TOLD = (
+    "attention_head_dim",
+    "num_attention_heads",
+    "joint_attention_dim",
+    "axes_dims_rope",
+    "out_channels",
+    "patch_size",
+)
+
+
 def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[str, Any] | None:
     if f"{prefix}txt_norm.weight" not in sd or f"{prefix}img_in.weight" not in sd:
         return None
@@ -84,7 +95,8 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
         config["default_ref_method"] = "index_timestep_zero"
     if f"{prefix}time_text_embed.addition_t_embedding.weight" in sd:  # Layered
         config |= {"default_ref_method": "negative_index", "use_additional_t_cond": True}
-    return config
+    told = metadata_config(metadata)
+    return config | {name: told[name] for name in _TOLD if name in told}
 
 
 def lora_keys(network: Any) -> dict[str, Any]:

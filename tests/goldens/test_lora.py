@@ -10,7 +10,9 @@ import torch
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_management
+from comfy import sdxl_clip
 from comfy.model_patcher import ModelPatcher
+from comfy.text_encoders import flux, sd3_clip
 
 from . import golden
 from .models import INDEX as MODELS
@@ -88,6 +90,22 @@ def test_every_adapter_key_is_understood(family: str) -> None:
             assert mine[0] == target[0], key
             assert (None if mine[1] is None else list(mine[1])) == target[1], key
             assert (len(mine) > 2) == (len(target) > 2), key
+
+
+def _text_encoders(name: str) -> torch.nn.Module:
+    """The text encoders whose adapter keys were recorded, on the meta device."""
+    kinds = {"sd3_te": sd3_clip.sd3_clip(), "sdxl_te": sdxl_clip.SDXLClipModel, "flux_te": flux.FluxClipModel}
+    recorded = golden.load_json("05_text_encoders/index.json")["models"]
+    configs = {**recorded["combined_flux"]["configs"], **recorded["combined_sdxl"]["configs"]}
+    options = {f"{encoder}_model_config": config for encoder, config in configs.items()}
+    return kinds[name](device="meta", dtype=torch.float32, model_options=options)
+
+
+@pytest.mark.parametrize("name", golden.cases({n: None for n in INDEX.get("key_maps", {}) if n.endswith("_te")}))
+def test_every_adapter_key_of_text_encoders_is_understood(name: str) -> None:
+    got = comfy.lora.model_lora_keys_clip(_text_encoders(name), {})
+    for key, target in INDEX["key_maps"][name].items():
+        assert got.get(key) == target, key
 
 
 @pytest.mark.skipif(not INDEX, reason="recorded figures not found: set TACO_GOLDENS")

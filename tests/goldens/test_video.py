@@ -69,7 +69,9 @@ def test_vae_object(name: str, time: int, cell: int) -> None:
     tiled = vae.decode_tiled(latent, tile_x=4, tile_y=4, overlap=2, tile_t=2, overlap_t=1)
     assert tiled.shape == video.shape and 0 <= tiled.min() and tiled.max() <= 1
     # the first frames of the first tile are seen by no other tile
-    golden.check(TOPIC, f"{name} frames", tiled[:, :1, : 2 * cell], vae.decode(latent[:, :, :2, :4])[:, :1, : 2 * cell], 1e-4)
+    golden.check(
+        TOPIC, f"{name} frames", tiled[:, :1, : 2 * cell], vae.decode(latent[:, :, :2, :4])[:, :1, : 2 * cell], 1e-4
+    )
     assert vae.encode_tiled(frames, tile_x=32, tile_y=32, overlap=8, tile_t=5, overlap_t=1).shape == latent.shape
     with pytest.raises(ValueError, match="videos with 16 channels"):
         vae.decode(latent[:, :4])

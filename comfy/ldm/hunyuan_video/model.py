@@ -37,14 +37,14 @@ _DOUBLE = dit.BlockArguments(
         "modulation_dims_txt": "dims_txt",
     },
     frozenset({"attention_mask", "modulation_dims_img", "modulation_dims_txt"}),
-    names={"attention_mask": "attn_mask"},
+    renamed={"attention_mask": "attn_mask"},
 )  # fmt: skip
 _SINGLE = dit.BlockArguments(
     {"img": ("img", "txt")},
     {"vec": "vec", "pe": "pe", "attention_mask": "attn_mask", "modulation_dims": "dims"},
     frozenset({"attention_mask", "modulation_dims"}),
     first="img",
-    names={"attention_mask": "attn_mask"},
+    renamed={"attention_mask": "attn_mask"},
 )
 
 

@@ -29,7 +29,7 @@ _ARGUMENTS = dit.BlockArguments(
     values={"txt": "txt", "attention_mask": "mask", "vec": "vec", "pe": "pe"},
     optional=frozenset({"attention_mask"}),
     first="img",
-    names={"txt": "context", "vec": "timestep"},
+    renamed={"txt": "context", "vec": "timestep"},
 )
 
 

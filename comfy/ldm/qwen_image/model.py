@@ -25,9 +25,10 @@ from comfy.ldm.modules.norm_rope import norm_by_head_and_rotate
 _EPS = 1e-6
 _ARGUMENTS = dit.BlockArguments(
     tokens={"txt": ("txt",), "img": ("img",)},
-    values={"vec": "vec", "pe": "pe", "encoder_hidden_states_mask": "mask", "img_rows": "img_rows"},
+    values={"vec": "vec", "pe": "pe"},
     optional=frozenset({"encoder_hidden_states_mask", "img_rows"}),
-    names={"img": "hidden_states", "txt": "encoder_hidden_states", "vec": "temb", "pe": "image_rotary_emb"},
+    hidden={"encoder_hidden_states_mask": "mask", "img_rows": "img_rows"},
+    renamed={"img": "hidden_states", "txt": "encoder_hidden_states", "vec": "temb", "pe": "image_rotary_emb"},
     patch_values={"x": "x"},
 )
 

@@ -22,10 +22,11 @@ from comfy.ldm.modules.norm_rope import norm_together_and_rotate
 
 ARGUMENTS = dit.BlockArguments(
     tokens={"img": ("img",)},
-    values={"txt": "txt", "vec": "vec", "pe": "pe", "context_img_len": "context_img_len"},
+    values={"txt": "txt", "vec": "vec", "pe": "pe"},
     optional=frozenset({"context_img_len"}),
     first="img",
-    names={"txt": "context", "vec": "e", "pe": "freqs"},
+    renamed={"txt": "context", "vec": "e", "pe": "freqs"},
+    hidden={"context_img_len": "context_img_len"},
 )
 
 
