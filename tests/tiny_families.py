@@ -52,8 +52,9 @@ class Tiny:
 
     def network(self, device: Any = "meta") -> Any:
         """The network without weights of use."""
-        config = getattr(comfy.supported_models, self.configuration)(dict(self.config)).unet_config
-        return self.family.network_class()(**config, device=device)
+        config = getattr(comfy.supported_models, self.configuration)(dict(self.config))
+        config.set_inference_dtype(torch.float32, None)
+        return config.get_model({}, device=device).diffusion_model
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Keys and shapes of the network's weights."""
@@ -129,9 +130,7 @@ def _guided(generator: torch.Generator) -> dict[str, Any]:
 
 
 def _vace(generator: torch.Generator) -> dict[str, Any]:
-    frames = [torch.randn((1, 32, 3, 9, 13), generator=generator) for _ in range(2)]
-    masks = [torch.rand((1, 64, 3, 9, 13), generator=generator) for _ in range(2)]
-    return {"vace_frames": frames, "vace_mask": masks, "vace_strength": [1.0, 0.5]}
+    return {"vace_strength": [0.7]}
 
 
 _QWEN = {
