@@ -139,6 +139,7 @@ FAMILY = Family(
     models={"Chroma": ChromaModel},
     from_diffusers=from_diffusers,
     lora_keys=keys.lora_keys,
+    clip_type="CHROMA",
     splits={name: split for name, split in flux.FAMILY.splits.items() if ".mod" not in name and "_mod." not in name},
     sizes=flux.FAMILY.sizes,
 )

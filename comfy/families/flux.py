@@ -254,6 +254,7 @@ FAMILY = Family(
     latent_formats={"Flux": FluxLatent},
     from_diffusers=from_diffusers,
     lora_keys=keys.lora_keys,
+    clip_type="FLUX",
     splits=_splits(),
     sizes=_sizes,
 )

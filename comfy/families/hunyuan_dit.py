@@ -135,6 +135,7 @@ FAMILY = Family(
     configurations={"HunyuanDiT": HunyuanDiT, "HunyuanDiT1": HunyuanDiT1},
     models={"HunyuanDiT": HunyuanDiTModel},
     lora_keys=_lora_keys,
+    clip_type="HUNYUAN_DIT",
     splits={
         "blocks.*.attn1.Wqkv": Split("column", ("heads", "heads", "heads")),
         "blocks.*.attn1.out_proj": Split("row", ("heads",)),

@@ -128,6 +128,7 @@ FAMILY = Family(
     detect=detect,
     configurations={"Lumina2": Lumina2},
     models={"Lumina2": Lumina2Model},
+    clip_type="LUMINA2",
     splits=_splits(),
     sizes=_sizes,
 )

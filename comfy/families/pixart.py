@@ -178,6 +178,7 @@ FAMILY = Family(
     models={"PixArt": PixArtModel},
     from_diffusers=from_diffusers,
     lora_keys=_lora_keys,
+    clip_type="PIXART",
     splits={
         "blocks.*.attn.qkv": Split("column", ("heads", "heads", "heads")),
         "blocks.*.attn.proj": Split("row", ("heads",)),

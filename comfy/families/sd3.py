@@ -186,6 +186,7 @@ FAMILY = Family(
     models={"SD3": SD3Model},
     from_diffusers=from_diffusers,
     lora_keys=_lora_keys,
+    clip_type="SD3",
     splits=_splits(),
     sizes=_sizes,
 )

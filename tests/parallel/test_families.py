@@ -11,7 +11,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.tiny_families import TINY
+from tests.tiny_families import TINY, kohya_lora
 
 from .ranks import run_ranks
 
@@ -28,25 +28,13 @@ def load(name):
     return comfy.sd.load_diffusion_model_state_dict(random_weights(tiny.shapes(), 1), metadata=tiny.metadata)
 
 
-def adapted(patcher):
-    """The model with a LoRA on one linear in three of its blocks'."""
+def adapted(patcher, name):
+    """The model with a LoRA on one linear in three of its blocks."""
     import comfy.sd
 
-    network = patcher.model.diffusion_model
-    generator, lora = torch.Generator().manual_seed(9), {}
-    linears = [
-        (f"{block.name}.{name}", module)
-        for block in network.block_list()
-        for name, module in block.module.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
-    for name, module in linears[::3]:
-        stem = f"lora_unet_{name.replace('.', '_')}"
-        down, up = (3, module.in_features), (module.out_features, 3)
-        lora[f"{stem}.lora_down.weight"] = torch.randn(down, generator=generator) / module.in_features**0.5
-        lora[f"{stem}.lora_up.weight"] = torch.randn(up, generator=generator)
+    lora = kohya_lora(name)
     out, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 0.5, 0)
-    assert len(out.patches) == len(lora) // 2
+    assert len(out.patches) == len(lora) // 3
     return out
 
 
@@ -85,7 +73,7 @@ def cases(name):
     patcher = load(name)
     return {
         "one picture": (patcher, {}),
-        "guidance, mask and LoRA": (adapted(patcher), {**DOUBLE, "height": 5, "mask": True}),
+        "guidance, mask and LoRA": (adapted(patcher, name), {**DOUBLE, "height": 5, "mask": True}),
         "replaced block": (with_replaced_block(patcher), {"width": 7}),
         "pictures": (patcher, {"pictures": 2, "height": 6}),
     }
