@@ -218,7 +218,7 @@ class HunyuanImage21(HunyuanVideo):
 
     unet_config = {"image_model": "hunyuan_video", "vec_in_dim": None}
     sampling_settings = {"shift": 5.0}
-    latent_format = comfy.latent_formats.HunyuanImage21
+    latent_format: Any = comfy.latent_formats.HunyuanImage21
     memory_usage_factor = 7.7
     model = HunyuanImage21Model
 
@@ -341,7 +341,7 @@ _ADAPTER = (
 
 def lora_keys(network: Any) -> dict[str, Any]:
     """Adapter key prefixes beyond the weights' own names: Tencent's, below two prefixes."""
-    out = {}
+    out: dict[str, Any] = {}
     for key in network.state_dict():
         if key.endswith(".weight"):
             stem = key.removesuffix(".weight")

@@ -101,7 +101,7 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
 
 def lora_keys(network: Any) -> dict[str, Any]:
     """Adapter key prefixes beyond the weights' own names: the file's keys bare, and as trainers write them."""
-    out = {}
+    out: dict[str, Any] = {}
     for key in network.state_dict():
         if key.endswith(".weight"):
             stem, target = key.removesuffix(".weight"), f"diffusion_model.{key}"

@@ -173,7 +173,7 @@ class WAN21T2V(supported_models_base.BASE):
 
     unet_config: dict[str, Any] = {"image_model": "wan2.1", "model_type": "t2v"}
     sampling_settings = {"shift": 8.0}
-    latent_format = comfy.latent_formats.Wan21
+    latent_format: Any = comfy.latent_formats.Wan21
     memory_usage_factor = 0.9
     memory_scale = 1.0
     supported_inference_dtypes: Sequence[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32)

@@ -397,7 +397,10 @@ class HunyuanVideo(nn.Module):
         )  # fmt: skip
         out = self.head(dit.run_blocks(self, state, call))
         grid = [size // patch for size, patch in zip(padded.shape[2:], self.patch_size)]
-        return self._unpatchify(out[:, out.shape[1] - math.prod(grid) :], grid)[(..., *(slice(n) for n in x.shape[2:]))]
+        out = self._unpatchify(out[:, out.shape[1] - math.prod(grid) :], grid)
+        for axis, size in enumerate(x.shape[2:], 2):
+            out = out.narrow(axis, 0, size)
+        return out
 
     def _unpatchify(self, out: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
         """[B, L, out_channels * patch] -> [B, out_channels, *sizes]."""

@@ -220,7 +220,8 @@ def config_from_state_dict(sd: dict[str, torch.Tensor]) -> dict[str, Any] | None
     first, latent = sd.get("encoder.conv_in.conv.weight"), sd.get("decoder.conv_in.conv.weight")
     if first is None or latent is None or "decoder.mid.attn_1.q.weight" not in sd or "quant_conv.weight" not in sd:
         return None
-    mult, blocks = [], 0
+    mult: list[int] = []
+    blocks = 0
     while f"encoder.down.{len(mult)}.block.0.conv1.conv.weight" in sd:
         mult.append(sd[f"encoder.down.{len(mult)}.block.0.conv1.conv.weight"].shape[0] // first.shape[0])
     while f"encoder.down.0.block.{blocks}.conv1.conv.weight" in sd:

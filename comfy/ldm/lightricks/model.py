@@ -21,6 +21,7 @@ from comfy.ldm.modules.attention import AttentionSpec, attention, joined_heads, 
 from comfy.ldm.modules.mlp import FeedForward, TimestepEmbedding
 from comfy.ldm.modules.modulate import add_gated, norm_modulate
 from comfy.ldm.modules.norm_rope import norm_together_and_rotate
+from comfy.missing import missing_names
 
 _EPS = 1e-6
 _QK_EPS = 1e-5
@@ -321,3 +322,11 @@ class LTXVModel(nn.Module):
         state = self.embed(x, timestep, context, attention_mask, frame_rate, keyframe_idxs)
         out = self.head(dit.run_blocks(self, state, call))
         return out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+_PARTS = (
+    "CrossAttention", "GuideAttentionMask", "LTXFrequenciesPrecision", "LTXRopeType", "Timesteps",
+    "_attention_with_guide_mask", "apply_rotary_emb", "generate_freq_grid_np", "interleaved_freqs_cis",
+    "precompute_freqs_cis", "split_freqs_cis",
+)  # fmt: skip
+__getattr__ = missing_names(__name__, dict.fromkeys(_PARTS, "ComfyUI's part of LTX-Video"))

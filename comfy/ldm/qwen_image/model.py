@@ -5,6 +5,7 @@ Shapes: B pictures, T frames (layers), L tokens in the order (frame, row, column
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from comfy.ldm.modules.copy_runs import joined_tokens
 from comfy.ldm.modules.mlp import FeedForward, TimestepEmbedding
 from comfy.ldm.modules.modulate import add_gated, add_gated_norm_modulate, norm_modulate, spread_rows
 from comfy.ldm.modules.norm_rope import norm_by_head_and_rotate
+from comfy.missing import missing_names
 
 _EPS = 1e-6
 _ARGUMENTS = dit.BlockArguments(
@@ -50,8 +52,8 @@ class Attention(nn.Module):
     def heads_of(self, names: Sequence[str], x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k, v [B, H, L, D] of a stream [B, L, C]; `names` of its three linears and two norms."""
         q, k, v = (getattr(self, name)(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in names[:3])
-        scales = (comfy.ops.cast_to_input(getattr(self, name).weight, x, copy=False) for name in names[3:])
-        return (*norm_by_head_and_rotate(q, k, *scales, table, _EPS), v)
+        q_scale, k_scale = (comfy.ops.cast_to_input(getattr(self, name).weight, x, copy=False) for name in names[3:])
+        return (*norm_by_head_and_rotate(q, k, q_scale, k_scale, table, _EPS), v)
 
 
 _IMAGE = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
@@ -276,11 +278,8 @@ class QwenImageTransformer2DModel(nn.Module):
         if vec.ndim != 2:
             return []
         mods = [getattr(block, f"{stream}_mod") for block in self.transformer_blocks for stream in ("img", "txt")]
-        return [
-            dit.PreparedLayer(mod, mod[1].out_features, lambda mod=mod: mod(vec))
-            for mod in mods
-            if "forward" not in vars(mod)
-        ]
+        ours = [mod for mod in mods if type(mod) is nn.Sequential and "forward" not in vars(mod)]
+        return [dit.PreparedLayer(mod, 6 * self.inner_dim, functools.partial(mod, vec)) for mod in ours]
 
     def head(self, state: dit.DiTState) -> torch.Tensor:
         """Picture tokens of the state -> [B, L, patch^2 * out_channels], whole."""
@@ -390,3 +389,8 @@ def _joint_mask(mask: torch.Tensor, img: torch.Tensor) -> torch.Tensor:
     if not mask.is_floating_point():
         mask = (mask - 1).to(img.dtype) * torch.finfo(img.dtype).max
     return nn.functional.pad(mask.to(img), (0, img.shape[1])).reshape(mask.shape[0], 1, 1, -1)
+
+
+__getattr__ = missing_names(
+    __name__, dict.fromkeys(("GELU", "QwenTimestepProjEmbeddings", "apply_rotary_emb"), "ComfyUI's part of Qwen-Image")
+)

@@ -35,6 +35,16 @@ def heads_of(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def sinusoidal_embedding_1d(dim: int, position: torch.Tensor) -> torch.Tensor:
+    """Features [B, dim] of positions [B], cosines first. For custom nodes."""
+    return timestep_embedding(position.float(), dim, time_factor=1.0)
+
+
+def repeat_e(e: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Modulation by frame [B, n, C] for the tokens x [B, L, C]: as it is for one row, else [B, L, C]. For custom nodes."""
+    return e if e.shape[1] == 1 else spread_rows(e, token_rows(e.shape[1], x.shape[1], x.device))
+
+
 def token_rows(frames: int, tokens: int, device: torch.device) -> torch.Tensor:
     """The modulation row [L] of each token when `frames` rows are dealt to the tokens in order.
 
@@ -44,13 +54,15 @@ def token_rows(frames: int, tokens: int, device: torch.device) -> torch.Tensor:
     return torch.arange(tokens, device=device) // each
 
 
-class SelfAttention(nn.Module):
+class WanSelfAttention(nn.Module):
     """Weights of an attention whose queries and keys are normed over all heads together."""
 
     q: nn.Module
     k: nn.Module
     v: nn.Module
     o: nn.Module
+    norm_q: nn.Module
+    norm_k: nn.Module
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float, place: dict[str, Any], operations: Any):
         super().__init__()
@@ -70,7 +82,7 @@ class SelfAttention(nn.Module):
         )
 
 
-class CrossAttention(SelfAttention):
+class WanT2VCrossAttention(WanSelfAttention):
     """Attention to text."""
 
     def keys(self, context: torch.Tensor, img_len: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -78,7 +90,7 @@ class CrossAttention(SelfAttention):
         return [(self.normed(self.norm_k, self.k(context)), heads_of(self.v(context), self.num_heads))]
 
 
-class ImageCrossAttention(CrossAttention):
+class WanI2VCrossAttention(WanT2VCrossAttention):
     """Attention to text, and by itself to the picture tokens in front of it."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float, place: dict[str, Any], operations: Any):
@@ -105,10 +117,10 @@ class WanAttentionBlock(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         place = {"dtype": dtype, "device": device}
-        cross = {"t2v_cross_attn": CrossAttention, "i2v_cross_attn": ImageCrossAttention}[cross_attn_type]
+        cross = {"t2v_cross_attn": WanT2VCrossAttention, "i2v_cross_attn": WanI2VCrossAttention}[cross_attn_type]
         self.dim, self.num_heads, self.eps = dim, num_heads, eps
         self.norm1 = operations.LayerNorm(dim, eps, elementwise_affine=False, **place)
-        self.self_attn = SelfAttention(dim, num_heads, qk_norm, eps, place, operations)
+        self.self_attn = WanSelfAttention(dim, num_heads, qk_norm, eps, place, operations)
         self.norm3 = (
             operations.LayerNorm(dim, eps, elementwise_affine=True, **place) if cross_attn_norm else nn.Identity()
         )
@@ -333,7 +345,8 @@ class WanModel(nn.Module):
             clip_tokens, text = pictures.shape[1], torch.cat((pictures, text), dim=1)
         if freqs is None:
             frames = x.shape[2] + (1 if self.ref_conv is not None and reference is not None else 0)
-            freqs = self.rope_encode(frames, *x.shape[3:], device=x.device, transformer_options=transformer_options)
+            height, width = x.shape[3:]
+            freqs = self.rope_encode(frames, height, width, device=x.device, transformer_options=transformer_options)
         state = block_state(tokens, e0, freqs, text, clip_tokens)
         return state.replace(sample={**state.sample, "time": e})
 

@@ -44,7 +44,7 @@ class CausalConv3d(ops.Conv3d):
         super().__init__(in_dim, out_dim, kernel_size, padding=(0, *space))
         self.frames = 2 * time
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         if self.frames:
             before = None if cache is None else cache.get(self)
             if before is None:
@@ -55,7 +55,7 @@ class CausalConv3d(ops.Conv3d):
         return super().forward(x)
 
 
-class RMSNorm(nn.Module):
+class RMS_norm(nn.Module):  # noqa: N801 (ComfyUI's name)
     """Root-mean-square norm over the channels of [B, C, ...]; `axes` sizes of 1 follow in the weight."""
 
     def __init__(self, dim: int, axes: int = 3) -> None:
@@ -73,8 +73,8 @@ class ResidualBlock(_OverTime):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            RMSNorm(in_dim), nn.SiLU(), CausalConv3d(in_dim, out_dim, 3, 1),
-            RMSNorm(out_dim), nn.SiLU(), nn.Identity(), CausalConv3d(out_dim, out_dim, 3, 1),
+            RMS_norm(in_dim), nn.SiLU(), CausalConv3d(in_dim, out_dim, 3, 1),
+            RMS_norm(out_dim), nn.SiLU(), nn.Identity(), CausalConv3d(out_dim, out_dim, 3, 1),
         )  # fmt: skip
         self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
@@ -87,7 +87,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(dim, axes=2)
+        self.norm = RMS_norm(dim, axes=2)
         self.to_qkv = ops.Conv2d(dim, dim * 3, 1)
         self.proj = ops.Conv2d(dim, dim, 1)
 
@@ -187,7 +187,7 @@ def _middle(dim: int) -> nn.Sequential:
 
 
 def _head(dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim, 3, 1))
+    return nn.Sequential(RMS_norm(dim), nn.SiLU(), CausalConv3d(dim, out_dim, 3, 1))
 
 
 class Encoder(_OverTime):
