@@ -130,8 +130,6 @@ MODULES: dict[str, str] = {
     "comfy_extras.chainner_models.model_loading": "chaiNNer's loader (spandrel replaces it)",
     "comfy_extras.nodes_sag": "SelfAttentionGuidance",
     "comfy_extras.nodes_freelunch": "FreeU",
-    "comfy_extras.nodes_hunyuan": "HunyuanVideo",
-    "comfy_extras.nodes_lt": "LTX-Video",
     "comfy_extras.nodes_stable3d": "Stable Zero123",
     "comfy_api_nodes.util": "remote, paid nodes",
 }

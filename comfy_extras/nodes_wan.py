@@ -161,9 +161,7 @@ class WanFirstLastFrameToVideo(io.ComfyNode):
         if len(seen) == 2:
             states = torch.cat([each.penultimate_hidden_states for each in seen], dim=-2)
             vision = types.SimpleNamespace(penultimate_hidden_states=states)
-        return between(
-            positive, negative, vae, (width, height, length, batch_size), start_image, end_image, vision
-        )
+        return between(positive, negative, vae, (width, height, length, batch_size), start_image, end_image, vision)
 
 
 class WanFunInpaintToVideo(io.ComfyNode):

@@ -44,8 +44,8 @@ def rotary_table(places: torch.Tensor, dim: int, heads: int, theta: float, max_p
     count = dim // (2 * axes)
     exponents = torch.linspace(0.0, 1.0, count, dtype=torch.float32, device=places.device)
     frequencies = theta**exponents * (math.pi / 2)
-    limits = torch.tensor(max_pos, dtype=torch.float32, device=places.device).reshape(1, axes, 1)
-    fractions = (places.float() / limits * 2 - 1).transpose(1, 2)
+    # Numbers, not tensors: a copy from the host would break the capture of the call in a CUDA graph.
+    fractions = torch.stack([places[:, axis].float() / limit * 2 - 1 for axis, limit in enumerate(max_pos)], dim=-1)
     angles = (frequencies[:, None] * fractions.unsqueeze(-2)).flatten(2)
     angles = nn.functional.pad(angles, (dim // 2 - angles.shape[-1], 0))
     cos, sin = angles.cos(), angles.sin()
@@ -253,8 +253,8 @@ class LTXVModel(nn.Module):
         if keyframe_idxs is not None:
             given = keyframe_idxs.to(places).expand(x.shape[0], -1, -1)
             places = torch.cat((places[:, :, : places.shape[2] - given.shape[2]], given), dim=2)
-        rates = torch.tensor([frame_rate, 1.0, 1.0], device=x.device).reshape(1, 3, 1)
-        pe = rotary_table(places.float() / rates, self.inner_dim, self.num_heads, self.theta, self.max_pos)
+        places = torch.cat((places[:, :1].float() / frame_rate, places[:, 1:].float()), dim=1)  # seconds, pixels
+        pe = rotary_table(places, self.inner_dim, self.num_heads, self.theta, self.max_pos)
         tokens = self.patchify_proj(x.flatten(2).transpose(1, 2))
         vec, time = self.adaln_single(timestep.reshape(x.shape[0], -1) * 1000.0, tokens.dtype)
         mask = attention_mask
