@@ -14,6 +14,7 @@ import torch
 
 import comfy.model_management as model_management
 import comfy.utils
+from comfy.missing import FeatureMissingError
 
 Bytes = Callable[[Sequence[int]], float]
 _FALLBACK_PIXELS = 256  # side of a tile when memory did not suffice for the whole
@@ -84,8 +85,21 @@ def _hunyuan(sd: dict[str, torch.Tensor]) -> VideoFormat | None:
     )  # fmt: skip
 
 
+# Kinds that are recognised only: a key that tells them, and what is missing.
+_ABSENT = (
+    ("decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "the VAE of LTX-Video"),
+    ("decoder.up.0.upsample.conv.conv.weight", "the VAE of HunyuanVideo 1.5 and of HunyuanImage's refiner"),
+)
+
+
 def find(sd: dict[str, torch.Tensor]) -> VideoFormat | None:
-    """The kind of video VAE that these weights are of, or None."""
+    """The kind of video VAE that these weights are of, or None.
+
+    Raises FeatureMissingError for kinds that are not in this version.
+    """
+    for key, name in _ABSENT:
+        if key in sd:
+            raise FeatureMissingError(f"{name} is not in this version; decode the latent with another program")
     return next((kind for kind in (look(sd) for look in (_wan, _hunyuan)) if kind is not None), None)
 
 

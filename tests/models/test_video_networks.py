@@ -121,3 +121,18 @@ def test_a_vocabulary_that_is_not_there_is_named():
 
     with pytest.raises(ValueError, match="Qwen2.5-VL-7B-Instruct does not come with the program"):
         QwenImageTokenizer().tokenize_with_weights("a cat")
+
+
+def test_a_checkpoint_whose_vae_is_missing_is_loaded_without_it(caplog):
+    import comfy.sd
+    from comfy.missing import FeatureMissingError
+    from comfy.vae import VAE
+
+    vae = {"decoder.up_blocks.0.res_blocks.0.conv1.conv.weight": torch.zeros(512, 512, 3, 3, 3)}
+    with pytest.raises(FeatureMissingError, match="the VAE of LTX-Video is not in this version"):
+        VAE(sd=vae)
+    weights = {f"model.diffusion_model.{k}": v for k, v in random_weights(TINY["ltxv"].shapes(), 1).items()}
+    weights.update({f"vae.{key}": value for key, value in vae.items()})
+    model, clip, found, _ = comfy.sd.load_state_dict_guess_config(weights)
+    assert type(model.model).__name__ == "LTXV" and clip is None and found is None
+    assert "loaded without its VAE" in caplog.text

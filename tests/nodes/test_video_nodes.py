@@ -138,7 +138,7 @@ def test_hunyuan_video_from_a_picture(kind):
 
 def test_ltx_schedule_and_guides():
     (sigmas,) = run("LTXVScheduler", 20, 2.05, 0.95, True, 0.1)
-    assert len(sigmas) == 21 and sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+    assert len(sigmas) == 21 and abs(sigmas[0] - 1) < 1e-6 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
     assert sigmas[-2].item() == pytest.approx(0.1, abs=1e-6)
     (plain,) = run("LTXVScheduler", 4, 2.05, 0.95, False, 0.1, {"samples": torch.zeros((1, 128, 1, 32, 32))})
     power = math.exp(0.95)  # 1024 tokens: the base shift
@@ -151,3 +151,19 @@ def test_ltx_schedule_and_guides():
     assert run("LTXVCropGuides", PROMPT, PROMPT, latent)[2] is latent
     known = run("LTXVImgToVideo", PROMPT, PROMPT, FramesVAE(128, 32, 8), torch.ones((1, 64, 64, 3)), 64, 64, 17, 1, 0.8)
     assert known[2]["noise_mask"][0, 0, :, 0, 0].tolist() == pytest.approx([0.2, 1.0, 1.0])
+
+
+def test_paths_of_a_camera():
+    from comfy_extras import nodes_camera_trajectory as camera
+
+    still, *_ = camera.WanCameraEmbedding.execute("Static", 32, 16, 9).args
+    assert still.shape == (1, 24, 3, 16, 32)
+    # nothing moves: no moments, and the same unit directions in every frame
+    assert not still[:, :12].any() and torch.equal(still[:, :, 0], still[:, :, 2])
+    assert torch.allclose(still[0, 12::4].square().sum(0), torch.ones((3, 16, 32)))
+    assert abs(still[0, 20, 0, 7:9, 15:17].mean()) > 0.9  # the middle looks ahead
+    moved, *_ = camera.WanCameraEmbedding.execute("Pan Right", 32, 16, 8, speed=2.0).args
+    assert moved.shape[2] == 2 and not moved[0, :12, 0].any() and moved[0, :12, 1].any()
+    path = camera.poses("ClockWise (CW)", 4, 1.0)
+    assert torch.allclose(path[3, :3, :3] @ path[3, :3, :3].T, torch.eye(3, dtype=torch.float64))
+    assert math.acos(float(path[3, 0, 0])) == pytest.approx(3 / 4 * math.pi / 3)
