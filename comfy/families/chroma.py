@@ -52,7 +52,7 @@ class Chroma(supported_models_base.BASE):
         return comfy.model_base.ModelType.FLUX
 
     def get_model(self, state_dict: StateDict, prefix: str = "", device: Any = None) -> Any:
-        self.unet_config |= _sizes_of_file(state_dict, prefix)
+        self.unet_config |= _sizes_of_file(state_dict, prefix, self.unet_config["axes_dim"])
         return ChromaModel(self, model_type=self.model_type(state_dict, prefix), device=device)
 
     def clip_target(self, state_dict: StateDict | None = None) -> supported_models_base.ClipTarget:
@@ -61,33 +61,15 @@ class Chroma(supported_models_base.BASE):
         return supported_models_base.ClipTarget(PixArtTokenizer, PixArtT5XXL)
 
 
-def _sizes_of_file(sd: StateDict, prefix: str) -> dict[str, Any]:
-    """Sizes that a file has and that recognition takes for granted."""
+def _sizes_of_file(sd: StateDict, prefix: str, axes: Sequence[int]) -> dict[str, Any]:
+    """Sizes that a file has and that recognition takes for granted: Flux's, and those of the small network."""
     small = f"{prefix}distilled_guidance_layer."
-    names = {
-        "img": f"{prefix}img_in.weight",
-        "txt": f"{prefix}txt_in.weight",
-        "norm": f"{prefix}double_blocks.0.img_attn.norm.key_norm.scale",
-        "mlp": f"{prefix}double_blocks.0.img_mlp.0.weight",
-        "in": f"{small}in_proj.weight",
-        "last": f"{prefix}final_layer.linear.weight",
-    }
-    if any(name not in sd for name in names.values()):
+    first, sizes = sd.get(f"{small}in_proj.weight"), flux.sizes_of_file(sd, prefix, axes)
+    if first is None or not sizes:
         return {}
-    shapes = {name: sd[key].shape for name, key in names.items()}
-    hidden, head = shapes["img"][0], shapes["norm"][0]
-    return {
-        "hidden_size": hidden,
-        "out_dim": hidden,
-        "num_heads": hidden // head,
-        "axes_dim": flux.rotary_axes(head),
-        "context_in_dim": shapes["txt"][1],
-        "mlp_ratio": shapes["mlp"][0] / hidden,
-        "in_dim": shapes["in"][1],
-        "hidden_dim": shapes["in"][0],
-        "n_layers": count_blocks(sd, small + "layers.{}."),
-        "out_channels": shapes["last"][0],
-    }
+    sizes |= {"out_dim": sizes["hidden_size"], "out_channels": 4 * sizes["out_channels"]}
+    layers = count_blocks(sd, small + "layers.{}.")
+    return {**sizes, "hidden_dim": first.shape[0], "in_dim": first.shape[1], "n_layers": layers}
 
 
 def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[str, Any] | None:

@@ -16,21 +16,66 @@ PILE_T5_XL_CONFIG = {
 }  # fmt: skip
 
 
+VOCABULARY = "pile_t5xl.model"
+_END = 2
+
+
+class PileTokenizer(SentencePieceTokenizer):
+    """Sentence pieces from the weights' file (`spiece_model`), else from the file `VOCABULARY` beside text encoders.
+
+    AuraFlow's own files have no vocabulary, and its licence is not that of this program. Without it the text encoder
+    loads, so that the rest of a checkpoint can be used; a prompt is refused.
+    """
+
+    @classmethod
+    def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:
+        """`path`: the model as bytes or as a uint8 tensor; anything else means that the weights' file has none."""
+        if isinstance(path, (bytes, torch.Tensor)):
+            return super().from_pretrained(path, **kwargs)
+        import folder_paths
+
+        found = folder_paths.get_full_path("text_encoders", VOCABULARY)
+        if found is None:
+            return _NoVocabulary()
+        with open(found, "rb") as file:
+            return super().from_pretrained(file.read(), **kwargs)
+
+
+class _NoVocabulary:
+    """In the place of a tokenizer: an empty text is its end token, any other is refused."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        if text:
+            self.get_vocab()
+        return {"input_ids": [_END]}
+
+    def get_vocab(self) -> dict[str, int]:
+        """Raises ValueError: there is none."""
+        raise ValueError(
+            "AuraFlow's text encoder needs the vocabulary of pile-t5-xl, which does not come with this program; download "
+            f"tokenizer.model of EleutherAI/pile-t5-xl and put it into models/text_encoders as {VOCABULARY}"
+        )
+
+    def serialised(self) -> None:
+        """Nothing."""
+
+
 class PT5XlTokenizer(SDTokenizer):
-    """The Pile's sentence pieces, whose model comes with the weights as `spiece_model`; at least 256 tokens."""
+    """The Pile's sentence pieces; at least 256 tokens."""
 
     def __init__(self, embedding_directory: Any = None, tokenizer_data: dict[str, Any] | None = None) -> None:
         super().__init__(
-            (tokenizer_data or {}).get("spiece_model"), tokenizer_class=SentencePieceTokenizer,
-            tokenizer_args={"end": 2, "origin": "a pile_t5xl file made for ComfyUI"}, pad_with_end=False,
+            (tokenizer_data or {}).get("spiece_model"), tokenizer_class=PileTokenizer,
+            tokenizer_args={"end": _END}, pad_with_end=False,
             embedding_directory=embedding_directory, embedding_size=2048, embedding_key="pile_t5xl",
             has_start_token=False, pad_to_max_length=False, max_length=UNLIMITED, min_length=256, pad_token=1,
             tokenizer_data=tokenizer_data,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """The sentence-piece model."""
-        return {"spiece_model": self.tokenizer.serialised()}
+        """The sentence-piece model, if there is one."""
+        data = self.tokenizer.serialised()
+        return {} if data is None else {"spiece_model": data}
 
 
 class AuraT5Tokenizer(SD1Tokenizer):
@@ -50,7 +95,7 @@ class PT5XlModel(T5Model):
     ) -> None:
         super().__init__(
             device=device, dtype=dtype, name="pile_t5xl", config=PILE_T5_XL_CONFIG,
-            special_tokens={"end": 2, "pad": 1}, zero_out_masked=True, model_options=model_options,
+            special_tokens={"end": _END, "pad": 1}, zero_out_masked=True, model_options=model_options,
         )  # fmt: skip
 
 

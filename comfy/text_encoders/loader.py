@@ -112,6 +112,10 @@ def _normalise(sd: StateDict) -> StateDict:
 def _target(clip_type: CLIPType, kinds: dict[TEModel, StateDict]) -> tuple[Any, Any]:
     """(tokenizer class, encoder class) of a family for the encoders that are there."""
     t5 = next((sd for kind, sd in kinds.items() if kind in (TEModel.T5_XXL, TEModel.T5_XXL_OLD)), None)
+    if set(kinds) == {TEModel.BERT, TEModel.MT5_XL}:
+        from comfy.text_encoders import hydit
+
+        return hydit.HyditTokenizer, hydit.HyditModel
     if clip_type in (CLIPType.FLUX,):
         return _flux(kinds, t5)
     if clip_type == CLIPType.SD3 or (len(kinds) > 1 and t5 is not None and TEModel.CLIP_G in kinds):
@@ -120,10 +124,6 @@ def _target(clip_type: CLIPType, kinds: dict[TEModel, StateDict]) -> tuple[Any, 
         from comfy import sdxl_clip
 
         return sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel
-    if set(kinds) == {TEModel.BERT, TEModel.MT5_XL}:
-        from comfy.text_encoders import hydit
-
-        return hydit.HyditTokenizer, hydit.HyditModel
     if set(kinds) == {TEModel.CLIP_L, TEModel.LLAMA3_8}:
         from comfy.text_encoders import hunyuan_video
 

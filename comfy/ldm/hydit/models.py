@@ -355,7 +355,8 @@ class HunYuanDiT(nn.Module):
         call = dit.call_of(options, control)
         height, width = x.shape[2:]
         if sizes is None:
-            sizes = x.new_tensor([[8 * height, 8 * width, 8 * height, 8 * width, 0, 0]]).expand(x.shape[0], -1)
+            told = (8 * height, 8 * width, 8 * height, 8 * width, 0, 0)
+            sizes = torch.cat([x.new_full((x.shape[0], 1), number) for number in told], dim=1)
         padded = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size, self.patch_size))
         state = self.embed(padded, t, self._text(context, mask, t5, t5_mask), t5, sizes, style)
         out = self.head(dit.run_blocks(self, state, call))

@@ -241,9 +241,9 @@ class PixArtMS(nn.Module):
         call = dit.call_of(options, control)
         batch, _, height, width = x.shape
         if c_size is None:
-            c_size = x.new_tensor([[8 * height, 8 * width]]).expand(batch, -1)
+            c_size = torch.cat([x.new_full((batch, 1), 8 * side) for side in (height, width)], dim=1)
         if c_ar is None:
-            c_ar = x.new_tensor([[height / width]]).expand(batch, -1)
+            c_ar = x.new_full((batch, 1), height / width)
         padded = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size, self.patch_size))
         state = dit.run_blocks(self, self.embed(padded, timesteps, context, c_size, c_ar), call)
         out = to_picture(self.head(state), padded.shape[2] // self.patch_size, self.patch_size)
