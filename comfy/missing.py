@@ -103,10 +103,8 @@ MODULES: dict[str, str] = {
             "ernie.model",
             "hidream.model",
             "hidream_o1.model",
-            "hunyuan_video.model",
             "lens.model",
             "lightricks.av_model",
-            "lightricks.model",
             "lightricks.symmetric_patchifier",
             "lightricks.vae.audio_vae",
             "lightricks.vae.causal_conv3d",
@@ -114,9 +112,6 @@ MODULES: dict[str, str] = {
             "lightricks.vae.pixel_norm",
             "lumina.controlnet",
             "minimax.model",
-            "qwen_image.model",
-            "wan.model",
-            "wan.vae",
         )
     },
     "comfy.ldm.modules.distributions.distributions": "the VAE's distribution",
@@ -131,7 +126,6 @@ MODULES: dict[str, str] = {
     "comfy.text_encoders.ace15": "ACE-Step",
     "comfy.taesd.taehv": "tiny VAEs for video",
     "comfy_extras.chainner_models.model_loading": "chaiNNer's loader (spandrel replaces it)",
-    "comfy_extras.nodes_lt": "LTX-Video",
     "comfy_extras.nodes_stable3d": "Stable Zero123",
     "comfy_api_nodes.util": "remote, paid nodes",
 }

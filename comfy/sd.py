@@ -18,7 +18,7 @@ import comfy.model_patcher
 import comfy.utils
 from comfy import weight_files
 from comfy.clip import CLIP
-from comfy.missing import missing_class, missing_function
+from comfy.missing import FeatureMissingError, missing_class, missing_function
 from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts
 from comfy.vae import VAE
 from comfy.weights.store import store_of
@@ -133,12 +133,21 @@ def load_state_dict_guess_config(
     if output_vae:
         weights = comfy.utils.state_dict_prefix_replace(sd, dict.fromkeys(config.vae_key_prefix, ""), filter_keys=True)
         if weights:
-            vae = VAE(sd=config.process_vae_state_dict(weights), metadata=metadata)
+            vae = _build_vae(config.process_vae_state_dict(weights), metadata)
     if output_clip:
         clip = _build_clip(config, sd, embedding_directory, te_model_options or {})
     if sd:
         logging.debug("left over keys: %s", list(sd))
     return patcher, clip, vae, None
+
+
+def _build_vae(weights: StateDict, metadata: dict[str, str] | None) -> Any:
+    """The VAE of a checkpoint; None, with a warning, if it is of a kind that is not in this version."""
+    try:
+        return VAE(sd=weights, metadata=metadata)
+    except FeatureMissingError as error:
+        logging.warning("the checkpoint is loaded without its VAE: %s", error)
+        return None
 
 
 def _build_clip(config: Any, sd: StateDict, embedding_directory: Any, te_model_options: dict[str, Any]) -> Any:

@@ -72,22 +72,22 @@ def test_the_list_is_whole():
 
 
 def test_a_missing_family_can_be_asked_for():
-    from comfy.ldm.wan.model import WanModel, sinusoidal_embedding_1d
+    from comfy.ldm.anima.model import Anima, rope_of
 
     import comfy.model_base
     import comfy.supported_models
 
-    assert not isinstance(object(), comfy.model_base.SVD_img2vid) and not isinstance(object(), WanModel)
+    assert not isinstance(object(), comfy.model_base.SVD_img2vid) and not isinstance(object(), Anima)
     assert comfy.supported_models.SD15 is not None
     with pytest.raises(FeatureMissingError, match="the model family of SVD_img2vid is not in this version"):
         comfy.model_base.SVD_img2vid()
-    with pytest.raises(FeatureMissingError, match="comfy.ldm.wan is not in this version"):
-        sinusoidal_embedding_1d(8, None)
+    with pytest.raises(FeatureMissingError, match="comfy.ldm.anima is not in this version"):
+        rope_of(8, None)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         comfy.model_base.Nothing  # noqa: B018
-    import comfy.ldm.wan.model as again
+    import comfy.ldm.anima.model as again
 
-    assert again.WanModel is WanModel
+    assert again.Anima is Anima
 
 
 def test_types_of_v1_nodes():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ class Tiny:
     configuration: the public name of its class in `comfy.supported_models`. config: the network's arguments.
     text: tokens and width of the prompt's features. fields: what else a conditioning has, from a generator.
     channels: of its latents. encoders: its text encoders that a whole checkpoint has. targets: diffusers' names.
+    frames: latent frames of a video, None for families of pictures. told: names of the network's arguments that a file's
+    metadata must tell, because shapes are not asked for them.
     """
 
     configuration: str
@@ -41,6 +44,19 @@ class Tiny:
     fields: Callable[[torch.Generator], dict[str, Any]] = lambda generator: {}
     encoders: tuple[str, ...] = ()
     targets: Mapping[str, Any] | None = None
+    frames: int | None = None
+    told: tuple[str, ...] = ()
+
+    @property
+    def metadata(self) -> dict[str, str] | None:
+        """The metadata of a file."""
+        told = {name: self.config[name] for name in self.told}
+        return {"config": json.dumps({"transformer": told})} if told else None
+
+    def latent(self, pictures: int, height: int, width: int) -> torch.Tensor:
+        """Zeros in the shape of the family's latents."""
+        frames = () if self.frames is None else (self.frames,)
+        return torch.zeros((pictures, self.channels, *frames, height, width))
 
     @property
     def family(self) -> comfy.families.Family:
@@ -49,8 +65,9 @@ class Tiny:
 
     def network(self, device: Any = "meta") -> Any:
         """The network without weights of use."""
-        config = self.kind()(dict(self.config)).unet_config
-        return self.family.network_class()(**config, device=device)
+        config = self.kind()(dict(self.config))
+        config.set_inference_dtype(torch.float32, None)
+        return config.get_model({}, device=device).diffusion_model
 
     def kind(self) -> Any:
         """The class of its configuration."""
@@ -110,6 +127,43 @@ def _hydit(old: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _wan(kind: str, in_dim: int, **more: Any) -> dict[str, Any]:
+    return {
+        "image_model": "wan2.1", "model_type": kind, "dim": 256, "out_dim": 16, "num_heads": 2, "ffn_dim": 96,
+        "num_layers": 2, "in_dim": in_dim, **more,
+    }  # fmt: skip
+
+
+def _hunyuan_video(**more: Any) -> dict[str, Any]:
+    return {
+        "image_model": "hunyuan_video", "in_channels": 16, "patch_size": [1, 2, 2], "out_channels": 16,
+        "vec_in_dim": 768, "axes_dim": [16, 56, 56], "meanflow": False, "context_in_dim": 40, "hidden_size": 256,
+        "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "theta": 256, "qkv_bias": True,
+        "byt5": False, "guidance_embed": True, **more,
+    }  # fmt: skip
+
+
+class _Vision:
+    """What a CLIP vision model gives."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.penultimate_hidden_states = torch.randn((1, 5, 1280), generator=generator)
+
+
+def _guided(generator: torch.Generator) -> dict[str, Any]:
+    return {**_pooled(768)(generator), "guiding_frame_index": 0}
+
+
+def _vace(generator: torch.Generator) -> dict[str, Any]:
+    return {"vace_strength": [0.7]}
+
+
+_QWEN = {
+    "image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 3,
+    "joint_attention_dim": 40, "axes_dims_rope": [4, 6, 6],
+}  # fmt: skip
+_QWEN_TOLD = ("attention_head_dim", "num_attention_heads", "joint_attention_dim", "axes_dims_rope")
+
 TINY: dict[str, Tiny] = {
     "flux": Tiny(
         "Flux",
@@ -151,6 +205,35 @@ TINY: dict[str, Tiny] = {
             "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 2, "qk_norm": True, "axes_dims": [8, 8, 8],
         },
         (7, 40), fields=lambda generator: {"attention_mask": (torch.arange(7) < 5).long()[None]},
+    ),
+    "ltxv": Tiny(
+        "LTXV",
+        {"image_model": "ltxv", "num_layers": 2, "attention_head_dim": 2, "cross_attention_dim": 64}, (7, 4096), 128,
+        lambda generator: {"attention_mask": (torch.arange(7) < 5).long()[None]}, frames=3,
+    ),
+    "hunyuan_video": Tiny("HunyuanVideo", _hunyuan_video(), (7, 40), fields=_pooled(768), frames=3),
+    "hunyuan_video_guided": Tiny("HunyuanVideo", _hunyuan_video(), (7, 40), fields=_guided, frames=3),
+    "hunyuan_image": Tiny(
+        "HunyuanImage21",
+        _hunyuan_video(
+            in_channels=64, out_channels=64, patch_size=[1, 1], vec_in_dim=None, axes_dim=[64, 64], guidance_embed=False,
+        ),
+        (7, 40), 64,
+    ),
+    "wan_t2v": Tiny("WAN21_T2V", _wan("t2v", 16), (7, 4096), frames=3),
+    "wan_i2v": Tiny(
+        "WAN21_I2V", _wan("i2v", 36), (7, 4096), fields=lambda generator: {"clip_vision_output": _Vision(generator)},
+        frames=2,
+    ),
+    "wan_vace": Tiny(
+        "WAN21_Vace", _wan("vace", 16, vace_in_dim=96, vace_layers=1), (7, 4096), fields=_vace, frames=3,
+    ),
+    "wan_5b": Tiny("WAN22_T2V", _wan("t2v", 48, out_dim=48), (7, 4096), 48, frames=3),
+    "qwen_image": Tiny("QwenImage", _QWEN, (7, 40), frames=1, told=_QWEN_TOLD),
+    "qwen_image_edit": Tiny(
+        "QwenImage", {**_QWEN, "default_ref_method": "index_timestep_zero"}, (7, 40),
+        fields=lambda generator: {"reference_latents": [torch.randn((1, 16, 1, 5, 7), generator=generator)]}, frames=1,
+        told=_QWEN_TOLD,
     ),
 }  # fmt: skip
 
@@ -194,9 +277,10 @@ def files(name: str) -> dict[str, Callable[[], StateDict]]:
     vae = ("tiny_ae", tiny_models.vae_shapes) if tiny.channels == 16 else ("tiny_vae", tiny_models.vae_4_shapes)
     out: dict[str, Callable[[], StateDict]] = {
         f"diffusion_models/tiny_{name}.safetensors": lambda: weights,
-        f"vae/{vae[0]}.safetensors": lambda: tiny_models.random_weights(vae[1](), 4),
         f"loras/tiny_{name}_kohya.safetensors": lambda: kohya_lora(name),
     }
+    if tiny.frames is None and tiny.channels in (4, 16):  # others have VAEs of their own
+        out[f"vae/{vae[0]}.safetensors"] = lambda: tiny_models.random_weights(vae[1](), 4)
     if tiny.targets is not None:
         targets = dict(tiny.targets)
         diffusers = f"diffusion_models/tiny_{name}_diffusers.safetensors"

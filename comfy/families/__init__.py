@@ -19,7 +19,10 @@ from comfy.missing import missing_names
 __all__ = ["Family", "lookup", "record_of", "records", "register"]
 
 # Modules of this package with a `FAMILY`, in the order in which their families are tried.
-_NAMES = ("sd_unet", "sd3", "auraflow", "pixart", "hunyuan_dit", "flux", "lumina", "chroma", "svd")
+_NAMES = (
+    "sd_unet", "sd3", "auraflow", "pixart", "hunyuan_dit", "flux", "ltx", "hunyuan_video", "lumina", "wan", "chroma",
+    "qwen_image", "svd",
+)  # fmt: skip
 _registered: list[Family] = []
 
 

@@ -68,6 +68,7 @@ class BlockArguments:
     optional: arguments that the module is given only if they are not None; older replacements lack them.
     first: the argument that the module takes by position. renamed: the module's own names of arguments that have others
     for replacements. hidden: further arguments that only the module gets, as `values`; replacements do not know them.
+    patch_values: what patches after a block are given besides tokens, as `values`.
     """
 
     tokens: Mapping[str, tuple[str, ...]]
@@ -76,6 +77,7 @@ class BlockArguments:
     first: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     hidden: Mapping[str, str] = field(default_factory=dict)
+    patch_values: Mapping[str, str] = field(default_factory=dict)
 
     def collect(self, state: DiTState, options: Mapping[str, Any]) -> dict[str, Any]:
         """What a replacement patch is given: whole tensors and `transformer_options`."""
@@ -259,6 +261,7 @@ def _run_patch(patch: Any, block: Block, state: DiTState, options: Mapping[str, 
     """A patch after a block: whole tokens of each of its token arguments in, the same out."""
     tokens = block.arguments.tokens
     given: dict[str, Any] = {name: state.whole(*streams) for name, streams in tokens.items()}
+    given.update({name: state.value(value) for name, value in block.arguments.patch_values.items()})
     out = patch({**given, "block_index": block.index, "transformer_options": options})
     return block.arguments.put(state, out)
 

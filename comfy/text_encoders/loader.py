@@ -79,8 +79,7 @@ def _detect_t5(sd: StateDict) -> TEModel:
         return TEModel.MT5_XL if is_mt5 else TEModel.T5_XL
     if "encoder.block.23.layer.1.DenseReluDense.wi.weight" in sd:
         return TEModel.T5_XXL_OLD
-    width = sd["encoder.block.0.layer.0.SelfAttention.k.weight"].shape[-1]
-    if gate not in sd and width == 384:
+    if gate not in sd and sd["encoder.block.0.layer.0.SelfAttention.k.weight"].shape[0] == 384:
         return TEModel.BYT5_SMALL_GLYPH
     if "encoder.block.0.layer.1.DenseReluDense.wi.weight" in sd:
         return TEModel.T5_BASE
@@ -128,6 +127,14 @@ def _target(clip_type: CLIPType, kinds: dict[TEModel, StateDict]) -> tuple[Any, 
         from comfy import sdxl_clip
 
         return sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel
+    if set(kinds) == {TEModel.CLIP_L, TEModel.LLAMA3_8}:
+        from comfy.text_encoders import hunyuan_video
+
+        return hunyuan_video.HunyuanVideoTokenizer, hunyuan_video.HunyuanVideoClipModel
+    if set(kinds) == {TEModel.QWEN25_7B, TEModel.BYT5_SMALL_GLYPH}:
+        from comfy.text_encoders import hunyuan_image
+
+        return hunyuan_image.HunyuanImageTokenizer, hunyuan_image.te(byt5=True)
     if len(kinds) > 1:
         names = " and ".join(kind.name for kind in kinds)
         raise ValueError(f"no text encoder of type {clip_type.name} is made of {names}; check the files and the type")
@@ -183,6 +190,12 @@ def _single(clip_type: CLIPType, kind: TEModel) -> tuple[Any, Any]:
         TEModel.T5_BASE: lambda: (t5.SAT5Tokenizer, t5.SAT5Model),
         TEModel.GEMMA_2_2B: lambda: (lumina2.LuminaTokenizer, lumina2.LuminaModel),
     }
+    if kind == TEModel.QWEN25_7B:
+        from comfy.text_encoders import hunyuan_image, qwen_image
+
+        if clip_type == CLIPType.HUNYUAN_IMAGE:
+            return hunyuan_image.HunyuanImageTokenizer, hunyuan_image.te(byt5=False)
+        return qwen_image.QwenImageTokenizer, qwen_image.QwenImageTEModel
     wanted = by_family.get(clip_type)
     if wanted is not None and wanted[0] == kind:
         return wanted[1]

@@ -157,7 +157,7 @@ def test_tiny_files_make_the_same_network(name):
     tiny, prefix = TINY[name], "model.diffusion_model."
     wanted = tiny.shapes()
     weights = {prefix + key: torch.empty(shape, device="meta") for key, shape in wanted.items()}
-    found = comfy.model_detection.model_config_from_unet(weights, prefix)
+    found = comfy.model_detection.model_config_from_unet(weights, prefix, metadata=tiny.metadata)
     assert type(found).__name__ == tiny.configuration
     found.set_inference_dtype(torch.float32, None)
     network = found.get_model(weights, prefix, device="meta").diffusion_model

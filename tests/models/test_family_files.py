@@ -92,10 +92,10 @@ def test_files_in_other_dtypes(name, dtype):
     tiny = TINY[name]
     weights = tiny_models.random_weights(tiny.shapes(), 1)
     stored = {key: value.to(dtype) for key, value in weights.items()}
-    x = torch.randn((1, tiny.channels, 9, 13), generator=torch.Generator().manual_seed(2))
+    x = torch.randn(tiny.latent(1, 9, 13).shape, generator=torch.Generator().manual_seed(2))
     outs = []
     for sd in (weights, stored):
-        model = comfy.sd.load_diffusion_model_state_dict(sd).model
+        model = comfy.sd.load_diffusion_model_state_dict(sd, metadata=tiny.metadata).model
         text, fields = tiny.conditioning(1)[0]
         conds = model.extra_conds(cross_attn=text, noise=x, device=x.device, **fields)
         values = {key: cond.cond for key, cond in conds.items()}

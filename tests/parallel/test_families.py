@@ -24,7 +24,8 @@ def load(name):
     import comfy.sd
     from tests.tiny_models import random_weights
 
-    return comfy.sd.load_diffusion_model_state_dict(random_weights(TINY[name].shapes(), 1))
+    tiny = TINY[name]
+    return comfy.sd.load_diffusion_model_state_dict(random_weights(tiny.shapes(), 1), metadata=tiny.metadata)
 
 
 def adapted(patcher, name):
@@ -56,7 +57,7 @@ def draw(patcher, tiny, height=9, width=13, cfg=1.0, pictures=1, mask=False):
     """Two steps from noise."""
     import comfy.sample
 
-    latent = torch.zeros((pictures, tiny.channels, height, width))
+    latent = tiny.latent(pictures, height, width)
     noise_mask = None
     if mask:
         latent = torch.randn(latent.shape, generator=torch.Generator().manual_seed(5))
@@ -87,13 +88,14 @@ def with_residuals(name, manager):
     patcher, tiny = load(name), TINY[name]
     network = patcher.model.diffusion_model
     generator = torch.Generator().manual_seed(4)
-    x = torch.randn((1, tiny.channels, 9, 13), generator=generator)
-    conds = patcher.model.extra_conds(
-        **{"cross_attn": tiny.conditioning(1)[0][0], **tiny.conditioning(1)[0][1]}, noise=x, device=x.device
-    )
+    x = torch.randn(tiny.latent(1, 9, 13).shape, generator=generator)
+    fields = tiny.conditioning(1)[0]
+    conds = patcher.model.extra_conds(**{"cross_attn": fields[0], **fields[1]}, noise=x, device=x.device)
     values = {key: value.cond for key, value in conds.items()}
     values["context"] = values.pop("c_crossattn")
-    count, tokens = len(network.block_list()), 5 * 7
+    concat = values.pop("c_concat", None)
+    x = x if concat is None else torch.cat((x, concat), dim=1)
+    count, tokens = len(network.block_list()), 5 * 7 * (tiny.frames or 1)
     residuals = [torch.randn((1, tokens, network.hidden_size), generator=generator) for _ in range(count // 2)]
     control = {"input": list(residuals), "output": list(residuals)}
 
@@ -166,4 +168,4 @@ def test_parallel_equals_serial(world):
         if world == 2:
             assert all(deviation < TOLERANCE for deviation, _ in residuals.values()), residuals
             taking = {family for family, (_, change) in residuals.items() if change > 1e-3}
-            assert {"flux", "sd3", "sd35_medium", "hunyuan_dit", "chroma"} <= taking
+            assert {"flux", "sd3", "sd35_medium", "hunyuan_dit", "chroma", "hunyuan_video", "qwen_image"} <= taking

@@ -19,7 +19,7 @@ from comfy.ldm import dit
 from comfy.ldm.modules.attention import AttentionSpec, joined_heads, meet
 from comfy.ldm.modules.copy_runs import joined_tokens
 from comfy.ldm.modules.fused import linear_of_pair, mlp_gelu, split_linear, split_linear_rest
-from comfy.ldm.modules.modulate import add_gated, add_gated_norm_modulate, norm_modulate
+from comfy.ldm.modules.modulate import add_gated, add_gated_norm_modulate, norm_modulate, spread_rows
 from comfy.ldm.modules.norm_rope import norm_and_rotate
 
 from .math import apply_rope, attention, rope
@@ -174,6 +174,21 @@ def _modulation(module: Any, vec: torch.Tensor, call: dit.DenoiserCall) -> tuple
     """`module(vec)`, from what was computed beforehand if it was."""
     ready = call.prepared.get(id(module))
     return module(vec) if ready is None else module.parts(ready)
+
+
+def _rows(state: dit.DiTState, sizes: Any = None) -> Any:
+    """Each token's row of modulation with several rows [B, n, C], for each stream if `sizes` are given; None with one."""
+    if "rows" not in state.tokenwise:
+        return None if sizes is None else (None,) * len(sizes)
+    rows = state.local("rows")
+    return rows if sizes is None else rows.split(sizes)
+
+
+def _by_token(mod: ModulationOut, rows: torch.Tensor | None) -> ModulationOut:
+    """Modulation with a row for each token instead of one for several."""
+    if rows is None:
+        return mod
+    return ModulationOut(*(spread_rows(part, rows) for part in (mod.shift, mod.scale, mod.gate)))
 
 
 def _plain_norm(norm: nn.Module) -> bool:
@@ -336,8 +351,12 @@ class DoubleStreamBlock(nn.Module):
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall, dims: Any = (None, None)) -> dit.DiTState:
         """The block on a state with the streams `img` and `txt`; `dims`: modulation ranges of img and txt."""
         dims = dict(zip(("img", "txt"), dims))
-        mods = self.modulations(state, call)
         sizes = [tokens.shape[1] for tokens in state.streams.values()]
+        modulations = self.modulations(state, call)
+        mods = {
+            name: tuple(_by_token(mod, rows) for mod in modulations[name])
+            for name, rows in zip(state.streams, _rows(state, sizes))
+        }
         pe = _rotary(state)
         tables = (None, None) if pe is None else pe.split(sizes, dim=2)
         parts = [
@@ -430,7 +449,7 @@ class SingleStreamBlock(nn.Module):
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall, dims: Any = None) -> dit.DiTState:
         """The block on all streams of a state as one sequence; `dims`: modulation ranges."""
         x = state.joint()
-        mod = self.modulations(state, call)
+        mod = _by_token(self.modulations(state, call), _rows(state))
         q, k, v, rest = self._into_attention(x, mod, dims, _rotary(state))
         meeting = _meeting(state, call, self.num_heads)
         meeting.send(q, k, v)
@@ -468,8 +487,11 @@ class LastLayer(nn.Module):
             nn.SiLU(), operations.Linear(hidden_size, 2 * hidden_size, bias=True, **place)
         )
 
-    def forward(self, x: torch.Tensor, vec: torch.Tensor, modulation_dims: Any = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, vec: torch.Tensor, modulation_dims: Any = None, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`rows` [L]: each token's row of vec [B, n, C]."""
         if vec.ndim == 2:
             vec = vec.unsqueeze(1)
-        shift, scale = self.adaLN_modulation(vec).chunk(2, dim=-1)
+        shift, scale = (spread_rows(part, rows) for part in self.adaLN_modulation(vec).chunk(2, dim=-1))
         return self.linear(apply_mod(self.norm_final(x), 1 + scale, shift, modulation_dims))

@@ -140,3 +140,11 @@ def add_gated_norm_modulate(
         return _modulate(x, y, gate, scale, shift, eps)
     x = x + gate * y
     return x, norm_modulate(x, scale, shift, eps)
+
+
+def spread_rows(rows: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """Modulation with one row for several tokens [B, n, C] -> by token [B, L, C]; as it is without `places`.
+
+    places: [L], the row of each token.
+    """
+    return rows if places is None else rows.index_select(1, places)
