@@ -128,7 +128,6 @@ MODULES: dict[str, str] = {
     "comfy.ldm.modules.diffusionmodules.mmdit": "SD3",
     "comfy.ldm.modules.distributions.distributions": "the VAE's distribution",
     "comfy.ldm.modules.sub_quadratic_attention": "sub-quadratic attention",
-    "comfy.ldm.flux.redux": "style models (Redux)",
     "comfy.cldm.cldm": "ControlNet",
     "comfy.gligen": "GLIGEN",
     "comfy.audio_encoders.audio_encoders": "audio encoders",

@@ -17,21 +17,21 @@ import comfy.model_patcher
 import comfy.utils
 from comfy import weight_files
 from comfy.clip import CLIP
-from comfy.missing import missing_class, missing_function
+from comfy.missing import missing_function
+from comfy.style_models import StyleModel, load_style_model
 from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts
 from comfy.vae import VAE
 from comfy.weights.store import store_of
 
 __all__ = [
-    "CLIP", "CLIPType", "VAE", "load_checkpoint", "load_checkpoint_guess_config", "load_clip", "load_diffusion_model",
-    "load_diffusion_model_state_dict", "load_gligen", "load_lora_for_models", "load_state_dict_guess_config",
-    "load_style_model", "load_text_encoder_state_dicts", "load_unet", "load_unet_state_dict", "save_checkpoint",
+    "CLIP", "CLIPType", "StyleModel", "VAE", "load_checkpoint", "load_checkpoint_guess_config", "load_clip",
+    "load_diffusion_model", "load_diffusion_model_state_dict", "load_gligen", "load_lora_for_models",
+    "load_state_dict_guess_config", "load_style_model", "load_text_encoder_state_dicts", "load_unet",
+    "load_unet_state_dict", "save_checkpoint",
 ]  # fmt: skip
 
 StateDict = dict[str, torch.Tensor]
 
-StyleModel = missing_class("StyleModel", "style models (Redux)")
-load_style_model = missing_function("style models (Redux)")
 load_gligen = missing_function("GLIGEN")
 
 
@@ -125,7 +125,11 @@ def load_state_dict_guess_config(
     if config is None:
         model = load_diffusion_model_state_dict(sd, model_options=options, metadata=metadata)
         return None if model is None else (model, None, None, None)
-    patcher = clip = vae = None
+    patcher = clip = vae = vision = None
+    if output_clipvision and config.clip_vision_prefix is not None:
+        from comfy.clip_vision import load_clipvision_from_sd
+
+        vision = load_clipvision_from_sd(sd, config.clip_vision_prefix, True)
     if output_model:
         patcher = _build_model(config, sd, prefix, options)
     if output_vae:
@@ -136,7 +140,7 @@ def load_state_dict_guess_config(
         clip = _build_clip(config, sd, embedding_directory, te_model_options or {})
     if sd:
         logging.debug("left over keys: %s", list(sd))
-    return patcher, clip, vae, None
+    return patcher, clip, vae, vision
 
 
 def _build_clip(config: Any, sd: StateDict, embedding_directory: Any, te_model_options: dict[str, Any]) -> Any:

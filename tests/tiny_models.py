@@ -240,7 +240,14 @@ def write_flux(out: str) -> list[str]:
     return written
 
 
-FAMILIES = {"flux": write_flux}
+def write_adapters(out: str) -> list[str]:
+    """See `tests.tiny_adapters`."""
+    from tests import tiny_adapters
+
+    return tiny_adapters.write_adapters(out)
+
+
+FAMILIES = {"adapters": write_adapters, "flux": write_flux}
 
 
 def main() -> None:

@@ -1,0 +1,157 @@
+"""Tiny random adapters in the real file layouts: image encoders, style models, patch networks.
+
+    python -m tests.tiny_models --family adapters --out models/
+
+writes clip_vision/, style_models/ and model_patches/ for the tiny Flux models of `tests.tiny_models`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from safetensors.torch import save_file
+
+from tests.tiny_models import CLIP_WIDTH, HIDDEN, T5_WIDTH, Shapes, StateDict, _linear, random_weights
+
+VISION_WIDTH = 32
+
+
+def vision_shapes(
+    layers: int, grid: int, patch: int, width: int = VISION_WIDTH, siglip: bool = False, llava: int | None = None
+) -> Shapes:
+    """Keys and shapes of an image encoder for pictures of `grid` x `grid` patches, with transformers' names."""
+    embeddings = "vision_model.embeddings"
+    out: Shapes = {
+        f"{embeddings}.patch_embedding.weight": (width, 3, patch, patch),
+        f"{embeddings}.position_embedding.weight": (grid * grid + (0 if siglip else 1), width),
+    }
+    norms = ["vision_model.post_layernorm"]
+    if siglip:
+        out[f"{embeddings}.patch_embedding.bias"] = (width,)
+    else:
+        out[f"{embeddings}.class_embedding"] = (width,)
+        norms.append("vision_model.pre_layrnorm")
+        out["visual_projection.weight"] = (CLIP_WIDTH, width)
+    for i in range(layers):
+        layer = f"vision_model.encoder.layers.{i}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            _linear(out, f"{layer}.self_attn.{name}", width, width)
+        _linear(out, f"{layer}.mlp.fc1", 2 * width, width)
+        _linear(out, f"{layer}.mlp.fc2", width, 2 * width)
+        norms += [f"{layer}.layer_norm1", f"{layer}.layer_norm2"]
+    for norm in norms:
+        out[f"{norm}.weight"] = out[f"{norm}.bias"] = (width,)
+    if llava is not None:
+        _linear(out, "multi_modal_projector.linear_1", llava, width)
+        _linear(out, "multi_modal_projector.linear_2", llava, llava)
+    return out
+
+
+def vision_l() -> StateDict:
+    """Like CLIP ViT-L/14, 224 pixels: 24 layers."""
+    return random_weights(vision_shapes(24, 4, 8), 31)
+
+
+def vision_llava() -> StateDict:
+    """Like LLaVA's CLIP ViT-L/14, with the projector."""
+    return random_weights(vision_shapes(24, 3, 8, llava=48), 32)
+
+
+def vision_h() -> StateDict:
+    """Like OpenCLIP ViT-H/14: 32 layers."""
+    return random_weights(vision_shapes(32, 3, 8), 33)
+
+
+def vision_g() -> StateDict:
+    """Like OpenCLIP ViT-bigG/14: 48 layers."""
+    return random_weights(vision_shapes(48, 2, 8), 34)
+
+
+def vision_siglip() -> StateDict:
+    """Like SigLIP so400m: 27 layers, no class token."""
+    return random_weights(vision_shapes(27, 4, 8, siglip=True), 35)
+
+
+def to_open_clip(sd: StateDict, prefix: str = "visual.") -> StateDict:
+    """A CLIP vision tower under OpenCLIP's names."""
+    names = {
+        "vision_model.embeddings.class_embedding": "class_embedding",
+        "vision_model.embeddings.patch_embedding.weight": "conv1.weight",
+        "vision_model.embeddings.position_embedding.weight": "positional_embedding",
+    }
+    out: StateDict = {}
+    for old, new in names.items():
+        out[prefix + new] = sd[old]
+    for kind in ("weight", "bias"):
+        out[f"{prefix}ln_pre.{kind}"] = sd[f"vision_model.pre_layrnorm.{kind}"]
+        out[f"{prefix}ln_post.{kind}"] = sd[f"vision_model.post_layernorm.{kind}"]
+    out[f"{prefix}proj"] = sd["visual_projection.weight"].T.contiguous()
+    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+             "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
+    layers = {key.split(".")[3] for key in sd if key.startswith("vision_model.encoder.layers.")}
+    for i in layers:
+        old, new = f"vision_model.encoder.layers.{i}", f"{prefix}transformer.resblocks.{i}"
+        for kind in ("weight", "bias"):
+            for a, b in parts.items():
+                out[f"{new}.{b}.{kind}"] = sd[f"{old}.{a}.{kind}"]
+            fused = [sd[f"{old}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            out[f"{new}.attn.in_proj_{kind}"] = torch.cat(fused)
+    return out
+
+
+def redux() -> StateDict:
+    """Flux Redux for the tiny SigLIP and the tiny T5's width."""
+    out: Shapes = {}
+    _linear(out, "redux_up", 3 * T5_WIDTH, VISION_WIDTH)
+    _linear(out, "redux_down", T5_WIDTH, 3 * T5_WIDTH)
+    return random_weights(out, 41)
+
+
+def t2i_style(width: int = VISION_WIDTH, tokens: int = 8, context: int = T5_WIDTH) -> StateDict:
+    """T2I-Adapter's style adapter, with OpenAI CLIP's names of layers."""
+    out: Shapes = {"style_embedding": (1, tokens, width), "proj": (width, context)}
+    norms = ["ln_pre", "ln_post"]
+    for i in range(3):
+        layer = f"transformer_layes.{i}"
+        out[f"{layer}.attn.in_proj_weight"], out[f"{layer}.attn.in_proj_bias"] = (3 * width, width), (3 * width,)
+        _linear(out, f"{layer}.attn.out_proj", width, width)
+        _linear(out, f"{layer}.mlp.c_fc", 4 * width, width)
+        _linear(out, f"{layer}.mlp.c_proj", width, 4 * width)
+        norms += [f"{layer}.ln_1", f"{layer}.ln_2"]
+    for norm in norms:
+        out[f"{norm}.weight"] = out[f"{norm}.bias"] = (width,)
+    return random_weights(out, 42)
+
+
+def uso(tokens: int = 16, styles: int = 5) -> StateDict:
+    """USO's style projector for the tiny SigLIP (16 tokens) and the tiny Flux."""
+    out: Shapes = {}
+    for depth in ("high", "mid", "low"):
+        name = f"feature_embedder.{depth}"
+        _linear(out, f"{name}_embedding_linear.0", styles, tokens)
+        out[f"{name}_layer_norm.weight"] = out[f"{name}_layer_norm.bias"] = (VISION_WIDTH,)
+        _linear(out, f"{name}_projection", HIDDEN, VISION_WIDTH)
+    return random_weights(out, 43)
+
+
+FILES: dict[str, Callable[[], StateDict]] = {
+    "clip_vision/tiny_clip_vision_l.safetensors": vision_l,
+    "clip_vision/tiny_clip_vision_h.safetensors": lambda: to_open_clip(vision_h()),
+    "clip_vision/tiny_sigclip.safetensors": vision_siglip,
+    "style_models/tiny_redux.safetensors": redux,
+    "style_models/tiny_t2i_style.safetensors": t2i_style,
+    "model_patches/tiny_uso.safetensors": uso,
+}
+
+
+def write_adapters(out: str) -> list[str]:
+    """Write every file below `out`; returns their paths."""
+    written = []
+    for name, make in FILES.items():
+        path = os.path.join(out, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        save_file(make(), path)
+        written.append(path)
+    return written
