@@ -1,8 +1,8 @@
-"""Tiny random adapters in the real file layouts: image encoders, style models, patch networks.
+"""Tiny random adapters in the real file layouts: image encoders, style models, patch networks, ControlNets.
 
     python -m tests.tiny_models --family adapters --out models/
 
-writes clip_vision/, style_models/ and model_patches/ for the tiny Flux models of `tests.tiny_models`.
+writes clip_vision/, style_models/, model_patches/ and controlnet/ for the tiny Flux models of `tests.tiny_models`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ from collections.abc import Callable
 import torch
 from safetensors.torch import save_file
 
-from tests.tiny_models import CLIP_WIDTH, HIDDEN, T5_WIDTH, Shapes, StateDict, _linear, random_weights
+from tests.tiny_models import (
+    CLIP_WIDTH,
+    HIDDEN,
+    T5_WIDTH,
+    Shapes,
+    StateDict,
+    _linear,
+    flux_shapes,
+    random_weights,
+    to_diffusers,
+)  # fmt: skip
 
 VISION_WIDTH = 32
 
@@ -136,6 +146,67 @@ def uso(tokens: int = 16, styles: int = 5) -> StateDict:
     return random_weights(out, 43)
 
 
+def _control_blocks(depth: int, single: int, hint_channels: int, hidden: int = HIDDEN) -> Shapes:
+    """A Flux network's first blocks and the projections of a ControlNet, under Black Forest Labs' names."""
+    out = {key: shape for key, shape in flux_shapes(depth=depth, single=single).items() if "final_layer" not in key}
+    _linear(out, "pos_embed_input", hidden, 4 * hint_channels)
+    for i in range(depth):
+        _linear(out, f"controlnet_blocks.{i}", hidden, hidden)
+    for i in range(single):
+        _linear(out, f"controlnet_single_blocks.{i}", hidden, hidden)
+    return out
+
+
+def _convolution(out: Shapes, name: str, inner: int, kernel: int) -> None:
+    out[f"{name}.weight"], out[f"{name}.bias"] = (16, inner, kernel, kernel), (16,)
+
+
+def control_xlabs() -> StateDict:
+    """XLabs' layout: double blocks only, a picture as hint."""
+    out = _control_blocks(2, 0, 16)
+    for i in range(8):
+        _convolution(out, f"input_hint_block.{2 * i}", 16 if i else 3, 3)
+    return random_weights(out, 51)
+
+
+def control_mistoline() -> StateDict:
+    """MistoLine's layout: other convolutions, linears with an activation, another name of the single projections."""
+    out = _control_blocks(2, 1, 16)
+    for i, kernel in enumerate((3, 1, 3, 3, 3, 3, 3, 3, 1, 3)):
+        _convolution(out, f"input_cond_block.encoder.{2 * i}", 16 if i else 3, kernel)
+    renamed = {}
+    for key, value in random_weights(out, 52).items():
+        stem, _, kind = key.rpartition(".")
+        if stem.startswith("controlnet"):
+            key = f"{stem.replace('controlnet_single_blocks', 'single_controlnet_blocks')}.linear.{kind}"
+        renamed[key] = value
+    return renamed
+
+
+def _control_diffusers(seed: int, depth: int, single: int, channels: int = 16, modes: int = 0) -> StateDict:
+    sd = random_weights(_control_blocks(depth, single, channels), seed)
+    out = to_diffusers(sd)
+    out |= {key: value for key, value in sd.items() if key.startswith("controlnet_")}
+    if modes:
+        out |= random_weights({"controlnet_mode_embedder.weight": (modes, HIDDEN)}, seed)
+    return out
+
+
+def control_instantx() -> StateDict:
+    """InstantX's layout (diffusers' names), a latent as hint."""
+    return _control_diffusers(53, 2, 2)
+
+
+def control_union() -> StateDict:
+    """As InstantX's union network: the kind of hint is chosen."""
+    return _control_diffusers(54, 2, 1, modes=4)
+
+
+def control_inpaint() -> StateDict:
+    """As Alimama's for inpainting: latent and mask as hint, no single blocks (nor has Shakker Labs' union pro 2)."""
+    return _control_diffusers(55, 2, 0, channels=17)
+
+
 FILES: dict[str, Callable[[], StateDict]] = {
     "clip_vision/tiny_clip_vision_l.safetensors": vision_l,
     "clip_vision/tiny_clip_vision_h.safetensors": lambda: to_open_clip(vision_h()),
@@ -143,6 +214,11 @@ FILES: dict[str, Callable[[], StateDict]] = {
     "style_models/tiny_redux.safetensors": redux,
     "style_models/tiny_t2i_style.safetensors": t2i_style,
     "model_patches/tiny_uso.safetensors": uso,
+    "controlnet/tiny_flux_xlabs.safetensors": control_xlabs,
+    "controlnet/tiny_flux_mistoline.safetensors": control_mistoline,
+    "controlnet/tiny_flux_instantx.safetensors": control_instantx,
+    "controlnet/tiny_flux_union.safetensors": control_union,
+    "controlnet/tiny_flux_inpaint.safetensors": control_inpaint,
 }
 
 

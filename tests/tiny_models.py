@@ -176,7 +176,7 @@ def to_diffusers(state_dict: StateDict) -> StateDict:
     from comfy.ldm.flux.keys import diffusers_key_map
 
     depth = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("double_blocks."))
-    single = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("single_blocks."))
+    single = 1 + max((int(k.split(".")[1]) for k in state_dict if k.startswith("single_blocks.")), default=-1)
     config = {"hidden_size": HIDDEN, "depth": depth, "depth_single_blocks": single, "mlp_ratio": 4.0}
     out = {}
     for theirs, target in diffusers_key_map(config).items():
