@@ -123,8 +123,6 @@ MODULES: dict[str, str] = {
             "wan.vae",
         )
     },
-    "comfy.ldm.modules.diffusionmodules.openaimodel": "the UNet of SD and SDXL",
-    "comfy.ldm.modules.diffusionmodules.util": "the UNet of SD and SDXL",
     "comfy.ldm.modules.diffusionmodules.mmdit": "SD3",
     "comfy.ldm.modules.distributions.distributions": "the VAE's distribution",
     "comfy.ldm.modules.sub_quadratic_attention": "sub-quadratic attention",
@@ -137,8 +135,6 @@ MODULES: dict[str, str] = {
     "comfy.text_encoders.ace15": "ACE-Step",
     "comfy.taesd.taehv": "tiny VAEs for video",
     "comfy_extras.chainner_models.model_loading": "chaiNNer's loader (spandrel replaces it)",
-    "comfy_extras.nodes_sag": "SelfAttentionGuidance",
-    "comfy_extras.nodes_freelunch": "FreeU",
     "comfy_extras.nodes_hunyuan": "HunyuanVideo",
     "comfy_extras.nodes_lt": "LTX-Video",
     "comfy_extras.nodes_stable3d": "Stable Zero123",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,15 @@ def flux_to_diffusers(mmdit_config: dict[str, Any], output_prefix: str = "") -> 
     from comfy.ldm.flux.keys import diffusers_key_map
 
     return diffusers_key_map(mmdit_config, output_prefix)
+
+
+_UNET_KEYS = ("TRANSFORMER_BLOCKS", "UNET_MAP_ATTENTIONS", "UNET_MAP_BASIC", "UNET_MAP_RESNET", "unet_to_diffusers")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _UNET_KEYS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("comfy.ldm.unet.keys"), name)
 
 
 PROGRESS_BAR_ENABLED = True

@@ -15,10 +15,9 @@ from comfy.missing import FeatureMissingError
 LINES = (Path(__file__).parent / "imported_names.txt").read_text().splitlines()[1:]
 NAMES = [(module, name) for module, _, names in (line.partition(": ") for line in LINES) for name in names.split()]
 
-NEWER, REMOVED, TABLE, INSIDE = (
+NEWER, REMOVED, INSIDE = (
     "newer than ComfyUI 0.3.64",
     "gone before ComfyUI 0.3.64",
-    "data of a feature that is missing",
     "an inner part that is built in another way here",
 )
 # (module, name or None for all) -> why it is absent
@@ -33,10 +32,6 @@ ABSENT = {
     ("comfy.model_patcher", "low_vram_patch_estimate_vram"): NEWER,
     ("comfy.ldm.lightricks.vae.audio_vae", "LATENT_DOWNSAMPLE_FACTOR"): NEWER,
     ("comfy.ldm.hidream_o1.model", "IMAGE_TOKEN_ID"): NEWER,
-    ("comfy.utils", "TRANSFORMER_BLOCKS"): TABLE,
-    ("comfy.utils", "UNET_MAP_ATTENTIONS"): TABLE,
-    ("comfy.utils", "UNET_MAP_BASIC"): TABLE,
-    ("comfy.utils", "UNET_MAP_RESNET"): TABLE,
     ("comfy.model_patcher", "move_weight_functions"): INSIDE,
     ("comfy.k_diffusion.sampling", "DPMSolver"): INSIDE,
     ("comfy.k_diffusion.sampling", "PIDStepSizeController"): INSIDE,
@@ -82,10 +77,10 @@ def test_a_missing_family_can_be_asked_for():
     import comfy.model_base
     import comfy.supported_models
 
-    assert not isinstance(object(), comfy.model_base.SDXL) and not isinstance(object(), WanModel)
+    assert not isinstance(object(), comfy.model_base.SVD_img2vid) and not isinstance(object(), WanModel)
     assert comfy.supported_models.SD15 is not None
-    with pytest.raises(FeatureMissingError, match="the model family of SDXL is not in this version"):
-        comfy.model_base.SDXL()
+    with pytest.raises(FeatureMissingError, match="the model family of SVD_img2vid is not in this version"):
+        comfy.model_base.SVD_img2vid()
     with pytest.raises(FeatureMissingError, match="comfy.ldm.wan is not in this version"):
         sinusoidal_embedding_1d(8, None)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):

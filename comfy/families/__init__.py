@@ -19,7 +19,7 @@ from comfy.missing import missing_names
 __all__ = ["Family", "lookup", "record_of", "records", "register"]
 
 # Modules of this package with a `FAMILY`, in the order in which their families are tried.
-_NAMES = ("flux",)
+_NAMES = ("sd_unet", "flux", "svd")
 _registered: list[Family] = []
 
 
