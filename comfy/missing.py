@@ -126,7 +126,6 @@ MODULES: dict[str, str] = {
     "comfy.ldm.modules.diffusionmodules.mmdit": "SD3",
     "comfy.ldm.modules.distributions.distributions": "the VAE's distribution",
     "comfy.ldm.modules.sub_quadratic_attention": "sub-quadratic attention",
-    "comfy.cldm.cldm": "ControlNet",
     "comfy.gligen": "GLIGEN",
     "comfy.audio_encoders.audio_encoders": "audio encoders",
     "cuda_malloc": "the choice of CUDA's allocator by program",

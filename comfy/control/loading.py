@@ -41,11 +41,18 @@ def has(*keys: str) -> Callable[[StateDict], bool]:
     return lambda sd: all(key in sd for key in keys)
 
 
+_T2I = ("body.0.in_conv.weight", "body.0.resnets.0.block1.weight", "body.0.block2.weight")
+
 KINDS: list[Kind] = [
     Kind(has("controlnet_blocks.0.weight", "double_blocks.0.img_attn.norm.key_norm.scale"), "comfy.control.flux:xlabs"),
     Kind(has("controlnet_blocks.0.linear.weight", "double_blocks.0.img_attn.norm.key_norm.scale"),
          "comfy.control.flux:mistoline"),
     Kind(has("controlnet_blocks.0.weight", "controlnet_x_embedder.weight"), "comfy.control.flux:diffusers"),
+    Kind(has("lora_controlnet"), "comfy.control.lora:load"),
+    Kind(has("controlnet_cond_embedding.conv_in.weight"), "comfy.control.unet:diffusers"),
+    Kind(has("control_model.zero_convs.0.0.weight"), "comfy.control.unet:with_prefix"),
+    Kind(has("zero_convs.0.0.weight"), "comfy.control.unet:without_prefix"),
+    Kind(lambda sd: "adapter" in sd or any(key.removeprefix("adapter.") in _T2I for key in sd), "comfy.control.t2i:load"),
 ]  # fmt: skip
 """In the order in which they are tried."""
 
