@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import comfy.families
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_base
@@ -75,8 +76,9 @@ def model_detection_error_hint(path: str, state_dict: StateDict) -> str:
 
 def unknown_model(path: str) -> RuntimeError:
     """What to raise for a file of no known family."""
+    known = ", ".join(name for family in comfy.families.records() for name in family.models)
     return RuntimeError(
-        f"{path} holds no diffusion model this version knows (families: Flux.1); use another file, or the loader of "
+        f"{path} holds no diffusion model this version knows (families: {known}); use another file, or the loader of "
         "the part it contains (Load VAE, Load CLIP, Load LoRA)"
     )
 

@@ -7,11 +7,9 @@ writes clip_vision/, style_models/, model_patches/ and controlnet/ for the tiny 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
-from safetensors.torch import save_file
 
 from tests.tiny_models import (
     CLIP_WIDTH,
@@ -220,14 +218,3 @@ FILES: dict[str, Callable[[], StateDict]] = {
     "controlnet/tiny_flux_union.safetensors": control_union,
     "controlnet/tiny_flux_inpaint.safetensors": control_inpaint,
 }
-
-
-def write_adapters(out: str) -> list[str]:
-    """Write every file below `out`; returns their paths."""
-    written = []
-    for name, make in FILES.items():
-        path = os.path.join(out, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_file(make(), path)
-        written.append(path)
-    return written

@@ -9,6 +9,9 @@ writes, below the folder given:
     text_encoders/tiny_clip_l.safetensors, tiny_t5xxl.safetensors
     vae/tiny_ae.safetensors
     loras/tiny_flux_kohya.safetensors
+Other families (the entries of `tests.tiny_families`) have the same kinds of files, with their name for `flux`; whole
+checkpoints and text encoders where the vocabulary of these comes with the program. `adapters` writes ControlNets, image
+encoders and style models (`tests.tiny_adapters`).
 Pictures made with them are coloured noise: the weights are random.
 """
 
@@ -18,7 +21,8 @@ import argparse
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -171,15 +175,23 @@ def vae_shapes(channels: int = 16, base: int = 32, mult: tuple[int, ...] = (1, 2
     return out
 
 
-def to_diffusers(state_dict: StateDict) -> StateDict:
-    """Black Forest Labs' Flux keys -> diffusers'; the inverse of loading."""
-    from comfy.ldm.flux.keys import diffusers_key_map
+def vae_4_shapes() -> Shapes:
+    """Keys and shapes of an image VAE with four channels, as SD, SDXL, PixArt and HunyuanDiT have."""
+    out = vae_shapes(channels=4)
+    _conv(out, "quant_conv", 8, 8, 1)
+    _conv(out, "post_quant_conv", 4, 4, 1)
+    return out
 
-    depth = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("double_blocks."))
-    single = 1 + max((int(k.split(".")[1]) for k in state_dict if k.startswith("single_blocks.")), default=-1)
-    config = {"hidden_size": HIDDEN, "depth": depth, "depth_single_blocks": single, "mlp_ratio": 4.0}
+
+def clip_g_shapes() -> Shapes:
+    """Keys and shapes of OpenCLIP's bigG: it is told by its number of layers."""
+    return {**clip_l_shapes(CLIP_WIDTH, 32), "text_projection.weight": (CLIP_WIDTH, CLIP_WIDTH)}
+
+
+def renamed(state_dict: StateDict, targets: dict[str, Any]) -> StateDict:
+    """Our keys -> diffusers', by a map of diffusers' names; the inverse of loading."""
     out = {}
-    for theirs, target in diffusers_key_map(config).items():
+    for theirs, target in targets.items():
         key = target if isinstance(target, str) else target[0]
         if key not in state_dict:
             continue
@@ -188,6 +200,16 @@ def to_diffusers(state_dict: StateDict) -> StateDict:
             value = target[2](value) if target[1] is None else value.narrow(*target[1])
         out[theirs] = value.contiguous()
     return out
+
+
+def to_diffusers(state_dict: StateDict) -> StateDict:
+    """Black Forest Labs' Flux keys -> diffusers'; the inverse of loading."""
+    from comfy.ldm.flux.keys import diffusers_key_map
+
+    depth = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("double_blocks."))
+    single = 1 + max((int(k.split(".")[1]) for k in state_dict if k.startswith("single_blocks.")), default=-1)
+    config = {"hidden_size": HIDDEN, "depth": depth, "depth_single_blocks": single, "mlp_ratio": 4.0}
+    return renamed(state_dict, diffusers_key_map(config))
 
 
 def kohya_lora(rank: int = 4, seed: int = 5) -> StateDict:
@@ -231,6 +253,11 @@ def write_flux(out: str) -> list[str]:
         "vae/tiny_ae.safetensors": lambda: random_weights(vae_shapes(), 4),
         "loras/tiny_flux_kohya.safetensors": kohya_lora,
     }
+    return write_files(files, out)
+
+
+def write_files(files: Mapping[str, Callable[[], StateDict]], out: str) -> list[str]:
+    """Write files by their names below `out`; returns their paths."""
     written = []
     for name, make in files.items():
         path = os.path.join(out, name)
@@ -240,23 +267,28 @@ def write_flux(out: str) -> list[str]:
     return written
 
 
-def write_adapters(out: str) -> list[str]:
-    """See `tests.tiny_adapters`."""
-    from tests import tiny_adapters
+def write_family(name: str, out: str) -> list[str]:
+    """Write the tiny files of a family below `out`; returns their paths."""
+    if name == "flux":
+        return write_flux(out)
+    if name == "adapters":
+        from tests.tiny_adapters import FILES
 
-    return tiny_adapters.write_adapters(out)
+        return write_files(FILES, out)
+    from tests.tiny_families import files
 
-
-FAMILIES = {"adapters": write_adapters, "flux": write_flux}
+    return write_files(files(name), out)
 
 
 def main() -> None:
     """Command line."""
+    from tests.tiny_families import TINY
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=sorted(FAMILIES), default="flux")
+    parser.add_argument("--family", choices=sorted(("adapters", *TINY)), default="flux")
     parser.add_argument("--out", default="models", help="models folder to write into")
     arguments = parser.parse_args()
-    for path in FAMILIES[arguments.family](arguments.out):
+    for path in write_family(arguments.family, arguments.out):
         print(path)
 
 

@@ -48,7 +48,8 @@ class Family:
     configuration, and say text encoders, sampling defaults, memory factor and dtypes; models say which conditionings go
     in. from_diffusers: a state dict with diffusers' keys under the family's, or None when it is not of this family.
     lora_keys: `network -> {adapter key prefix: weight, or (weight, part), or (weight, None, transform)}` beyond the
-    weights' own names. splits: how each linear of a block is cut, by its name in the network with `*` for numbers.
+    weights' own names. clip_type: the name in `CLIPType` of its text encoders, for folders in diffusers' layout.
+    splits: how each linear of a block is cut, by its name in the network with `*` for numbers.
     sizes: `network -> Sizes` for the splits.
     """
 
@@ -60,6 +61,7 @@ class Family:
     latent_formats: Mapping[str, type[Any]] = field(default_factory=dict)
     from_diffusers: Callable[[StateDict], StateDict | None] | None = None
     lora_keys: Callable[[Any], dict[str, Any]] | None = None
+    clip_type: str = "STABLE_DIFFUSION"
     splits: Mapping[str, Split] = field(default_factory=dict)
     sizes: Callable[[Any], Sizes] | None = None
 

@@ -219,6 +219,8 @@ def from_diffusers(state_dict: StateDict) -> StateDict | None:
     blocks = ("transformer_blocks.0.attn.add_q_proj.weight", "single_transformer_blocks.0.attn.to_q.weight")
     if "x_embedder.weight" not in state_dict or not any(key in state_dict for key in blocks):
         return None
+    if "distilled_guidance_layer.in_proj.weight" in state_dict:
+        return None  # Chroma shares Flux's block names
     return keys.from_diffusers(state_dict)
 
 
@@ -252,6 +254,7 @@ FAMILY = Family(
     latent_formats={"Flux": FluxLatent},
     from_diffusers=from_diffusers,
     lora_keys=keys.lora_keys,
+    clip_type="FLUX",
     splits=_splits(),
     sizes=_sizes,
 )

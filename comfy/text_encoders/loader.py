@@ -113,6 +113,10 @@ def _normalise(sd: StateDict) -> StateDict:
 def _target(clip_type: CLIPType, kinds: dict[TEModel, StateDict]) -> tuple[Any, Any]:
     """(tokenizer class, encoder class) of a family for the encoders that are there."""
     t5 = next((sd for kind, sd in kinds.items() if kind in (TEModel.T5_XXL, TEModel.T5_XXL_OLD)), None)
+    if set(kinds) == {TEModel.BERT, TEModel.MT5_XL}:
+        from comfy.text_encoders import hydit
+
+        return hydit.HyditTokenizer, hydit.HyditModel
     if clip_type in (CLIPType.FLUX,):
         return _flux(kinds, t5)
     if clip_type == CLIPType.SD3 or (len(kinds) > 1 and t5 is not None and TEModel.CLIP_G in kinds):
@@ -121,10 +125,6 @@ def _target(clip_type: CLIPType, kinds: dict[TEModel, StateDict]) -> tuple[Any, 
         from comfy import sdxl_clip
 
         return sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel
-    if set(kinds) == {TEModel.BERT, TEModel.MT5_XL}:
-        from comfy.text_encoders import hydit
-
-        return hydit.HyditTokenizer, hydit.HyditModel
     if len(kinds) > 1:
         names = " and ".join(kind.name for kind in kinds)
         raise ValueError(f"no text encoder of type {clip_type.name} is made of {names}; check the files and the type")
@@ -156,7 +156,7 @@ def _sd3(kinds: dict[TEModel, StateDict], t5: StateDict | None) -> tuple[Any, An
 def _single(clip_type: CLIPType, kind: TEModel) -> tuple[Any, Any]:
     """The classes for a family with one encoder."""
     from comfy import sd1_clip, sdxl_clip
-    from comfy.text_encoders import lumina2, sd2_clip
+    from comfy.text_encoders import aura_t5, lumina2, sd2_clip
     from comfy.text_encoders import t5_family as t5
 
     by_family: dict[CLIPType, tuple[TEModel, tuple[Any, Any]]] = {
@@ -176,6 +176,7 @@ def _single(clip_type: CLIPType, kind: TEModel) -> tuple[Any, Any]:
         TEModel.CLIP_G: lambda: (sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLRefinerClipModel),
         TEModel.T5_XXL: lambda: (t5.MochiT5Tokenizer, t5.MochiT5XXL),
         TEModel.T5_XXL_OLD: lambda: (t5.CosmosT5Tokenizer, t5.CosmosT5XXL),
+        TEModel.T5_XL: lambda: (aura_t5.AuraT5Tokenizer, aura_t5.AuraT5Model),
         TEModel.T5_BASE: lambda: (t5.SAT5Tokenizer, t5.SAT5Model),
         TEModel.GEMMA_2_2B: lambda: (lumina2.LuminaTokenizer, lumina2.LuminaModel),
     }

@@ -61,6 +61,19 @@ def parts(diffusion: str, weight_dtype: str = "default", **more: Any) -> Prompt:
     return prompt
 
 
+def sd3(**more: Any) -> Prompt:
+    """SD3 with a text for each encoder, skip-layer guidance and a latent of 16 channels."""
+    prompt = flux("tiny_sd3.safetensors", **{"cfg": 4.5, "steps": 3, **more})
+    texts = {"clip_l": "a red fox", "clip_g": TEXT, "t5xxl": "", "empty_padding": "none"}
+    prompt["positive"] = node("CLIPTextEncodeSD3", clip=["load", 1], **texts)
+    prompt["latent"]["class_type"] = "EmptySD3LatentImage"
+    prompt["skip"] = node(
+        "SkipLayerGuidanceSD3", model=["load", 0], layers="0", scale=3.0, start_percent=0.0, end_percent=0.9
+    )
+    prompt["sample"]["inputs"]["model"] = ["skip", 0]
+    return prompt
+
+
 def custom_sampling(**more: Any) -> Prompt:
     """SamplerCustomAdvanced with BasicGuider, FluxGuidance and ModelSamplingFlux, as Flux workflows have it."""
     prompt = flux(**more)

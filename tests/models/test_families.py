@@ -17,6 +17,7 @@ from comfy.families.base import Split
 from tests.made_up.family import FAMILY as PEBBLE
 from tests.made_up.network import Pebble
 from tests.parallel.tiny import tiny_flux
+from tests.tiny_families import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 FLUX = comfy.families.flux.FAMILY
@@ -95,15 +96,16 @@ def rows(split, sizes, index, count):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("family,network", [(FLUX, tiny_flux()), (PEBBLE, Pebble())], ids=["flux", "pebble"])
-def test_slices_add_up(family, network, count):
+@pytest.mark.parametrize("name", [*TINY, "pebble"])
+def test_slices_add_up(name, count):
     """Each linear of each block is declared, its slices cover it once, and computing with them gives the whole."""
+    family, network = (PEBBLE, Pebble()) if name == "pebble" else (TINY[name].family, TINY[name].network())
     generator = torch.Generator().manual_seed(0)
     sizes, seen = family.sizes(network), 0
     for name, linear in linears_of_blocks(network):
         split, seen = family.split_of(name), seen + 1
         weight = torch.randn(linear.weight.shape, generator=generator)
-        bias = torch.randn(linear.out_features, generator=generator)
+        bias = torch.randn(linear.out_features, generator=generator)  # some have none; the sum is the same
         x = torch.randn((2, 5, linear.in_features), generator=generator)
         whole = nn.functional.linear(x, weight, bias)
         if split.kind == "whole":
@@ -145,6 +147,23 @@ def test_a_single_block_in_slices(count):
         (start, stop), *_ = columns.ranges(sizes, rank, count)
         total = total + nn.functional.linear(between(first, (stop - start) // 24), block.linear2.weight[:, inner])
     torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_files_make_the_same_network(name):
+    """Files of small models are recognised, and loaded with the sizes that their shapes tell."""
+    import comfy.model_detection
+
+    tiny, prefix = TINY[name], "model.diffusion_model."
+    wanted = tiny.shapes()
+    weights = {prefix + key: torch.empty(shape, device="meta") for key, shape in wanted.items()}
+    found = comfy.model_detection.model_config_from_unet(weights, prefix)
+    assert type(found).__name__ == tiny.configuration
+    found.set_inference_dtype(torch.float32, None)
+    network = found.get_model(weights, prefix, device="meta").diffusion_model
+    assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == wanted
+    assert comfy.families.record_of(network) is tiny.family
+    assert network.num_heads == tiny.network().num_heads
 
 
 def test_an_undeclared_linear_is_named():

@@ -281,7 +281,7 @@ class DoubleStreamBlock(nn.Module):
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False, flipped_img_txt: bool = False,
-        dtype: Any = None, device: Any = None, operations: Any = comfy.ops.manual_cast,
+        dtype: Any = None, device: Any = None, operations: Any = comfy.ops.manual_cast, modulation: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         mlp_hidden_dim = int(hidden_size * mlp_ratio)
@@ -299,7 +299,8 @@ class DoubleStreamBlock(nn.Module):
 
         for stream in ("img", "txt"):
             norms = [operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **place) for _ in range(2)]
-            setattr(self, f"{stream}_mod", Modulation(hidden_size, double=True, operations=operations, **place))
+            if modulation:
+                setattr(self, f"{stream}_mod", Modulation(hidden_size, double=True, operations=operations, **place))
             setattr(self, f"{stream}_norm1", norms[0])
             attn = SelfAttention(hidden_size, num_heads=num_heads, qkv_bias=qkv_bias, operations=operations, **place)
             setattr(self, f"{stream}_attn", attn)
@@ -328,10 +329,14 @@ class DoubleStreamBlock(nn.Module):
             normed = _modulated(norm, x, second, dims)
         return _add_gated(x, mlp_gelu(getattr(self, f"{stream}_mlp"), normed), second.gate, dims)
 
+    def modulations(self, state: dit.DiTState, call: dit.DenoiserCall) -> dict[str, Any]:
+        """Those of attention and of MLP, by stream."""
+        return {name: _modulation(getattr(self, f"{name}_mod"), state.sample["vec"], call) for name in ("img", "txt")}
+
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall, dims: Any = (None, None)) -> dit.DiTState:
         """The block on a state with the streams `img` and `txt`; `dims`: modulation ranges of img and txt."""
         dims = dict(zip(("img", "txt"), dims))
-        mods = {name: _modulation(getattr(self, f"{name}_mod"), state.sample["vec"], call) for name in dims}
+        mods = self.modulations(state, call)
         sizes = [tokens.shape[1] for tokens in state.streams.values()]
         pe = _rotary(state)
         tables = (None, None) if pe is None else pe.split(sizes, dim=2)
@@ -379,7 +384,7 @@ class SingleStreamBlock(nn.Module):
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, qk_scale: float | None = None,
-        dtype: Any = None, device: Any = None, operations: Any = comfy.ops.manual_cast,
+        dtype: Any = None, device: Any = None, operations: Any = comfy.ops.manual_cast, modulation: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.hidden_dim = hidden_size
@@ -393,7 +398,8 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads, operations=operations, **place)
         self.pre_norm = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **place)
         self.mlp_act = nn.GELU(approximate="tanh")
-        self.modulation = Modulation(hidden_size, double=False, operations=operations, **place)
+        if modulation:
+            self.modulation = Modulation(hidden_size, double=False, operations=operations, **place)
 
     @dit.stage
     def _into_attention(
@@ -417,10 +423,14 @@ class SingleStreamBlock(nn.Module):
         """Add attention [B, L, C] and MLP [B, L, M], projected together, to x [B, L, C]."""
         return _clamped(_add_gated(x, linear_of_pair(self.linear2, out, mlp), mod.gate, dims))
 
+    def modulations(self, state: dit.DiTState, call: dit.DenoiserCall) -> Any:
+        """The block's one."""
+        return _modulation(self.modulation, state.sample["vec"], call)[0]
+
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall, dims: Any = None) -> dit.DiTState:
         """The block on all streams of a state as one sequence; `dims`: modulation ranges."""
         x = state.joint()
-        mod, _ = _modulation(self.modulation, state.sample["vec"], call)
+        mod = self.modulations(state, call)
         q, k, v, rest = self._into_attention(x, mod, dims, _rotary(state))
         meeting = _meeting(state, call, self.num_heads)
         meeting.send(q, k, v)

@@ -52,10 +52,11 @@ def _functions(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _replaced(network: Any) -> Iterator[tuple[str, Any]]:
     """(what it is, function if there is one to ask) of all that is replaced in a network itself."""
     family = comfy.families.record_of(network)
-    home = "comfy." if family is None else family.network.partition(":")[0]
+    # A network may inherit from another family's.
+    homes = ("comfy.",) if family is None else (family.network.partition(":")[0], "comfy.ldm.")
     for name in ("forward", "_forward", "forward_orig"):
         method = getattr(network, name, None)
-        ours = name not in vars(network) and getattr(method, "__module__", home).startswith(home)
+        ours = name not in vars(network) and getattr(method, "__module__", homes[0]).startswith(homes)
         if method is not None and not ours:
             yield f"a replaced {name}", method
     blocks = dit.foreign_blocks(network)
