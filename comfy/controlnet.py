@@ -6,12 +6,10 @@ from comfy.control.base import ControlBase, StrengthType, broadcast_image_to
 from comfy.control.loading import load_controlnet, load_controlnet_state_dict
 from comfy.control.lora import ControlLora
 from comfy.control.network import ControlNet
+from comfy.control.sd3 import ControlNetSD35
 from comfy.control.t2i import T2IAdapter, load_t2i_adapter
-from comfy.missing import missing_class
 
 __all__ = [
     "ControlBase", "ControlLora", "ControlNet", "ControlNetSD35", "StrengthType", "T2IAdapter", "broadcast_image_to",
     "load_controlnet", "load_controlnet_state_dict", "load_t2i_adapter",
 ]  # fmt: skip
-
-ControlNetSD35 = missing_class("ControlNetSD35", "ControlNet for SD3.5")

@@ -20,6 +20,7 @@ from tests.tiny_models import (
     _linear,
     flux_shapes,
     random_weights,
+    renamed,
     to_diffusers,
 )  # fmt: skip
 
@@ -203,6 +204,47 @@ def control_union() -> StateDict:
 def control_inpaint() -> StateDict:
     """As Alimama's for inpainting: latent and mask as hint, no single blocks (nor has Shakker Labs' union pro 2)."""
     return _control_diffusers(55, 2, 0, channels=17)
+
+
+SD3_DEPTH = 4
+
+
+def _shapes_of(network: torch.nn.Module) -> Shapes:
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def control_sd3(blocks: int = 2, channels: int = 16) -> StateDict:
+    """For an SD3 of four blocks, in diffusers' layout."""
+    import comfy.ops
+    from comfy.cldm.mmdit import ControlNet
+    from comfy.families import sd3
+
+    text = {"params": {"in_features": T5_WIDTH, "out_features": 64 * SD3_DEPTH}}
+    network = ControlNet(
+        num_blocks=blocks, depth=SD3_DEPTH, control_latent_channels=channels, num_patches=64, pos_embed_max_size=8,
+        adm_in_channels=48, context_embedder_config=text, device="meta", operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    sd = random_weights(_shapes_of(network), 61)
+    out = renamed(sd, sd3.diffusers_targets(SD3_DEPTH, blocks))
+    return out | {key: value for key, value in sd.items() if key.startswith(("controlnet_blocks", "pos_embed_input"))}
+
+
+def control_sd35(double: bool, kind: int = 2) -> StateDict:
+    """Stability AI's for an SD3.5 of four blocks, as for its large (`double`) and medium model."""
+    import comfy.ops
+    from comfy.cldm.dit_embedder import ControlNetEmbedder
+
+    network = ControlNetEmbedder(
+        SD3_DEPTH, 2, double, adm_in_channels=48, device="meta", operations=comfy.ops.disable_weight_init
+    )
+    sd = random_weights(_shapes_of(network), 62)
+    names = {"y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1"}
+    out = {}
+    for key, value in sd.items():
+        stem, _, last = key.rpartition(".")
+        if not key.startswith(f"{network.borrows[0]}."):
+            out[f"{names.get(stem, stem)}.{last}"] = value
+    return out | {"control_type": torch.tensor([float(kind)])}
 
 
 FILES: dict[str, Callable[[], StateDict]] = {

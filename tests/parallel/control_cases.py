@@ -142,3 +142,33 @@ def control_results(manager, rings=(None,)):
             out[case, ring] = (engine.last_run.plan, deviation, change, list(rows))
     lockstep.end()
     return out
+
+
+def sd3_residuals(manager):
+    """Deviations of SD3's control networks with tokens shared, in both layouts and both ways of Stability AI's."""
+    from comfy.control.loading import load_controlnet_state_dict
+    from comfy.ldm import dit
+    from comfy.taco_dit.core.config_manager import TacoConfig
+    from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
+    from comfy.taco_dit.core.lockstep import RankLockstep
+    from comfy.taco_dit.core.plan import ParallelDims
+
+    lockstep = RankLockstep(manager)
+    engine = TACODiTExecutionEngine(TacoConfig(), manager, lockstep)
+    lockstep.begin("sd3")
+    plan, out = engine.token_plan(ParallelDims(ulysses_degree=manager.world_size)), []
+    files = (tiny_adapters.control_sd3(), tiny_adapters.control_sd35(False), tiny_adapters.control_sd35(True))
+    for sd in files:
+        network = load_controlnet_state_dict(sd).control_model
+        pooled = 2048 if getattr(network, "double_y_emb", False) else 48
+        call = {
+            "x": drawn(2, 16, 7, 10, seed=1), "timesteps": torch.tensor([300.0, 700.0]), "y": drawn(2, pooled, seed=2),
+            "context": drawn(2, 5, T5_WIDTH, seed=3), "hint": drawn(1, 16, 7, 10, seed=4),
+        }  # fmt: skip
+        with torch.inference_mode():
+            one = network(**call)["output"]
+            many = network(**call, transformer_options=dit.DenoiserCall(plan=plan).within({}))["output"]
+        assert len(one) == len(many)
+        out.append(max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(one, many)))
+    lockstep.end()
+    return out

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .control_cases import WORST, control_results
+from .control_cases import WORST, control_results, sd3_residuals
 from .ranks import run_ranks
 
 
@@ -27,3 +27,9 @@ def test_parallel_equals_serial(world):
         assert plans["xlabs"] == "ulysses 3" and rows["xlabs"] == [1, 1]
     assert plans["foreign"] == f"ulysses {world}" and rows["foreign"] == [4, 4]
     assert sum(rows["late"]) == 2 * (2 + 1) // (2 if plans["late"] == "data 2" else 1)
+
+
+def test_sd3_shares_tokens():
+    """Residuals of SD3's control networks at an odd size."""
+    for deviations in run_ranks(2, sd3_residuals):
+        assert max(deviations) < WORST, deviations
