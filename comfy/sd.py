@@ -18,7 +18,6 @@ import comfy.model_patcher
 import comfy.utils
 from comfy import weight_files
 from comfy.clip import CLIP
-from comfy.missing import missing_function
 from comfy.style_models import StyleModel, load_style_model
 from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts
 from comfy.vae import VAE
@@ -33,7 +32,18 @@ __all__ = [
 
 StateDict = dict[str, torch.Tensor]
 
-load_gligen = missing_function("GLIGEN")
+
+def load_gligen(ckpt_path: str) -> Any:
+    """A patcher around the GLIGEN network in a file. Raises ValueError when it holds none."""
+    from comfy.gligen import load_gligen as from_state_dict
+
+    sd = comfy.utils.load_torch_file(ckpt_path, safe_load=True)
+    management = comfy.model_management
+    patcher = comfy.model_patcher.ModelPatcher(
+        from_state_dict(sd), management.get_torch_device(), management.unet_offload_device()
+    )
+    patcher.weight_store.loaded_from |= weight_files.files_in(sd)
+    return patcher
 
 
 def _patcher_class() -> type[comfy.model_patcher.ModelPatcher]:

@@ -172,3 +172,70 @@ def sd3_residuals(manager):
         out.append(max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(one, many)))
     lockstep.end()
     return out
+
+
+SD1 = {
+    "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
+    "context_dim": 24, "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1, "num_head_channels": 64,
+}  # fmt: skip
+
+
+def unet():
+    """(patcher of a tiny UNet of the kind of SD1, its control network)."""
+    import comfy.model_base
+    from comfy.cldm.cldm import ControlNet as Network
+    from comfy.control.loading import load_controlnet_state_dict
+    from comfy.supported_models_base import BASE
+    from comfy.taco_dit import TACODiTModelPatcher
+
+    class Tiny(BASE):
+        unet_config = {}
+
+    def filled(network, seed):
+        return random_weights({key: tuple(value.shape) for key, value in network.state_dict().items()}, seed)
+
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    config = Tiny(dict(SD1))
+    config.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.BaseModel(config, device=torch.device("cpu"), unet_model=UNetModel)
+    model.diffusion_model.load_state_dict(filled(model.diffusion_model, 1))
+    control = load_controlnet_state_dict(filled(Network(**{k: v for k, v in SD1.items() if k != "out_channels"}), 2))
+    device = torch.device("cpu")
+    return TACODiTModelPatcher(model.eval().requires_grad_(False), load_device=device, offload_device=device), control
+
+
+def unet_results(manager):
+    """{conditionings x pictures: (plan, deviation from one rank)} of a UNet with a ControlNet and a hint a picture."""
+    import comfy.sample
+    from comfy.taco_dit import runtime
+    from comfy.taco_dit.core.config_manager import ParallelConfig, TacoConfig
+    from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
+    from comfy.taco_dit.core.lockstep import RankLockstep
+    from comfy_nodes.controlnet import with_control
+
+    lockstep = RankLockstep(manager)
+    engine = TACODiTExecutionEngine(TacoConfig(), manager, lockstep)
+    runtime.activate(runtime.Runtime(TacoConfig(), manager, lockstep, engine))
+    patcher, control = unet()
+    conds = [[[drawn(1, 7, 24, seed=i), {}]] for i in (1, 2)]
+    out = {}
+    lockstep.begin("unet")
+    for cfg, pictures in ((4.0, 1), (1.0, 3)):
+        image = torch.rand(pictures, 60, 60, 3, generator=torch.Generator().manual_seed(7))
+        found = []
+        for enabled in (False, True):
+            patcher.taco_parallel = dataclasses.replace(ParallelConfig(), enabled=enabled)
+            positive, negative = with_control(conds, control, image, 0.8, (0.0, 1.0))
+            latent = torch.zeros(pictures, 4, 7, 9)
+            found.append(
+                comfy.sample.sample(
+                    patcher, comfy.sample.prepare_noise(latent, 3), 2, cfg, "euler", "normal", positive, negative,
+                    latent, disable_pbar=True, seed=3,
+                )
+            )  # fmt: skip
+        deviation = (found[0] - found[1]).abs().max() / found[0].abs().max()
+        out[engine.last_run.plan] = deviation.item()
+    lockstep.end()
+    return out

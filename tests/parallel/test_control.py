@@ -2,7 +2,7 @@
 
 import pytest
 
-from .control_cases import WORST, control_results, sd3_residuals
+from .control_cases import WORST, control_results, sd3_residuals, unet_results
 from .ranks import run_ranks
 
 
@@ -33,3 +33,10 @@ def test_sd3_shares_tokens():
     """Residuals of SD3's control networks at an odd size."""
     for deviations in run_ranks(2, sd3_residuals):
         assert max(deviations) < WORST, deviations
+
+
+def test_a_unet_splits_rows():
+    """Each rank evaluates the ControlNet for its own conditionings or pictures, with their hints."""
+    for out in run_ranks(2, unet_results):
+        assert list(out) == ["cfg 2", "data 2"]
+        assert max(out.values()) < WORST, out
