@@ -124,7 +124,8 @@ class ControlBase:
 
     def prepare_hints(self, x_noisy: torch.Tensor) -> None:
         """Make the hints of the whole chain for latents of this size; every rank calls it for the same latents."""
-        self.prepare_hint(x_noisy)
+        if type(self).__module__.startswith(__package__):  # a pack's class has its own way with hints
+            self.prepare_hint(x_noisy)
         prepare = getattr(self.previous_controlnet, "prepare_hints", None)
         if prepare is not None:
             prepare(x_noisy)
