@@ -18,22 +18,33 @@ import comfy.model_patcher
 import comfy.utils
 from comfy import weight_files
 from comfy.clip import CLIP
-from comfy.missing import FeatureMissingError, missing_class, missing_function
+from comfy.missing import FeatureMissingError
+from comfy.style_models import StyleModel, load_style_model
 from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts
 from comfy.vae import VAE
 from comfy.weights.store import store_of
 
 __all__ = [
-    "CLIP", "CLIPType", "VAE", "load_checkpoint", "load_checkpoint_guess_config", "load_clip", "load_diffusion_model",
-    "load_diffusion_model_state_dict", "load_gligen", "load_lora_for_models", "load_state_dict_guess_config",
-    "load_style_model", "load_text_encoder_state_dicts", "load_unet", "load_unet_state_dict", "save_checkpoint",
+    "CLIP", "CLIPType", "StyleModel", "VAE", "load_checkpoint", "load_checkpoint_guess_config", "load_clip",
+    "load_diffusion_model", "load_diffusion_model_state_dict", "load_gligen", "load_lora_for_models",
+    "load_state_dict_guess_config", "load_style_model", "load_text_encoder_state_dicts", "load_unet",
+    "load_unet_state_dict", "save_checkpoint",
 ]  # fmt: skip
 
 StateDict = dict[str, torch.Tensor]
 
-StyleModel = missing_class("StyleModel", "style models (Redux)")
-load_style_model = missing_function("style models (Redux)")
-load_gligen = missing_function("GLIGEN")
+
+def load_gligen(ckpt_path: str) -> Any:
+    """A patcher around the GLIGEN network in a file. Raises ValueError when it holds none."""
+    from comfy.gligen import load_gligen as from_state_dict
+
+    sd = comfy.utils.load_torch_file(ckpt_path, safe_load=True)
+    management = comfy.model_management
+    patcher = comfy.model_patcher.ModelPatcher(
+        from_state_dict(sd), management.get_torch_device(), management.unet_offload_device()
+    )
+    patcher.weight_store.loaded_from |= weight_files.files_in(sd)
+    return patcher
 
 
 def _patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
@@ -127,7 +138,11 @@ def load_state_dict_guess_config(
     if config is None:
         model = load_diffusion_model_state_dict(sd, model_options=options, metadata=metadata)
         return None if model is None else (model, None, None, None)
-    patcher = clip = vae = None
+    patcher = clip = vae = vision = None
+    if output_clipvision and config.clip_vision_prefix is not None:
+        from comfy.clip_vision import load_clipvision_from_sd
+
+        vision = load_clipvision_from_sd(sd, config.clip_vision_prefix, True)
     if output_model:
         patcher = _build_model(config, sd, prefix, options)
     if output_vae:
@@ -138,7 +153,7 @@ def load_state_dict_guess_config(
         clip = _build_clip(config, sd, embedding_directory, te_model_options or {})
     if sd:
         logging.debug("left over keys: %s", list(sd))
-    return patcher, clip, vae, None
+    return patcher, clip, vae, vision
 
 
 def _build_vae(weights: StateDict, metadata: dict[str, str] | None) -> Any:

@@ -112,3 +112,55 @@ def test_hint_and_weight_decomposition():
         weight_decompose(scale, weight, change, 0.5, 0.8, torch.float32, lambda x: x),
         decompose(scale, weight, change * 0.5, 0.8),
     )
+
+
+def test_joined_json():
+    from utils.json_util import merge_json_recursive
+
+    base = {"a": {"x": 1, "y": [1]}, "b": 2}
+    assert merge_json_recursive(base, {"a": {"y": [2], "z": 3}, "b": [4]}) == {
+        "a": {"x": 1, "y": [1, 2], "z": 3},
+        "b": [4],
+    }
+    assert base == {"a": {"x": 1, "y": [1]}, "b": 2}
+
+
+def test_the_format_to_write():
+    from comfy_api.input_impl.video_types import container_to_output_format
+
+    formats = [container_to_output_format(name) for name in ("mov,mp4,m4a", "mp4", "", None)]
+    assert formats == ["mov", "mp4", None, None]
+
+
+def test_lists_and_pictures_of_models(tmp_path, monkeypatch):
+    import io
+
+    import torch
+    from safetensors.torch import save_file
+
+    import folder_paths
+    from app.model_manager import ModelFileManager
+
+    cover = "aGVsbG8="
+    save_file({"a": torch.zeros(1)}, tmp_path / "m.safetensors", metadata={"ssmd_cover_images": f'["{cover}"]'})
+    (tmp_path / "m.preview.png").write_bytes(b"x")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    manager = ModelFileManager()
+    assert [entry["name"] for entry in manager.get_model_file_list("loras")] == ["m.safetensors"]
+    picture, cover = manager.get_model_previews(str(tmp_path / "m.safetensors"))
+    assert picture.endswith("m.preview.png") and isinstance(cover, io.BytesIO) and cover.read() == b"hello"
+
+
+def test_configurations_that_come_with_the_program():
+    import app.run
+    from comfy.sd import _read_config
+
+    folder = Path(app.run.__file__).parent / "builtin_models" / "configs"
+    read = {path.stem: _read_config(str(path))["model"]["params"] for path in folder.iterdir()}
+    assert len(read) == 11
+    assert {name for name, told in read.items() if told["parameterization"] == "v"} == {
+        "v2-inference-v",
+        "v2-inference-v_fp32",
+    }
+    skipping = {name for name, told in read.items() if "cond_stage_config" in told}
+    assert skipping == {"anything_v3", "v1-inference_clip_skip_2", "v1-inference_clip_skip_2_fp16"}

@@ -14,6 +14,7 @@ checkpoints and text encoders where the vocabulary of these comes with the progr
 blocks, but real widths: 130 and 300 MB)
     checkpoints/tiny_sd15.safetensors, tiny_sdxl.safetensors
     loras/tiny_sd15_kohya.safetensors
+`adapters` writes ControlNets, image encoders and style models (`tests.tiny_adapters`).
 Pictures made with them are coloured noise: the weights are random.
 """
 
@@ -209,7 +210,7 @@ def to_diffusers(state_dict: StateDict) -> StateDict:
     from comfy.ldm.flux.keys import diffusers_key_map
 
     depth = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("double_blocks."))
-    single = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("single_blocks."))
+    single = 1 + max((int(k.split(".")[1]) for k in state_dict if k.startswith("single_blocks.")), default=-1)
     config = {"hidden_size": HIDDEN, "depth": depth, "depth_single_blocks": single, "mlp_ratio": 4.0}
     return renamed(state_dict, diffusers_key_map(config))
 
@@ -273,17 +274,19 @@ def write_family(name: str, out: str) -> list[str]:
     """Write the tiny files of a family below `out`; returns their paths."""
     if name == "flux":
         return write_flux(out)
-    from tests import tiny_families, tiny_unets
+    from tests import tiny_adapters, tiny_families, tiny_unets
 
-    return write_files(tiny_unets.FILES.get(name) or tiny_families.files(name), out)
+    own = {"adapters": tiny_adapters.FILES, **tiny_unets.FILES}
+    return write_files(own.get(name) or tiny_families.files(name), out)
 
 
 def main() -> None:
     """Command line."""
     from tests import tiny_families, tiny_unets
 
+    names = sorted({"adapters", *tiny_families.TINY, *tiny_unets.FILES})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=sorted({**tiny_families.TINY, **tiny_unets.FILES}), default="flux")
+    parser.add_argument("--family", choices=names, default="flux")
     parser.add_argument("--out", default="models", help="models folder to write into")
     arguments = parser.parse_args()
     for path in write_family(arguments.family, arguments.out):

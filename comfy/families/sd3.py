@@ -112,7 +112,7 @@ _STREAM = {
     "ff_context.net.0.proj": "context_block.mlp.fc1",
     "ff_context.net.2": "context_block.mlp.fc2",
 }
-_TOP = {
+TOP = {
     "pos_embed.proj": "x_embedder.proj",
     "context_embedder": "context_embedder",
     "proj_out": "final_layer.linear",
@@ -130,7 +130,7 @@ def diffusers_targets(depth: int, blocks: int | None = None) -> key_maps.Targets
     blocks: how many there are, if not all (in a ControlNet).
     """
     hidden = 64 * depth
-    out = key_maps.linears(_TOP)
+    out = key_maps.linears(TOP)
     out["pos_embed.pos_embed"] = "pos_embed"
     out |= key_maps.changed("norm_out.linear", "final_layer.adaLN_modulation.1", key_maps.scale_before_shift)
     for i in range(depth if blocks is None else blocks):

@@ -198,11 +198,15 @@ def patched_inputs(options: Mapping[str, Any], values: dict[str, Any], kind: str
     return values
 
 
-def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequence[Block] | None = None) -> DiTState:
+def run_blocks(
+    network: Any, state: DiTState, call: DenoiserCall, blocks: Sequence[Block] | None = None,
+    after: Callable[[Block, DiTState], None] | None = None,
+) -> DiTState:  # fmt: skip
     """A network's blocks (or a slice of them: a pipeline stage) with all that surrounds them.
 
     state: whole, from `network.embed`, or sharded by the call's plan, from earlier blocks. Returns a state that is
-    sharded where `call.plan` says so. Between blocks a prompt that was cancelled ends (see `pace`).
+    sharded where `call.plan` says so. `after` sees the state after each block: control networks take their residuals
+    from it. Between blocks a prompt that was cancelled ends (see `pace`).
     """
     plan, options = call.plan, call.options
     if plan is not None and hasattr(network, "prepared_layers"):
@@ -227,6 +231,8 @@ def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequen
             state = state if residual is None else state.add(block.residual.stream, residual)
         if block.leaves_skip is not None:
             state = state.with_skip(block.leaves_skip)
+        if after is not None:
+            after(block, state)
         pace.step(next(iter(state.streams.values())))
     return state
 

@@ -202,11 +202,14 @@ class FinalLayer(nn.Module):
         return self.linear(norm_modulate(x, scale, shift))
 
 
-class _VectorEmbedder(nn.Module):
+class VectorEmbedder(nn.Module):
     """Pooled text [B, in] -> [B, C]."""
 
-    def __init__(self, width: int, hidden_size: int, place: dict[str, Any], operations: Any) -> None:
+    def __init__(
+        self, width: int, hidden_size: int, dtype: Any = None, device: Any = None, operations: Any = None
+    ) -> None:
         super().__init__()
+        place = {"dtype": dtype, "device": device}
         first, second = (
             operations.Linear(width, hidden_size, **place),
             operations.Linear(hidden_size, hidden_size, **place),
@@ -228,9 +231,10 @@ class MMDiT(nn.Module):
         input_size: int | None = None, adm_in_channels: int | None = None, mlp_ratio: float = 4.0,
         context_embedder_config: dict[str, Any] | None = None, num_patches: int | None = None,
         pos_embed_max_size: int | None = None, pos_embed_scaling_factor: float | None = None,
-        qk_norm: str | None = None, x_block_self_attn_layers: Sequence[int] = (), dtype: Any = None,
-        device: Any = None, operations: Any = None, **unused: Any,
+        qk_norm: str | None = None, x_block_self_attn_layers: Sequence[int] = (), num_blocks: int | None = None,
+        final_layer: bool = True, dtype: Any = None, device: Any = None, operations: Any = None, **unused: Any,
     ) -> None:  # fmt: skip
+        """num_blocks: how many there are, if not `depth`; without `final_layer` (in ControlNets) the last is as the others."""
         super().__init__()
         operations = operations or comfy.ops.disable_weight_init
         place = {"dtype": dtype, "device": device}
@@ -247,7 +251,9 @@ class MMDiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, self.hidden_size, operations=operations, **place)
         self.t_embedder = TimestepEmbedder(self.hidden_size, operations=operations, **place)
         if adm_in_channels is not None:
-            self.y_embedder: nn.Module | None = _VectorEmbedder(adm_in_channels, self.hidden_size, place, operations)
+            self.y_embedder: nn.Module | None = VectorEmbedder(
+                adm_in_channels, self.hidden_size, operations=operations, **place
+            )
         else:
             self.y_embedder = None
         self.context_embedder: nn.Module = nn.Identity()
@@ -256,22 +262,30 @@ class MMDiT(nn.Module):
             self.context_embedder = operations.Linear(width, self.hidden_size, **place)
         self.joint_blocks = nn.ModuleList(
             JointBlock(
-                self.hidden_size, self.num_heads, pre_only=i == depth - 1, mlp_ratio=mlp_ratio, qk_norm=qk_norm,
-                x_block_self_attn=i in x_block_self_attn_layers, operations=operations, **place,
+                self.hidden_size, self.num_heads, pre_only=final_layer and i == depth - 1, mlp_ratio=mlp_ratio,
+                qk_norm=qk_norm, x_block_self_attn=i in x_block_self_attn_layers, operations=operations, **place,
             )
-            for i in range(depth)
+            for i in range(depth if num_blocks is None else num_blocks)
         )  # fmt: skip
-        self.final_layer = FinalLayer(self.hidden_size, patch_size, self.out_channels, operations=operations, **place)
+        if final_layer:
+            self.final_layer = FinalLayer(
+                self.hidden_size, patch_size, self.out_channels, operations=operations, **place
+            )
+
+    @staticmethod
+    def computed_positions(rows: int, cols: int, like: torch.Tensor) -> torch.Tensor:
+        """Places of a grid of patches around 7.5, the shorter side 15 long: [1, rows * cols, C] as tokens `like`."""
+        shorter = min(rows, cols)
+        reach_y, reach_x = 7.5 * rows / shorter, 7.5 * cols / shorter
+        place: dict[str, Any] = {"device": like.device, "dtype": torch.float64}
+        down = torch.linspace(7.5 - reach_y, 7.5 + reach_y, rows, **place)
+        across = torch.linspace(7.5 - reach_x, 7.5 + reach_x, cols, **place)
+        return waves_2d(down, across, like.shape[-1]).unsqueeze(0).to(like)
 
     def positions(self, rows: int, cols: int, like: torch.Tensor) -> torch.Tensor:
         """The table of a grid of patches [1, rows * cols, C]: the middle of the stored one, else computed."""
         if self.pos_embed is None:
-            shorter = min(rows, cols)
-            reach_y, reach_x = 7.5 * rows / shorter, 7.5 * cols / shorter
-            place: dict[str, Any] = {"device": like.device, "dtype": torch.float64}
-            down = torch.linspace(7.5 - reach_y, 7.5 + reach_y, rows, **place)
-            across = torch.linspace(7.5 - reach_x, 7.5 + reach_x, cols, **place)
-            return waves_2d(down, across, self.hidden_size).unsqueeze(0).to(like)
+            return self.computed_positions(rows, cols, like)
         size = self.pos_embed_max_size or math.isqrt(self.pos_embed.shape[1])
         if rows > size or cols > size:
             raise ValueError(

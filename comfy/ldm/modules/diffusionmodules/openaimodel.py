@@ -189,8 +189,34 @@ class UNetModel(nn.Module):
     def _build(self, emb: int) -> None:
         """All blocks: down, middle, up; each output block takes the skip of the input block that it mirrors."""
         conv, levels = self._operations.Conv2d, len(self.channel_mult)
+        width, skips = self._build_down(emb)
+        outputs = []
+        depths = reversed(self.transformer_depth_output)
+        for level in reversed(range(levels)):
+            for i in range(self.num_res_blocks[level] + 1):
+                layers: list[Any] = [
+                    self._res_block(width + skips.pop(), emb, self.model_channels * self.channel_mult[level])
+                ]
+                width = layers[0].out_channels
+                depth = next(depths)
+                if depth > 0:
+                    layers.append(self._transformer(width, depth))
+                if level > 0 and i == self.num_res_blocks[level]:
+                    layers.append(self._resampling(Upsample, width))
+                outputs.append(TimestepEmbedSequential(*layers))
+        self.output_blocks = nn.ModuleList(outputs)
+        self.out = nn.Sequential(
+            self._operations.GroupNorm(GROUPS, width, **self._place),
+            nn.SiLU(),
+            conv(width, self.out_channels, 3, padding=1, **self._place),
+        )
+
+    def _build_down(self, emb: int) -> tuple[int, list[int]]:
+        """Input and middle blocks; (width of the middle, width of each input block's skip)."""
+        levels = len(self.channel_mult)
         width = self.model_channels * self.channel_mult[0]
-        inputs = [TimestepEmbedSequential(conv(self.in_channels, width, 3, padding=1, **self._place))]
+        first = self._operations.Conv2d(self.in_channels, width, 3, padding=1, **self._place)
+        inputs = [TimestepEmbedSequential(first)]
         skips = [width]
         depths = iter(self.transformer_depth)
         for level, blocks in enumerate(self.num_res_blocks):
@@ -207,24 +233,7 @@ class UNetModel(nn.Module):
                 skips.append(width)
         self.input_blocks = nn.ModuleList(inputs)
         self.middle_block = None if self.transformer_depth_middle < -1 else self._middle(width, emb)
-        outputs = []
-        depths = reversed(self.transformer_depth_output)
-        for level in reversed(range(levels)):
-            for i in range(self.num_res_blocks[level] + 1):
-                layers = [self._res_block(width + skips.pop(), emb, self.model_channels * self.channel_mult[level])]
-                width = layers[0].out_channels
-                depth = next(depths)
-                if depth > 0:
-                    layers.append(self._transformer(width, depth))
-                if level > 0 and i == self.num_res_blocks[level]:
-                    layers.append(self._resampling(Upsample, width))
-                outputs.append(TimestepEmbedSequential(*layers))
-        self.output_blocks = nn.ModuleList(outputs)
-        self.out = nn.Sequential(
-            self._operations.GroupNorm(GROUPS, width, **self._place),
-            nn.SiLU(),
-            conv(width, self.out_channels, 3, padding=1, **self._place),
-        )
+        return width, skips
 
     def _middle(self, width: int, emb: int) -> TimestepEmbedSequential:
         layers: list[Any] = [self._res_block(width, emb, width)]
