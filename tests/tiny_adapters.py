@@ -247,6 +247,18 @@ def control_sd35(double: bool, kind: int = 2) -> StateDict:
     return out | {"control_type": torch.tensor([float(kind)])}
 
 
+def control_hunyuan(old: bool = False) -> StateDict:
+    """For a HunyuanDiT of which this is the first half: two blocks."""
+    import comfy.ops
+    from comfy.ldm.hydit.controlnet import HunYuanControlNet
+
+    network = HunYuanControlNet(
+        hidden_size=48, depth=2, num_heads=3, mlp_ratio=2.5, text_states_dim=40, text_states_dim_t5=24, text_len_t5=16,
+        size_cond=old, use_style_cond=old, device="meta", operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    return random_weights(_shapes_of(network), 63)
+
+
 FILES: dict[str, Callable[[], StateDict]] = {
     "clip_vision/tiny_clip_vision_l.safetensors": vision_l,
     "clip_vision/tiny_clip_vision_h.safetensors": lambda: to_open_clip(vision_h()),

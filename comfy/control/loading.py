@@ -51,6 +51,7 @@ KINDS: list[Kind] = [
          "comfy.control.sd3:stability"),
     Kind(has("controlnet_blocks.0.weight", "pos_embed_input.proj.weight"), "comfy.control.sd3:diffusers"),
     Kind(has("controlnet_blocks.0.weight", "controlnet_x_embedder.weight"), "comfy.control.flux:diffusers"),
+    Kind(has("after_proj_list.0.bias", "before_proj.weight"), "comfy.control.hunyuan_dit:load"),
     Kind(has("lora_controlnet"), "comfy.control.lora:load"),
     Kind(has("controlnet_cond_embedding.conv_in.weight"), "comfy.control.unet:diffusers"),
     Kind(has("control_model.zero_convs.0.0.weight"), "comfy.control.unet:with_prefix"),

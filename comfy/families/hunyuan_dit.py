@@ -61,7 +61,7 @@ class HunyuanDiT(supported_models_base.BASE):
         return comfy.model_base.ModelType.V_PREDICTION
 
     def get_model(self, state_dict: StateDict, prefix: str = "", device: Any = None) -> Any:
-        self.unet_config |= _sizes_of_file(state_dict, prefix)
+        self.unet_config |= sizes_of_file(state_dict, prefix)
         return HunyuanDiTModel(self, model_type=self.model_type(state_dict, prefix), device=device)
 
     def clip_target(self, state_dict: StateDict | None = None) -> supported_models_base.ClipTarget:
@@ -78,7 +78,7 @@ class HunyuanDiT1(HunyuanDiT):
     sampling_settings = {"linear_start": 0.00085, "linear_end": 0.03}
 
 
-def _sizes_of_file(sd: StateDict, prefix: str) -> dict[str, Any]:
+def sizes_of_file(sd: StateDict, prefix: str) -> dict[str, Any]:
     """Sizes that a file has and that recognition takes for granted."""
     names = {
         "head": "blocks.0.attn1.q_norm.weight",

@@ -145,7 +145,7 @@ def control_results(manager, rings=(None,)):
 
 
 def sd3_residuals(manager):
-    """Deviations of SD3's control networks with tokens shared, in both layouts and both ways of Stability AI's."""
+    """Deviations of control networks with tokens shared: SD3's in each layout, HunyuanDiT's."""
     from comfy.control.loading import load_controlnet_state_dict
     from comfy.ldm import dit
     from comfy.taco_dit.core.config_manager import TacoConfig
@@ -157,7 +157,12 @@ def sd3_residuals(manager):
     engine = TACODiTExecutionEngine(TacoConfig(), manager, lockstep)
     lockstep.begin("sd3")
     plan, out = engine.token_plan(ParallelDims(ulysses_degree=manager.world_size)), []
-    files = (tiny_adapters.control_sd3(), tiny_adapters.control_sd35(False), tiny_adapters.control_sd35(True))
+    files = (
+        tiny_adapters.control_sd3(),
+        tiny_adapters.control_sd35(False),
+        tiny_adapters.control_sd35(True),
+        tiny_adapters.control_hunyuan(),
+    )
     for sd in files:
         network = load_controlnet_state_dict(sd).control_model
         pooled = 2048 if getattr(network, "double_y_emb", False) else 48
@@ -165,6 +170,12 @@ def sd3_residuals(manager):
             "x": drawn(2, 16, 7, 10, seed=1), "timesteps": torch.tensor([300.0, 700.0]), "y": drawn(2, pooled, seed=2),
             "context": drawn(2, 5, T5_WIDTH, seed=3), "hint": drawn(1, 16, 7, 10, seed=4),
         }  # fmt: skip
+        if sd is files[-1]:
+            call = {
+                "x": drawn(2, 4, 7, 10, seed=1), "timesteps": torch.tensor([300.0, 700.0]), "hint": drawn(1, 4, 7, 10, seed=4),
+                "context": drawn(2, 77, 40, seed=3), "encoder_hidden_states_t5": drawn(2, 16, 24, seed=2),
+                "text_embedding_mask": torch.ones(2, 77), "text_embedding_mask_t5": (torch.arange(16) < 9).float()[None],
+            }  # fmt: skip
         with torch.inference_mode():
             one = network(**call)["output"]
             many = network(**call, transformer_options=dit.DenoiserCall(plan=plan).within({}))["output"]

@@ -29,8 +29,8 @@ def test_parallel_equals_serial(world):
     assert sum(rows["late"]) == 2 * (2 + 1) // (2 if plans["late"] == "data 2" else 1)
 
 
-def test_sd3_shares_tokens():
-    """Residuals of SD3's control networks at an odd size."""
+def test_others_share_tokens():
+    """Residuals of SD3's and HunyuanDiT's control networks at an odd size."""
     for deviations in run_ranks(2, sd3_residuals):
         assert max(deviations) < WORST, deviations
 

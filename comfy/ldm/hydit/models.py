@@ -227,9 +227,10 @@ class HunYuanDiT(nn.Module):
     def __init__(
         self, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152, depth: int = 28, num_heads: int = 16,
         mlp_ratio: float = 4.0, text_states_dim: int = 1024, text_states_dim_t5: int = 2048, text_len: int = 77,
-        text_len_t5: int = 256, size_cond: bool = False, use_style_cond: bool = False, dtype: Any = None,
-        device: Any = None, operations: Any = None, **unused: Any,
+        text_len_t5: int = 256, size_cond: bool = False, use_style_cond: bool = False, skips: bool = True,
+        dtype: Any = None, device: Any = None, operations: Any = None, **unused: Any,
     ) -> None:  # fmt: skip
+        """skips: without them (in ControlNets) all blocks are as the first half's, and there is no last layer."""
         super().__init__()
         operations = operations or comfy.ops.disable_weight_init
         place = {"dtype": dtype, "device": device}
@@ -259,14 +260,15 @@ class HunYuanDiT(nn.Module):
         )
         self.blocks = nn.ModuleList(
             HunYuanDiTBlock(
-                hidden_size, hidden_size, num_heads, mlp_ratio, text_states_dim, skip=layer > depth // 2,
+                hidden_size, hidden_size, num_heads, mlp_ratio, text_states_dim, skip=skips and layer > depth // 2,
                 operations=operations, **place,
             )
             for layer in range(depth)
         )  # fmt: skip
-        self.final_layer = FinalLayer(
-            hidden_size, hidden_size, patch_size, self.out_channels, operations=operations, **place
-        )
+        if skips:
+            self.final_layer = FinalLayer(
+                hidden_size, hidden_size, patch_size, self.out_channels, operations=operations, **place
+            )
 
     def _text(self, bert: torch.Tensor, bert_mask: Any, t5: torch.Tensor, t5_mask: Any) -> torch.Tensor:
         """Both encoders' features [B, L, in], with learned features in the place of padding."""
