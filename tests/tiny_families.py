@@ -63,11 +63,15 @@ class Tiny:
         """The record."""
         return next(f for f in comfy.families.records() if self.configuration in f.configurations)
 
-    def network(self, device: Any = "meta") -> Any:
-        """The network without weights of use."""
+    def model(self, device: Any = "meta") -> Any:
+        """The model without weights of use."""
         config = self.kind()(dict(self.config))
         config.set_inference_dtype(torch.float32, None)
-        return config.get_model({}, device=device).diffusion_model
+        return config.get_model({}, device=device)
+
+    def network(self, device: Any = "meta") -> Any:
+        """Its network."""
+        return self.model(device).diffusion_model
 
     def kind(self) -> Any:
         """The class of its configuration."""
@@ -76,6 +80,18 @@ class Tiny:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Keys and shapes of the network's weights."""
         return {name: tuple(value.shape) for name, value in self.network().state_dict().items()}
+
+    def linears(self) -> list[tuple[str, torch.nn.Linear]]:
+        """(name, module) of the linears of the network's blocks; of UNets, all."""
+        network = self.network()
+        blocks = network.block_list() if hasattr(network, "block_list") else []
+        parts = {f"{block.name}.": block.module for block in blocks} or {"": network}
+        return [
+            (prefix + name, module)
+            for prefix, part in parts.items()
+            for name, module in part.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
 
     def conditioning(self, seed: int) -> list[Any]:
         """A prompt's features and fields, as encoding nodes give them."""
@@ -238,16 +254,27 @@ TINY: dict[str, Tiny] = {
 }  # fmt: skip
 
 
-def kohya_lora(name: str, rank: int = 4) -> StateDict:
+def _unet(configuration: str, **more: Any) -> Tiny:
+    config = {
+        "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
+        "transformer_depth": [0, 1], "transformer_depth_output": [0, 0, 0, 1], "transformer_depth_middle": 1,
+        "context_dim": 24, **more,
+    }  # fmt: skip
+    return Tiny(configuration, config, (7, 24), 4, _pooled(24) if more else lambda generator: {})
+
+
+# UNets, which are recognised by their real widths: no files are made of these. Their vector is the pooled prompt of 24 and
+# six sizes of 256.
+UNETS: dict[str, Tiny] = {
+    "sd15": _unet("SD15"),
+    "sdxl": _unet("SDXL", use_linear_in_transformer=True, num_classes="sequential", adm_in_channels=24 + 6 * 256),
+}
+
+
+def kohya_lora(tiny: Tiny, rank: int = 4) -> StateDict:
     """A LoRA on one linear in three of the blocks of a tiny network."""
     generator, out = torch.Generator().manual_seed(9), {}
-    linears = [
-        (f"{block.name}.{inner}", module)
-        for block in TINY[name].network().block_list()
-        for inner, module in block.module.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
-    for linear, module in linears[::3]:
+    for linear, module in tiny.linears()[::3]:
         stem = f"lora_unet_{linear.replace('.', '_')}"
         down = torch.randn((rank, module.in_features), generator=generator)
         out[f"{stem}.lora_down.weight"] = down / module.in_features**0.5
@@ -277,7 +304,7 @@ def files(name: str) -> dict[str, Callable[[], StateDict]]:
     vae = ("tiny_ae", tiny_models.vae_shapes) if tiny.channels == 16 else ("tiny_vae", tiny_models.vae_4_shapes)
     out: dict[str, Callable[[], StateDict]] = {
         f"diffusion_models/tiny_{name}.safetensors": lambda: weights,
-        f"loras/tiny_{name}_kohya.safetensors": lambda: kohya_lora(name),
+        f"loras/tiny_{name}_kohya.safetensors": lambda: kohya_lora(tiny),
     }
     if tiny.frames is None and tiny.channels in (4, 16):  # others have VAEs of their own
         out[f"vae/{vae[0]}.safetensors"] = lambda: tiny_models.random_weights(vae[1](), 4)
