@@ -8,6 +8,7 @@ import torch
 
 import comfy.latent_formats
 import comfy.model_detection
+from comfy.families.flux import sizes_of_file
 from comfy.ldm.flux import keys
 from comfy.ldm.flux.controlnet import ControlNetFlux
 
@@ -25,7 +26,8 @@ def _network(sd: StateDict, options: dict[str, Any], **changes: Any) -> tuple[An
     if config is None:
         raise ValueError("the file has the keys of a Flux ControlNet but not its blocks; use a whole file")
     place = placement(sd, config, options)
-    network = ControlNetFlux(**{**config.unet_config, **changes, **place.arguments()})
+    sizes = sizes_of_file(sd, "", config.unet_config["axes_dim"])
+    network = ControlNetFlux(**{**config.unet_config, **sizes, **changes, **place.arguments()})
     return with_weights(network, sd, place.dtype), place
 
 

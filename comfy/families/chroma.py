@@ -65,7 +65,7 @@ def _sizes_of_file(sd: StateDict, prefix: str, axes: Sequence[int]) -> dict[str,
     """Sizes that a file has and that recognition takes for granted: Flux's, and those of the small network."""
     small = f"{prefix}distilled_guidance_layer."
     first, sizes = sd.get(f"{small}in_proj.weight"), flux.sizes_of_file(sd, prefix, axes)
-    if first is None or not sizes:
+    if first is None or "out_channels" not in sizes:
         return {}
     sizes |= {"out_dim": sizes["hidden_size"], "out_channels": 4 * sizes["out_channels"]}
     layers = count_blocks(sd, small + "layers.{}.")

@@ -171,21 +171,24 @@ def rotary_axes(head_size: int) -> list[int]:
 
 
 def sizes_of_file(sd: StateDict, prefix: str, axes: Sequence[int]) -> dict[str, Any]:
-    """Sizes that a file has and that recognition takes for granted. axes: the rotary axes, kept where they fit."""
+    """Sizes that a file has and that recognition takes for granted. axes: the rotary axes, kept where they fit.
+
+    A ControlNet's file has no last layer, and so tells no `out_channels`.
+    """
     block = f"{prefix}double_blocks.0."
     names = {
         "img": f"{prefix}img_in.weight",
         "txt": f"{prefix}txt_in.weight",
         "norm": f"{block}img_attn.norm.key_norm.scale",
         "mlp": f"{block}img_mlp.0.weight",
-        "last": f"{prefix}final_layer.linear.weight",
     }
     if any(name not in sd for name in names.values()):
         return {}
+    last = sd.get(f"{prefix}final_layer.linear.weight")
     shapes = {name: sd[key].shape for name, key in names.items()}
     hidden, head = shapes["img"][0], shapes["norm"][0]
     return {
-        "out_channels": shapes["last"][0] // 4,
+        **({} if last is None else {"out_channels": last.shape[0] // 4}),
         "context_in_dim": shapes["txt"][1],
         "hidden_size": hidden,
         "mlp_ratio": shapes["mlp"][0] / hidden,
