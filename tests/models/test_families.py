@@ -25,11 +25,14 @@ FLUX = comfy.families.flux.FAMILY
 
 def test_importing_the_program_imports_no_network():
     code = (
-        "import sys, nodes, comfy.sd, comfy.samplers, comfy.supported_models, comfy.model_base, comfy.latent_formats;"
-        "print([m for m in sys.modules if m.startswith(('comfy.ldm.flux.model', 'comfy.families.flux'))])"
+        "import asyncio, sys, nodes, comfy.sd, comfy.samplers, comfy.supported_models, comfy.model_base;"
+        "import comfy.families, comfy.latent_formats; asyncio.run(nodes.init_builtin_extra_nodes());"
+        "loaded = set(sys.modules); records = comfy.families.records();"
+        "lazy = {f'comfy.families.{name}' for name in comfy.families._NAMES} | {f.network.split(':')[0] for f in records};"
+        "print(len(lazy) >= 2 * len(records) - 1, sorted(m for m in loaded if m in lazy or m.startswith('comfy.control.')))"
     )
     done = subprocess.run([sys.executable, "-c", code, "--cpu"], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.stdout.strip().splitlines()[-1] == "[]", done.stdout + done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "True []", done.stdout + done.stderr
 
 
 def test_public_names_are_the_records_classes():
