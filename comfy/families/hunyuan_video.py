@@ -12,7 +12,8 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.utils
 from comfy import supported_models_base
-from comfy.families.base import Family, Sizes, Split, StateDict
+from comfy.families import flux
+from comfy.families.base import Family, StateDict
 from comfy.ldm.flux import keys
 from comfy.model_detection import count_blocks
 
@@ -354,27 +355,6 @@ def lora_keys(network: Any) -> dict[str, Any]:
     return out
 
 
-def _sizes(network: Any) -> Sizes:
-    hidden, heads = network.hidden_size, network.num_heads
-    return {"heads": (hidden, hidden // heads), "mlp": (int(hidden * network.params.mlp_ratio), 1)}
-
-
-def _splits() -> dict[str, Split]:
-    """As Flux's: attention in whole heads, MLPs in columns then rows."""
-    out = {}
-    for stream in ("img", "txt"):
-        block = f"double_blocks.*.{stream}"
-        out[f"{block}_attn.qkv"] = Split("column", ("heads", "heads", "heads"))
-        out[f"{block}_attn.proj"] = Split("row", ("heads",))
-        out[f"{block}_mlp.0"] = Split("column", ("mlp",))
-        out[f"{block}_mlp.2"] = Split("row", ("mlp",))
-        out[f"{block}_mod.lin"] = Split("whole")
-    out["single_blocks.*.linear1"] = Split("column", ("heads", "heads", "heads", "mlp"))
-    out["single_blocks.*.linear2"] = Split("row", ("heads", "mlp"))
-    out["single_blocks.*.modulation.lin"] = Split("whole")
-    return out
-
-
 FAMILY = Family(
     name="hunyuan_video",
     network="comfy.ldm.hunyuan_video.model:HunyuanVideo",
@@ -395,6 +375,7 @@ FAMILY = Family(
     },
     from_diffusers=from_diffusers,
     lora_keys=lora_keys,
-    splits=_splits(),
-    sizes=_sizes,
+    # the blocks are Flux's
+    splits=flux.FAMILY.splits,
+    sizes=flux.FAMILY.sizes,
 )

@@ -81,19 +81,22 @@ class CLIPTokenizer(_RawTokenizer):
         return {"input_ids": [self.start, *self.ids(text), self.end]}
 
 
+def _from_json(path: str) -> Any:
+    """The tokenizer of `tokenizer.json` in folder `path`, with one id list for each text, as long as it is."""
+    from tokenizers import Tokenizer
+
+    core = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
+    core.no_padding()
+    core.no_truncation()
+    return core
+
+
 class T5Tokenizer(_RawTokenizer):
     """T5's unigram model; ids are followed by the end token."""
 
     end = 1
 
-    @staticmethod
-    def _read(path: str) -> Any:
-        from tokenizers import Tokenizer
-
-        core = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
-        core.no_padding()
-        core.no_truncation()
-        return core
+    _read = staticmethod(_from_json)
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [*self.ids(text), self.end]}
@@ -135,14 +138,7 @@ class OwnVocabulary(_RawTokenizer):
             )
         return _load(self._read, os.path.realpath(self.path))
 
-    @staticmethod
-    def _read(path: str) -> Any:
-        from tokenizers import Tokenizer
-
-        core = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
-        core.no_padding()
-        core.no_truncation()
-        return core
+    _read = staticmethod(_from_json)
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": self.before + (self.ids(text) if text else [])}
