@@ -43,7 +43,7 @@ def _kind(request: web.Request, name: str = "folder") -> str:
     return kind
 
 
-def _described(kind: str) -> list[dict[str, Any]]:
+def described(kind: str) -> list[dict[str, Any]]:
     """Files of a kind over all its directories; `pathIndex` says which."""
     directories, extensions = folder_paths.folder_names_and_paths[kind]
     result = []
@@ -75,19 +75,27 @@ def _preview(path: str) -> bytes | None:
         return None
 
 
-def _found_preview(path: str) -> bytes | None:
+def pictures_of(path: str) -> list[str]:
+    """Pictures next to a model file that show what it makes, the one named `.preview` first."""
     stem = os.path.splitext(path)[0]
-    for extension in _PREVIEW_EXTENSIONS:
-        for candidate in (stem + ".preview" + extension, stem + extension):
-            if os.path.isfile(candidate):
-                with media.open_picture(candidate) as image:
-                    return _webp(image)
+    names = (stem + infix + extension for extension in _PREVIEW_EXTENSIONS for infix in (".preview", ""))
+    return [name for name in names if os.path.isfile(name)]
+
+
+def covers_of(path: str) -> list[bytes]:
+    """Files of the cover images in a safetensors file's metadata. Raises ValueError where they are damaged."""
     covers = ((safetensors_header(path) or {}).get("__metadata__") or {}).get("ssmd_cover_images")
-    pictures = json.loads(covers) if covers else []
-    if not pictures:
-        return None
-    with media.open_picture(io.BytesIO(base64.b64decode(pictures[0])), "the cover image") as image:
-        return _webp(image)
+    return [base64.b64decode(picture) for picture in json.loads(covers)] if covers else []
+
+
+def _found_preview(path: str) -> bytes | None:
+    for candidate in pictures_of(path):
+        with media.open_picture(candidate) as image:
+            return _webp(image)
+    for cover in covers_of(path)[:1]:
+        with media.open_picture(io.BytesIO(cover), "the cover image") as image:
+            return _webp(image)
+    return None
 
 
 def _webp(image: Any) -> bytes:
@@ -124,7 +132,7 @@ def _add_lists(routes: web.RouteTableDef) -> None:
         return json_response(header["__metadata__"])
 
 
-def _add_experiment(routes: web.RouteTableDef) -> None:
+def add_experiment(routes: web.RouteTableDef) -> None:
     @routes.get("/experiment/models")
     async def kinds(request: web.Request) -> web.Response:
         known = folder_paths.folder_names_and_paths
@@ -132,7 +140,7 @@ def _add_experiment(routes: web.RouteTableDef) -> None:
 
     @routes.get("/experiment/models/{folder}")
     async def models(request: web.Request) -> web.Response:
-        return json_response(await asyncio.to_thread(_described, _kind(request)))
+        return json_response(await asyncio.to_thread(described, _kind(request)))
 
     @routes.get("/experiment/models/preview/{folder}/{path_index}/{filename:.*}")
     async def preview(request: web.Request) -> web.Response:
@@ -153,4 +161,4 @@ def _add_experiment(routes: web.RouteTableDef) -> None:
 def add_routes(routes: web.RouteTableDef, server: Any) -> None:
     """/models, /embeddings, /view_metadata and /experiment/models."""
     _add_lists(routes)
-    _add_experiment(routes)
+    add_experiment(routes)

@@ -87,6 +87,7 @@ def apply_directories(args: argparse.Namespace, root: str) -> None:
     files += [path for group in args.extra_model_paths_config or [] for path in group]
     for path in files:
         load_extra_path_config(path)
+    folder_paths.add_last_models(os.path.join(os.path.dirname(os.path.abspath(__file__)), "builtin_models"))
     if not args.no_demo:
         folder_paths.add_last_models(demo.MODELS)
 

@@ -275,16 +275,20 @@ def _listed(path: str, recurse: bool, full_info: bool, split: bool) -> list[Any]
 
 
 def _listed_v2(path: str, root: str) -> list[dict[str, Any]]:
+    """Everything below `path`, folders first: a folder is looked into unless it is a link, which may lead back up."""
     result = []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            item: dict[str, Any] = {
-                "name": entry.name,
-                "path": os.path.relpath(entry.path, root).replace(os.sep, "/"),
-                "type": "directory" if entry.is_dir() else "file",
-            }
-            if not entry.is_dir():
-                stat = entry.stat()
-                item.update(size=stat.st_size, modified=int(stat.st_mtime * 1000))
-            result.append(item)
-    return sorted(result, key=lambda item: (item["type"] != "directory", item["name"].lower()))
+    for at, folders, names in os.walk(path):
+        for kind, found in (("directory", folders), ("file", names)):
+            for name in found:
+                full = os.path.join(at, name)
+                item: dict[str, Any] = {
+                    "name": name, "path": os.path.relpath(full, root).replace(os.sep, "/"), "type": kind,
+                }  # fmt: skip
+                if kind == "file":
+                    try:
+                        stat = os.stat(full)
+                    except OSError:  # deleted meanwhile, or a link to nothing
+                        continue
+                    item.update(size=stat.st_size, modified=int(stat.st_mtime * 1000))
+                result.append(item)
+    return sorted(result, key=lambda item: (item["type"] != "directory", item["name"].lower(), item["path"]))

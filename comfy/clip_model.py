@@ -60,7 +60,7 @@ class LayerCollector:
 
 
 class CLIPAttention(torch.nn.Module):
-    """Causal self-attention."""
+    """Self-attention; causal by its mask."""
 
     q_proj: torch.nn.Module
     k_proj: torch.nn.Module
@@ -73,7 +73,7 @@ class CLIPAttention(torch.nn.Module):
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, operations.Linear(width, width, bias=True, dtype=dtype, device=device))
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """x [B, L, C]; mask broadcasts to [B, heads, L, L] and is added to the scores."""
         q, k, v = (split_heads(layer(x), self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
@@ -105,7 +105,7 @@ class CLIPLayer(torch.nn.Module):
         self.layer_norm2 = operations.LayerNorm(width, dtype=dtype, device=device)
         self.mlp = CLIPMLP(width, inner, activation, dtype, device, operations)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """[B, L, C] -> [B, L, C]."""
         x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
@@ -118,7 +118,7 @@ class CLIPEncoder(torch.nn.Module):
         super().__init__()
         self.layers = torch.nn.ModuleList(layers)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor, intermediate_output: Any = None) -> Any:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, intermediate_output: Any = None) -> Any:
         """(output, hidden states asked for)."""
         collector = LayerCollector(intermediate_output, len(self.layers))
         for i, layer in enumerate(self.layers):

@@ -244,9 +244,10 @@ def _build_batch(
     transformer_options["uuids"] = [cond.uuid for cond in conds]
     transformer_options["sigmas"] = timestep
     c["transformer_options"] = transformer_options
-    if conds[0].control is not None:
-        c["control"] = conds[0].control.get_control(x, sigma, c, len(cond_or_uncond), transformer_options)
-    return DenoiserBatch(x, sigma, c, cond_or_uncond, batch_size, frozenset(constants))
+    control = conds[0].control
+    if hasattr(control, "prepare_hints"):
+        control.prepare_hints(x)
+    return DenoiserBatch(x, sigma, c, cond_or_uncond, batch_size, frozenset(constants), control)
 
 
 def _memory_budget(model: Any, device: torch.device) -> float:

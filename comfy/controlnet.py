@@ -1,15 +1,15 @@
-"""ControlNets: not in this version; the names exist for packs that import them."""
+"""ControlNets under ComfyUI's names; see `comfy.control`."""
 
 from __future__ import annotations
 
-from comfy.missing import missing_class, missing_function
+from comfy.control.base import ControlBase, StrengthType, broadcast_image_to
+from comfy.control.loading import load_controlnet, load_controlnet_state_dict
+from comfy.control.lora import ControlLora
+from comfy.control.network import ControlNet
+from comfy.control.sd3 import ControlNetSD35
+from comfy.control.t2i import T2IAdapter, load_t2i_adapter
 
-ControlBase = missing_class("ControlBase", "ControlNet")
-ControlNet = missing_class("ControlNet", "ControlNet")
-ControlLora = missing_class("ControlLora", "ControlNet")
-ControlNetSD35 = missing_class("ControlNetSD35", "ControlNet")
-T2IAdapter = missing_class("T2IAdapter", "T2I-Adapter")
-StrengthType = missing_class("StrengthType", "ControlNet")
-broadcast_image_to = missing_function("ControlNet")
-load_controlnet = missing_function("ControlNet")
-load_t2i_adapter = missing_function("T2I-Adapter")
+__all__ = [
+    "ControlBase", "ControlLora", "ControlNet", "ControlNetSD35", "StrengthType", "T2IAdapter", "broadcast_image_to",
+    "load_controlnet", "load_controlnet_state_dict", "load_t2i_adapter",
+]  # fmt: skip

@@ -30,6 +30,7 @@ class DenoiserBatch:
     cond_or_uncond: for each conditioning, its place in the list given to `calc_cond_batch` (0 positive, 1 negative).
     batch_size: B.
     constant_keys: keys of `conditioning` that are the same for every row and never cut.
+    control: the chain of control networks, evaluated with the batch, for the rows that it has then; None without.
     """
 
     x: torch.Tensor
@@ -38,6 +39,7 @@ class DenoiserBatch:
     cond_or_uncond: list[int]
     batch_size: int
     constant_keys: frozenset[str] = frozenset()
+    control: Any = None
 
     @property
     def num_conds(self) -> int:
@@ -85,7 +87,25 @@ class DenoiserBatch:
             cond_or_uncond=[self.cond_or_uncond[j] for j in conds],
             batch_size=stop - start,
             constant_keys=self.constant_keys,
+            control=self._control_of(start, stop),
         )
+
+    def _control_of(self, start: int, stop: int) -> Any:
+        if self.control is None or (start, stop) == (0, self.batch_size):
+            return self.control
+        if not hasattr(self.control, "for_samples"):
+            raise ValueError(
+                f"{type(self.control).__name__} has to see all samples of a call; this batch has to run whole"
+            )
+        return self.control.for_samples(start, stop, self.batch_size)
+
+    def with_residuals(self) -> DenoiserBatch:
+        """The batch with its control networks' residuals under `control` in `conditioning`."""
+        if self.control is None:
+            return self
+        options = self.conditioning.get("transformer_options", {})
+        residuals = self.control.get_control(self.x, self.sigma, self.conditioning, self.num_conds, options)
+        return dataclasses.replace(self, conditioning={**self.conditioning, "control": residuals}, control=None)
 
 
 class _Cut:
@@ -140,6 +160,7 @@ class _Cut:
 
 def evaluate_batch(model: Any, batch: DenoiserBatch, model_options: dict[str, Any]) -> torch.Tensor:
     """The denoised prediction [k*B, C, ...] of one batch, through the custom node's wrapper if there is one."""
+    batch = batch.with_residuals()
     wrapper = model_options.get("model_function_wrapper")
     if wrapper is None:
         return model.apply_model(batch.x, batch.sigma, **batch.conditioning)

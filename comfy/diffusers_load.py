@@ -2,7 +2,7 @@
 
 transformer/      diffusion_pytorch_model.safetensors, or several with a .safetensors.index.json
 vae/              the same
-text_encoder/, text_encoder_2/   model.safetensors, or several
+text_encoder/, text_encoder_2/, text_encoder_3/   model.safetensors, or several
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import comfy.families
 import comfy.sd
 import comfy.utils
 from comfy.checkpoint_files import WeightFileError
@@ -20,6 +21,7 @@ from comfy.text_encoders.loader import CLIPType, load_text_encoder_state_dicts
 
 StateDict = dict[str, torch.Tensor]
 
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 # (end of a weight file's name, end of its index's name), best first
 _ENDS = (
@@ -71,7 +73,7 @@ def part_files(folder: str) -> list[str]:
 def pipeline_files(model_path: str) -> list[str]:
     """The files of the parts of a pipeline that are loaded from: weights, indices, configurations; sorted."""
     found = []
-    for part in ("transformer", "unet", "text_encoder", "text_encoder_2", "vae"):
+    for part in ("transformer", "unet", *_ENCODERS, "vae"):
         folder = os.path.join(model_path, part)
         if os.path.isdir(folder):
             found += [os.path.join(folder, name) for name in os.listdir(folder)]
@@ -108,16 +110,18 @@ def _load_model(model_path: str) -> Any:
 def load_diffusers(
     model_path: str, output_vae: bool = True, output_clip: bool = True, embedding_directory: Any = None
 ) -> tuple[Any, Any, Any]:
-    """(model, clip, vae) of a Flux pipeline's folder; parts not asked for are None.
+    """(model, clip, vae) of a pipeline's folder; parts not asked for are None.
 
     Raises WeightFileError when a part's weights are missing, RuntimeError when the model is of an unknown family.
     """
     model = _load_model(model_path)
     clip = vae = None
     if output_clip:
-        present = [name for name in ("text_encoder", "text_encoder_2") if os.path.isdir(os.path.join(model_path, name))]
+        present = [name for name in _ENCODERS if os.path.isdir(os.path.join(model_path, name))]
         encoders = [load_part(os.path.join(model_path, name)) for name in present or ["text_encoder"]]
-        clip = load_text_encoder_state_dicts(encoders, embedding_directory=embedding_directory, clip_type=CLIPType.FLUX)
+        family = comfy.families.record_of(model.model.diffusion_model)
+        kind = CLIPType.STABLE_DIFFUSION if family is None else CLIPType[family.clip_type]
+        clip = load_text_encoder_state_dicts(encoders, embedding_directory=embedding_directory, clip_type=kind)
     if output_vae:
         vae = comfy.sd.VAE(sd=load_part(os.path.join(model_path, "vae")))
     return model, clip, vae

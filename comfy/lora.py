@@ -96,8 +96,9 @@ def model_lora_keys_clip(model: torch.nn.Module, key_map: dict[str, Any] | None 
             else:
                 key_map["lora_te1_text_projection"] = key
         elif encoder == "t5xxl":
-            number = 1 + has_l + has_g
-            key_map[f"lora_te{number}_{path.replace('.', '_')}"] = key
+            # Trainers number encoders; for Flux some count a CLIP-G that is not there.
+            numbers = (2, 3) if has_l and not has_g else (1 + has_l + has_g,)
+            key_map.update({f"lora_te{number}_{path.replace('.', '_')}": key for number in numbers})
         elif encoder == "hydit_clip":
             key_map[f"lora_te1_{path.removeprefix('bert.').replace('.', '_')}"] = key
     return key_map

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib
 import logging
 import math
 from typing import Any
@@ -284,35 +285,19 @@ def upscale_dit_mask(mask: torch.Tensor, img_size_in: tuple[int, int], img_size_
 _FAMILIES = (
     "ACEStep",
     "Anima",
-    "AuraFlow",
-    "CLIPEmbeddingNoiseAugmentation",
-    "Chroma",
     "CosmosPredict2",
     "CosmosVideo",
     "ErnieImage",
     "GenmoMochi",
     "HiDream",
     "HiDreamO1",
-    "HunyuanDiT",
-    "HunyuanVideo",
-    "HunyuanVideoI2V",
     "Hunyuan3Dv2",
     "Kandinsky5",
     "LTXAV",
-    "LTXV",
     "Lens",
-    "Lumina2",
     "Omnigen2",
     "PiD",
-    "PixArt",
     "PixelDiTT2I",
-    "QwenImage",
-    "SD15_instructpix2pix",
-    "SD21UNCLIP",
-    "SD3",
-    "SDXL",
-    "SDXLRefiner",
-    "SDXL_instructpix2pix",
     "SD_X4Upscaler",
     "SV3D_p",
     "SV3D_u",
@@ -321,19 +306,24 @@ _FAMILIES = (
     "StableCascade_B",
     "StableCascade_C",
     "Stable_Zero123",
-    "Timestep",
-    "WAN21",
-    "WAN21_Camera",
     "WAN21_CausalAR",
     "WAN21_FlowRVS",
     "WAN21_HuMo",
     "WAN21_SCAIL",
-    "WAN21_Vace",
-    "WAN22",
     "WAN22_Animate",
     "WAN22_S2V",
     "WAN22_WanDancer",
     "WanMultiTalk",
-    "sdxl_pooled",
 )
-__getattr__ = comfy.families.lookup("models", __name__, {name: f"the model family of {name}" for name in _FAMILIES})
+_look_up = comfy.families.lookup("models", __name__, {name: f"the model family of {name}" for name in _FAMILIES})
+
+# parts of families that ComfyUI has in this module, and where they are here
+_PARTS = {
+    "CLIPEmbeddingNoiseAugmentation": "comfy.ldm.unet.noise_augmentation",
+    "Timestep": "comfy.ldm.modules.diffusionmodules.util",
+    "sdxl_pooled": "comfy.families.sdxl",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(importlib.import_module(_PARTS[name]), name) if name in _PARTS else _look_up(name)

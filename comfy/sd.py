@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import comfy.families
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_base
@@ -17,22 +18,33 @@ import comfy.model_patcher
 import comfy.utils
 from comfy import weight_files
 from comfy.clip import CLIP
-from comfy.missing import missing_class, missing_function
+from comfy.missing import FeatureMissingError
+from comfy.style_models import StyleModel, load_style_model
 from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts
 from comfy.vae import VAE
 from comfy.weights.store import store_of
 
 __all__ = [
-    "CLIP", "CLIPType", "VAE", "load_checkpoint", "load_checkpoint_guess_config", "load_clip", "load_diffusion_model",
-    "load_diffusion_model_state_dict", "load_gligen", "load_lora_for_models", "load_state_dict_guess_config",
-    "load_style_model", "load_text_encoder_state_dicts", "load_unet", "load_unet_state_dict", "save_checkpoint",
+    "CLIP", "CLIPType", "StyleModel", "VAE", "load_checkpoint", "load_checkpoint_guess_config", "load_clip",
+    "load_diffusion_model", "load_diffusion_model_state_dict", "load_gligen", "load_lora_for_models",
+    "load_state_dict_guess_config", "load_style_model", "load_text_encoder_state_dicts", "load_unet",
+    "load_unet_state_dict", "save_checkpoint",
 ]  # fmt: skip
 
 StateDict = dict[str, torch.Tensor]
 
-StyleModel = missing_class("StyleModel", "style models (Redux)")
-load_style_model = missing_function("style models (Redux)")
-load_gligen = missing_function("GLIGEN")
+
+def load_gligen(ckpt_path: str) -> Any:
+    """A patcher around the GLIGEN network in a file. Raises ValueError when it holds none."""
+    from comfy.gligen import load_gligen as from_state_dict
+
+    sd = comfy.utils.load_torch_file(ckpt_path, safe_load=True)
+    management = comfy.model_management
+    patcher = comfy.model_patcher.ModelPatcher(
+        from_state_dict(sd), management.get_torch_device(), management.unet_offload_device()
+    )
+    patcher.weight_store.loaded_from |= weight_files.files_in(sd)
+    return patcher
 
 
 def _patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
@@ -75,8 +87,9 @@ def model_detection_error_hint(path: str, state_dict: StateDict) -> str:
 
 def unknown_model(path: str) -> RuntimeError:
     """What to raise for a file of no known family."""
+    known = ", ".join(name for family in comfy.families.records() for name in family.models)
     return RuntimeError(
-        f"{path} holds no diffusion model this version knows (families: Flux.1); use another file, or the loader of "
+        f"{path} holds no diffusion model this version knows (families: {known}); use another file, or the loader of "
         "the part it contains (Load VAE, Load CLIP, Load LoRA)"
     )
 
@@ -125,18 +138,31 @@ def load_state_dict_guess_config(
     if config is None:
         model = load_diffusion_model_state_dict(sd, model_options=options, metadata=metadata)
         return None if model is None else (model, None, None, None)
-    patcher = clip = vae = None
+    patcher = clip = vae = vision = None
+    if output_clipvision and config.clip_vision_prefix is not None:
+        from comfy.clip_vision import load_clipvision_from_sd
+
+        vision = load_clipvision_from_sd(sd, config.clip_vision_prefix, True)
     if output_model:
         patcher = _build_model(config, sd, prefix, options)
     if output_vae:
         weights = comfy.utils.state_dict_prefix_replace(sd, dict.fromkeys(config.vae_key_prefix, ""), filter_keys=True)
         if weights:
-            vae = VAE(sd=config.process_vae_state_dict(weights), metadata=metadata)
+            vae = _build_vae(config.process_vae_state_dict(weights), metadata)
     if output_clip:
         clip = _build_clip(config, sd, embedding_directory, te_model_options or {})
     if sd:
         logging.debug("left over keys: %s", list(sd))
-    return patcher, clip, vae, None
+    return patcher, clip, vae, vision
+
+
+def _build_vae(weights: StateDict, metadata: dict[str, str] | None) -> Any:
+    """The VAE of a checkpoint; None, with a warning, if it is of a kind that is not in this version."""
+    try:
+        return VAE(sd=weights, metadata=metadata)
+    except FeatureMissingError as error:
+        logging.warning("the checkpoint is loaded without its VAE: %s", error)
+        return None
 
 
 def _build_clip(config: Any, sd: StateDict, embedding_directory: Any, te_model_options: dict[str, Any]) -> Any:

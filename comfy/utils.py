@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,12 +27,12 @@ from comfy.image_scaling import (
 )
 
 __all__ = [
-    "PROGRESS_BAR_ENABLED", "PROGRESS_BAR_HOOK", "ProgressBar", "WeightFileError", "bislerp", "calculate_parameters",
-    "common_upscale", "convert_sd_to", "copy_to_param", "flux_to_diffusers", "get_attr", "get_tiled_scale_steps",
-    "lanczos", "load_torch_file", "repeat_to_batch_size", "reshape_mask", "resize_list_to_batch_size",
-    "resize_to_batch_size", "safetensors_header", "save_torch_file", "set_attr", "set_attr_param",
-    "set_progress_bar_enabled", "set_progress_bar_global_hook", "state_dict_key_replace",
-    "state_dict_prefix_replace", "tiled_scale", "tiled_scale_multidim", "weight_dtype",
+    "PROGRESS_BAR_ENABLED", "PROGRESS_BAR_HOOK", "ProgressBar", "WeightFileError", "auraflow_to_diffusers", "bislerp",
+    "calculate_parameters", "common_upscale", "convert_sd_to", "copy_to_param", "flux_to_diffusers", "get_attr",
+    "get_tiled_scale_steps", "lanczos", "load_torch_file", "mmdit_to_diffusers", "pixart_to_diffusers",
+    "repeat_to_batch_size", "reshape_mask", "resize_list_to_batch_size", "resize_to_batch_size", "safetensors_header",
+    "save_torch_file", "set_attr", "set_attr_param", "set_progress_bar_enabled", "set_progress_bar_global_hook",
+    "state_dict_key_replace", "state_dict_prefix_replace", "tiled_scale", "tiled_scale_multidim", "weight_dtype",
 ]  # fmt: skip
 
 
@@ -117,6 +118,31 @@ def flux_to_diffusers(mmdit_config: dict[str, Any], output_prefix: str = "") -> 
     return diffusers_key_map(mmdit_config, output_prefix)
 
 
+def mmdit_to_diffusers(mmdit_config: dict[str, Any], output_prefix: str = "") -> dict[str, Any]:
+    """Diffusers' names of SD3 weights -> ours, for `depth` (64 channels each) and, if it is less, `num_blocks`."""
+    from comfy.families import key_maps, sd3
+
+    depth = mmdit_config.get("depth", 0)
+    targets = sd3.diffusers_targets(depth, mmdit_config.get("num_blocks", depth))
+    return key_maps.with_prefix(targets, output_prefix)
+
+
+def pixart_to_diffusers(mmdit_config: dict[str, Any], output_prefix: str = "") -> dict[str, Any]:
+    """Diffusers' names of PixArt weights -> ours, for `depth` and `hidden_size`."""
+    from comfy.families import key_maps, pixart
+
+    targets = pixart.diffusers_targets(mmdit_config.get("depth", 0), mmdit_config.get("hidden_size", 1152))
+    return key_maps.with_prefix(targets, output_prefix)
+
+
+def auraflow_to_diffusers(mmdit_config: dict[str, Any], output_prefix: str = "") -> dict[str, Any]:
+    """Diffusers' names of AuraFlow weights -> ours, for `n_double_layers` and `n_layers`."""
+    from comfy.families import auraflow, key_maps
+
+    targets = auraflow.diffusers_targets(mmdit_config.get("n_double_layers", 0), mmdit_config.get("n_layers", 0))
+    return key_maps.with_prefix(targets, output_prefix)
+
+
 PROGRESS_BAR_ENABLED = True
 PROGRESS_BAR_HOOK: Callable[..., None] | None = None
 
@@ -153,3 +179,12 @@ class ProgressBar:
     def update(self, value: int) -> None:
         """Advance by `value`."""
         self.update_absolute(self.current + value)
+
+
+_UNET_KEYS = ("TRANSFORMER_BLOCKS", "UNET_MAP_ATTENTIONS", "UNET_MAP_BASIC", "UNET_MAP_RESNET", "unet_to_diffusers")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _UNET_KEYS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("comfy.ldm.unet.keys"), name)

@@ -11,7 +11,7 @@ import torch
 import comfy.model_management as model_management
 import comfy.model_patcher
 import comfy.utils
-from comfy import accounting, weight_files
+from comfy import accounting, video_vae, weight_files
 from comfy.ldm.models.autoencoder import AutoencoderKL, config_from_state_dict, convert_diffusers_vae
 from comfy.taco_dit.core.spread import rows_over, spread_pictures, spread_rounds
 
@@ -21,7 +21,10 @@ ENCODE_BYTES = 1767
 
 
 class VAE:
-    """An image VAE, where it computes and waits. Pictures are [B, H, W, 3] in 0..1, latents [B, C, h, w]."""
+    """An image VAE, where it computes and waits. Pictures are [B, H, W, 3] in 0..1, latents [B, C, h, w].
+
+    With the weights of a video VAE, frames are a batch of pictures, and latents are [B, C, t, h, w].
+    """
 
     def __init__(
         self,
@@ -40,32 +43,39 @@ class VAE:
         files = weight_files.files_in(sd)
         if "decoder.up_blocks.0.resnets.0.norm1.weight" in sd:
             sd = convert_diffusers_vae(sd)
-        ddconfig, embed_dim = config_from_state_dict(sd)
+        kind = video_vae.find(sd)
+        self.video = None if kind is None else video_vae.VideoCoder(self, kind)
         self.device = model_management.vae_device() if device is None else device
         self.vae_dtype = dtype or model_management.vae_dtype(self.device)
         self.working_dtypes = [torch.bfloat16, torch.float32]
         self.output_device = model_management.intermediate_device()
-        self.latent_channels = embed_dim or ddconfig["z_channels"]
-        self.latent_dim = 2
-        self.output_channels = ddconfig["out_ch"]
-        self.downscale_ratio: Any = 2 ** (len(ddconfig["ch_mult"]) - 1)
-        self.upscale_ratio: Any = self.downscale_ratio
+        if kind is None:
+            ddconfig, embed_dim = config_from_state_dict(sd)
+            self.latent_channels = embed_dim or ddconfig["z_channels"]
+            self.output_channels = ddconfig["out_ch"]
+            self.downscale_ratio: Any = 2 ** (len(ddconfig["ch_mult"]) - 1)
+            self.upscale_ratio: Any = self.downscale_ratio
+        else:
+            self.latent_channels, self.output_channels = kind.latent_channels, kind.out_channels
+            self.downscale_ratio, self.upscale_ratio = kind.downscale, kind.upscale
+            self.working_dtypes = list(kind.working_dtypes)
+        self.latent_dim = 2 if kind is None else 3
         self.crop_input = True
         self.disable_offload = False
-        self.not_video = True
+        self.not_video = kind is None
         self.process_input: Callable[[torch.Tensor], torch.Tensor] = lambda image: image * 2.0 - 1.0
         self.process_output: Callable[[torch.Tensor], torch.Tensor] = lambda image: ((image + 1.0) / 2.0).clamp(
             0.0, 1.0
         )
         with torch.device("meta"):
-            network = AutoencoderKL(ddconfig, embed_dim)
+            network = AutoencoderKL(ddconfig, embed_dim) if kind is None else kind.make()
         self.first_stage_model = self._with_weights(network, sd).eval()
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.first_stage_model, load_device=self.device, offload_device=model_management.vae_offload_device()
         )
         self.patcher.weight_store.loaded_from |= files
 
-    def _with_weights(self, network: AutoencoderKL, sd: dict[str, torch.Tensor]) -> AutoencoderKL:
+    def _with_weights(self, network: Any, sd: dict[str, torch.Tensor]) -> Any:
         weights = {key: value.to(self.vae_dtype) for key, value in sd.items() if value.is_floating_point()}
         missing, unexpected = network.load_state_dict(weights, strict=False, assign=True)
         empty = [name for name, parameter in network.named_parameters() if parameter.is_meta]
@@ -82,10 +92,14 @@ class VAE:
 
     def memory_used_decode(self, shape: Any, dtype: torch.dtype) -> float:
         """Bytes to decode a latent of this shape."""
+        if self.video is not None:
+            return self.video.kind.decode_bytes(shape) * model_management.dtype_size(dtype)
         return DECODE_BYTES * shape[2] * shape[3] * self.upscale_ratio**2 * model_management.dtype_size(dtype)
 
     def memory_used_encode(self, shape: Any, dtype: torch.dtype) -> float:
         """Bytes to encode pictures of this shape [B, 3, H, W]."""
+        if self.video is not None:
+            return self.video.kind.encode_bytes(shape) * model_management.dtype_size(dtype)
         return ENCODE_BYTES * shape[2] * shape[3] * model_management.dtype_size(dtype)
 
     def _load(self, needed: float) -> int:
@@ -101,6 +115,8 @@ class VAE:
 
         Raises ValueError for latents with another number of channels.
         """
+        if self.video is not None:
+            return self.video.decode(samples_in)
         if samples_in.shape[1] != self.latent_channels:
             raise ValueError(
                 f"the latent has {samples_in.shape[1]} channels but this VAE decodes {self.latent_channels}; "
@@ -169,7 +185,9 @@ class VAE:
         tile_t: int | None = None,
         overlap_t: int | None = None,
     ) -> torch.Tensor:
-        """`decode` in tiles of `tile_x` x `tile_y` latent cells."""
+        """`decode` in tiles of `tile_x` x `tile_y` latent cells, and `tile_t` latent frames of a video."""
+        if self.video is not None:
+            return self.video.decode_tiled(samples, (tile_t, tile_x, tile_y), overlap, overlap_t)
         self._load(self.memory_used_decode(samples.shape, self.vae_dtype))
         pictures = self._decode_tiled(samples, tile_x or 64, tile_y or 64, 16 if overlap is None else overlap)
         self.patcher.weight_store.check_files()
@@ -188,6 +206,8 @@ class VAE:
     @accounting.phase("vae")
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """Pictures [B, H, W, 3] in 0..1 -> latents [B, C, h, w]; in tiles when memory does not suffice."""
+        if self.video is not None:
+            return self.video.encode(pixel_samples)
         pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
         size = pixels.shape[2] * pixels.shape[3]
         at_once = self._load(self.memory_used_encode(pixels.shape, self.vae_dtype) / rows_over(pixels.shape[0], size))
@@ -239,7 +259,9 @@ class VAE:
         tile_t: int | None = None,
         overlap_t: int | None = None,
     ) -> torch.Tensor:
-        """`encode` in tiles of `tile_x` x `tile_y` pixels."""
+        """`encode` in tiles of `tile_x` x `tile_y` pixels, and `tile_t` frames of a video."""
+        if self.video is not None:
+            return self.video.encode_tiled(pixel_samples, (tile_t, tile_x, tile_y), overlap, overlap_t)
         pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
         self._load(self.memory_used_encode(pixels.shape, self.vae_dtype))
         latents = self._encode_tiled(pixels, tile_x or 512, tile_y or 512, 64 if overlap is None else overlap)
@@ -254,15 +276,15 @@ class VAE:
 
     def spacial_compression_decode(self) -> int:  # ComfyUI's spelling
         """Pixels per latent cell and side."""
-        return self.upscale_ratio
+        return self.upscale_ratio if self.video is None else self.video.kind.space
 
     def spacial_compression_encode(self) -> int:
         """Pixels per latent cell and side."""
-        return self.downscale_ratio
+        return self.downscale_ratio if self.video is None else self.video.kind.space
 
-    def temporal_compression_decode(self) -> None:
+    def temporal_compression_decode(self) -> int | None:
         """Frames per latent frame; None for image VAEs."""
-        return
+        return None if self.video is None else self.video.kind.time
 
     def is_dynamic(self) -> bool:
         """Whether weights are paged in on demand; they are not."""

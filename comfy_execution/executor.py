@@ -326,7 +326,7 @@ class PromptExecutor:
             run.start()
             while not run.is_empty():
                 action, chosen = await run.next_node()
-                current = chosen[0] if action == CYCLE else chosen
+                current = _blamed(run.dynprompt, chosen) if action == CYCLE else chosen
                 if action != RUN:
                     raise _agreed_end(action, chosen)
                 run.stage(current)
@@ -481,6 +481,12 @@ class PromptExecutor:
             exc_info=None if foreign else ex,
             extra={"reported": True},
         )
+
+
+def _blamed(prompt: DynamicPrompt, cycle: list[str]) -> str:
+    """The node that an error names for a cycle: the one that expanded into a part of it, else the cycle's first."""
+    shown = ((node_id, prompt.get_display_node_id(node_id)) for node_id in cycle)
+    return next((display for node_id, display in shown if display != node_id), cycle[0])
 
 
 def _agreed_end(action: str, chosen: Any) -> Exception:

@@ -1,4 +1,4 @@
-"""Guidance whose length is bounded by that of the positive prediction."""
+"""Lumina 2: prompts after one of its two instructions, and guidance of bounded length."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Any
 import torch
 
 from comfy_api.latest import io
+from comfy_nodes.conditioning import need_clip
 from comfy_nodes.v3 import extension, share
+
+# What Lumina-Image 2.0 was trained with before every prompt (its model card).
+INSTRUCTIONS = {
+    "superior": "You are an assistant designed to generate superior images with the superior degree of image-text "
+    "alignment based on textual prompts or user prompts.",
+    "alignment": "You are an assistant designed to generate high-quality images with the highest degree of image-text "
+    "alignment based on textual prompts.",
+}
 
 
 def _length(x: torch.Tensor) -> torch.Tensor:
@@ -44,4 +53,33 @@ class RenormCFG(io.ComfyNode):
         return io.NodeOutput(model)
 
 
-comfy_entrypoint = extension(RenormCFG)
+class CLIPTextEncodeLumina2(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CLIPTextEncodeLumina2",
+            display_name="CLIP Text Encode for Lumina2",
+            category="conditioning",
+            description="Encodes an instruction of Lumina 2 and a prompt after it.",
+            inputs=[
+                io.Combo.Input(
+                    "system_prompt",
+                    options=list(INSTRUCTIONS),
+                    tooltip=" ".join(f"{name}: {text}" for name, text in INSTRUCTIONS.items()),
+                ),
+                io.String.Input("user_prompt", multiline=True, dynamic_prompts=True, tooltip="The prompt."),
+                io.Clip.Input("clip", tooltip="Lumina 2's text encoder, Gemma 2."),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="The prompt as the model reads it.")],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, user_prompt: str, system_prompt: str):
+        need_clip(clip)
+        tokens = clip.tokenize(f"{INSTRUCTIONS[system_prompt]} <Prompt Start> {user_prompt}")
+        return io.NodeOutput(clip.encode_from_tokens_scheduled(tokens))
+
+    encode = execute
+
+
+comfy_entrypoint = extension(CLIPTextEncodeLumina2, RenormCFG)

@@ -221,8 +221,8 @@ class InpaintModelConditioning:
         self, positive: Any, negative: Any, pixels: torch.Tensor, vae: Any, mask: torch.Tensor, noise_mask: bool = True
     ):
         need_vae(vae)
+        latent: dict[str, Any] = {"samples": vae.encode(pixels[..., :3])}  # the VAE crops by its own rule
         pixels, mask = _cropped(pixels, mask, vae.spacial_compression_encode())
-        latent: dict[str, Any] = {"samples": vae.encode(pixels[..., :3])}
         if noise_mask:
             latent["noise_mask"] = mask
         values = {"concat_latent_image": vae.encode(_greyed(pixels, mask)), "concat_mask": mask}

@@ -9,6 +9,12 @@ writes, below the folder given:
     text_encoders/tiny_clip_l.safetensors, tiny_t5xxl.safetensors
     vae/tiny_ae.safetensors
     loras/tiny_flux_kohya.safetensors
+Other families (the entries of `tests.tiny_families`) have the same kinds of files, with their name for `flux`; whole
+checkpoints and text encoders where the vocabulary of these comes with the program. With `--family sd15` or `sdxl` (fewer
+blocks, but real widths: 130 and 300 MB)
+    checkpoints/tiny_sd15.safetensors, tiny_sdxl.safetensors
+    loras/tiny_sd15_kohya.safetensors
+`adapters` writes ControlNets, image encoders and style models (`tests.tiny_adapters`).
 Pictures made with them are coloured noise: the weights are random.
 """
 
@@ -18,7 +24,8 @@ import argparse
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -31,7 +38,7 @@ HIDDEN, HEAD, CLIP_WIDTH, T5_WIDTH = 96, 24, 64, 64
 
 def weight_from(key: str, noise: torch.Tensor) -> torch.Tensor:
     """A weight of a size that keeps activations near 1, from standard normal numbers of its shape."""
-    if "norm" in key and key.endswith(("weight", "scale")):
+    if ("norm" in key or noise.ndim == 1) and key.endswith(("weight", "scale")):
         return 1 + 0.1 * noise
     if "embedding" in key or key.endswith("shared.weight") or "relative_attention_bias" in key:
         return 0.5 * noise
@@ -171,15 +178,23 @@ def vae_shapes(channels: int = 16, base: int = 32, mult: tuple[int, ...] = (1, 2
     return out
 
 
-def to_diffusers(state_dict: StateDict) -> StateDict:
-    """Black Forest Labs' Flux keys -> diffusers'; the inverse of loading."""
-    from comfy.ldm.flux.keys import diffusers_key_map
+def vae_4_shapes() -> Shapes:
+    """Keys and shapes of an image VAE with four channels, as SD, SDXL, PixArt and HunyuanDiT have."""
+    out = vae_shapes(channels=4)
+    _conv(out, "quant_conv", 8, 8, 1)
+    _conv(out, "post_quant_conv", 4, 4, 1)
+    return out
 
-    depth = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("double_blocks."))
-    single = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("single_blocks."))
-    config = {"hidden_size": HIDDEN, "depth": depth, "depth_single_blocks": single, "mlp_ratio": 4.0}
+
+def clip_g_shapes() -> Shapes:
+    """Keys and shapes of OpenCLIP's bigG: it is told by its number of layers."""
+    return {**clip_l_shapes(CLIP_WIDTH, 32), "text_projection.weight": (CLIP_WIDTH, CLIP_WIDTH)}
+
+
+def renamed(state_dict: StateDict, targets: dict[str, Any]) -> StateDict:
+    """Our keys -> diffusers', by a map of diffusers' names; the inverse of loading."""
     out = {}
-    for theirs, target in diffusers_key_map(config).items():
+    for theirs, target in targets.items():
         key = target if isinstance(target, str) else target[0]
         if key not in state_dict:
             continue
@@ -188,6 +203,16 @@ def to_diffusers(state_dict: StateDict) -> StateDict:
             value = target[2](value) if target[1] is None else value.narrow(*target[1])
         out[theirs] = value.contiguous()
     return out
+
+
+def to_diffusers(state_dict: StateDict) -> StateDict:
+    """Black Forest Labs' Flux keys -> diffusers'; the inverse of loading."""
+    from comfy.ldm.flux.keys import diffusers_key_map
+
+    depth = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("double_blocks."))
+    single = 1 + max((int(k.split(".")[1]) for k in state_dict if k.startswith("single_blocks.")), default=-1)
+    config = {"hidden_size": HIDDEN, "depth": depth, "depth_single_blocks": single, "mlp_ratio": 4.0}
+    return renamed(state_dict, diffusers_key_map(config))
 
 
 def kohya_lora(rank: int = 4, seed: int = 5) -> StateDict:
@@ -231,25 +256,40 @@ def write_flux(out: str) -> list[str]:
         "vae/tiny_ae.safetensors": lambda: random_weights(vae_shapes(), 4),
         "loras/tiny_flux_kohya.safetensors": kohya_lora,
     }
+    return write_files(files, out)
+
+
+def write_files(files: Mapping[str, Callable[[], StateDict]], out: str) -> list[str]:
+    """Write files by their names below `out`; returns their paths."""
     written = []
     for name, make in files.items():
         path = os.path.join(out, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_file(make(), path)
+        save_file({key: value.contiguous() for key, value in make().items()}, path)
         written.append(path)
     return written
 
 
-FAMILIES = {"flux": write_flux}
+def write_family(name: str, out: str) -> list[str]:
+    """Write the tiny files of a family below `out`; returns their paths."""
+    if name == "flux":
+        return write_flux(out)
+    from tests import tiny_adapters, tiny_families, tiny_unets
+
+    own = {"adapters": tiny_adapters.FILES, **tiny_unets.FILES}
+    return write_files(own.get(name) or tiny_families.files(name), out)
 
 
 def main() -> None:
     """Command line."""
+    from tests import tiny_families, tiny_unets
+
+    names = sorted({"adapters", *tiny_families.TINY, *tiny_unets.FILES})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=sorted(FAMILIES), default="flux")
+    parser.add_argument("--family", choices=names, default="flux")
     parser.add_argument("--out", default="models", help="models folder to write into")
     arguments = parser.parse_args()
-    for path in FAMILIES[arguments.family](arguments.out):
+    for path in write_family(arguments.family, arguments.out):
         print(path)
 
 

@@ -19,7 +19,10 @@ from comfy.missing import missing_names
 __all__ = ["Family", "lookup", "record_of", "records", "register"]
 
 # Modules of this package with a `FAMILY`, in the order in which their families are tried.
-_NAMES = ("flux",)
+_NAMES = (
+    "sd_unet", "sd3", "auraflow", "pixart", "hunyuan_dit", "flux", "ltx", "hunyuan_video", "lumina", "wan", "chroma",
+    "qwen_image", "svd",
+)  # fmt: skip
 _registered: list[Family] = []
 
 
@@ -46,8 +49,9 @@ def register(family: Family) -> None:
 def record_of(network: Any) -> Family | None:
     """The family of a network (of a class derived from its network, or compiled by torch), or None."""
     network = getattr(network, "_orig_mod", network)
-    names = {f"{kind.__module__}:{kind.__qualname__}" for kind in type(network).__mro__}
-    return next((family for family in records() if family.network in names), None)
+    families = {family.network: family for family in reversed(records())}
+    names = (f"{kind.__module__}:{kind.__qualname__}" for kind in type(network).__mro__)
+    return next((families[name] for name in names if name in families), None)
 
 
 def lookup(kind: str, owner: str, features: dict[str, str]) -> Callable[[str], Any]:

@@ -52,7 +52,8 @@ class Family:
     configuration, and say text encoders, sampling defaults, memory factor and dtypes; models say which conditionings go
     in. from_diffusers: a state dict with diffusers' keys under the family's, or None when it is not of this family.
     lora_keys: `network -> {adapter key prefix: weight, or (weight, part), or (weight, None, transform)}` beyond the
-    weights' own names. splits: how each linear of a block is cut, by its name in the network with `*` for numbers.
+    weights' own names. clip_type: the name in `CLIPType` of its text encoders, for folders in diffusers' layout.
+    splits: how each linear of a block is cut, by its name in the network with `*` for numbers.
     sizes: `network -> Sizes` for the splits. sizes_from_tensors: whether the blocks take their numbers of heads from the
     tensors that their linears return, and mark rotary tables as `inside`: so they run with the heads that a rank has.
     full_precision: names of linears among those of `splits` that never compute in eight bits, with `*` for numbers.
@@ -66,6 +67,7 @@ class Family:
     latent_formats: Mapping[str, type[Any]] = field(default_factory=dict)
     from_diffusers: Callable[[StateDict], StateDict | None] | None = None
     lora_keys: Callable[[Any], dict[str, Any]] | None = None
+    clip_type: str = "STABLE_DIFFUSION"
     splits: Mapping[str, Split] = field(default_factory=dict)
     sizes: Callable[[Any], Sizes] | None = None
     sizes_from_tensors: bool = False

@@ -133,6 +133,7 @@ class Flux(supported_models_base.BASE):
         return comfy.model_base.ModelType.FLUX
 
     def get_model(self, state_dict: dict[str, Any], prefix: str = "", device: Any = None) -> Any:
+        self.unet_config |= sizes_of_file(state_dict, prefix, self.unet_config["axes_dim"])
         return FluxModel(self, model_type=self.model_type(state_dict, prefix), device=device)
 
     def clip_target(self, state_dict: dict[str, Any] | None = None) -> supported_models_base.ClipTarget:
@@ -169,6 +170,34 @@ def rotary_axes(head_size: int) -> list[int]:
     return [first, rest, rest]
 
 
+def sizes_of_file(sd: StateDict, prefix: str, axes: Sequence[int]) -> dict[str, Any]:
+    """Sizes that a file has and that recognition takes for granted. axes: the rotary axes, kept where they fit.
+
+    A ControlNet's file has no last layer, and so tells no `out_channels`.
+    """
+    block = f"{prefix}double_blocks.0."
+    names = {
+        "img": f"{prefix}img_in.weight",
+        "txt": f"{prefix}txt_in.weight",
+        "norm": f"{block}img_attn.norm.key_norm.scale",
+        "mlp": f"{block}img_mlp.0.weight",
+    }
+    if any(name not in sd for name in names.values()):
+        return {}
+    last = sd.get(f"{prefix}final_layer.linear.weight")
+    shapes = {name: sd[key].shape for name, key in names.items()}
+    hidden, head = shapes["img"][0], shapes["norm"][0]
+    return {
+        **({} if last is None else {"out_channels": last.shape[0] // 4}),
+        "context_in_dim": shapes["txt"][1],
+        "hidden_size": hidden,
+        "mlp_ratio": shapes["mlp"][0] / hidden,
+        "num_heads": hidden // head,
+        "axes_dim": list(axes) if sum(axes) == head else rotary_axes(head),
+        "qkv_bias": f"{block}img_attn.qkv.bias" in sd,
+    }
+
+
 def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[str, Any] | None:
     key_norm = f"{prefix}double_blocks.0.img_attn.norm.key_norm.scale"
     img_in = f"{prefix}img_in.weight"
@@ -177,32 +206,25 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
     if f"{prefix}txt_in.individual_token_refiner.blocks.0.norm1.weight" in sd:
         return None  # HunyuanVideo shares Flux's block names
     patch = 2
-    hidden, in_features = sd[img_in].shape
-    head_size = sd[key_norm].shape[0]
     config: dict[str, Any] = {
         "image_model": "flux",
-        "in_channels": in_features // patch**2,
+        "in_channels": sd[img_in].shape[1] // patch**2,
         "patch_size": patch,
         "out_channels": 16,
     }
-    final = sd.get(f"{prefix}final_layer.linear.weight")
-    if final is not None:
-        config["out_channels"] = final.shape[0] // patch**2
     vector_in = sd.get(f"{prefix}vector_in.in_layer.weight")
     if vector_in is not None:
         config["vec_in_dim"] = vector_in.shape[1]
-    txt_in = sd.get(f"{prefix}txt_in.weight")
-    mlp = sd.get(f"{prefix}double_blocks.0.img_mlp.0.weight")
     config |= {
-        "context_in_dim": 4096 if txt_in is None else txt_in.shape[1],
-        "hidden_size": hidden,
-        "mlp_ratio": 4.0 if mlp is None else mlp.shape[0] / hidden,
-        "num_heads": hidden // head_size,
+        "context_in_dim": 4096,
+        "hidden_size": 3072,
+        "mlp_ratio": 4.0,
+        "num_heads": 24,
         "depth": count_blocks(sd, prefix + "double_blocks.{}."),
         "depth_single_blocks": count_blocks(sd, prefix + "single_blocks.{}."),
-        "axes_dim": rotary_axes(head_size),
+        "axes_dim": [16, 56, 56],
         "theta": 10000,
-        "qkv_bias": mlp is None or f"{prefix}double_blocks.0.img_attn.qkv.bias" in sd,
+        "qkv_bias": True,
         "guidance_embed": f"{prefix}guidance_in.in_layer.weight" in sd,
     }
     told = metadata_config(metadata)
@@ -219,6 +241,8 @@ def from_diffusers(state_dict: StateDict) -> StateDict | None:
     blocks = ("transformer_blocks.0.attn.add_q_proj.weight", "single_transformer_blocks.0.attn.to_q.weight")
     if "x_embedder.weight" not in state_dict or not any(key in state_dict for key in blocks):
         return None
+    if "distilled_guidance_layer.in_proj.weight" in state_dict:
+        return None  # Chroma shares Flux's block names
     return keys.from_diffusers(state_dict)
 
 
@@ -252,6 +276,7 @@ FAMILY = Family(
     latent_formats={"Flux": FluxLatent},
     from_diffusers=from_diffusers,
     lora_keys=keys.lora_keys,
+    clip_type="FLUX",
     splits=_splits(),
     sizes=_sizes,
     sizes_from_tensors=True,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 import comfy.ops
+import comfy.patcher_extension
 
 
 def pad_to_patch_size(
@@ -26,3 +30,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | N
     if weight is None:
         return F.rms_norm(x, (x.shape[-1],), eps=eps)
     return F.rms_norm(x, weight.shape, weight=comfy.ops.cast_to(weight, dtype=x.dtype, device=x.device), eps=eps)
+
+
+def inside_wrappers(
+    network: Any, forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """`forward(*args, **kwargs)` inside the DIFFUSION_MODEL wrappers that custom nodes have put around networks."""
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
+    executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(forward, network, wrappers)
+    return executor.execute(*args, **kwargs)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +40,11 @@ from .dit_state import (
 from .pace import Pace, is_long
 from .stages import compiled_stages, stage
 
+SKIP = "skip"
+"""Name of the token-wise value that a block takes from the skip stack."""
+
 __all__ = [
-    "CALL_KEY", "Block", "BlockArguments", "Compute", "DenoiserCall", "DiTState", "Meeting", "PreparedLayer",
+    "CALL_KEY", "SKIP", "Block", "BlockArguments", "Compute", "DenoiserCall", "DiTState", "Meeting", "PreparedLayer",
     "Residual", "TokenAxis", "TokenPlan", "Tokens", "call_of", "compiled_stages", "fallback_call", "foreign_blocks",
     "own_block", "patched_inputs", "run_blocks", "stage",
 ]  # fmt: skip
@@ -63,13 +66,18 @@ class BlockArguments:
     tokens: for each token argument the streams it joins, in the order in which the module returns them.
     values: for each other argument the name of a tensor of the state (see `DiTState.value`).
     optional: arguments that the module is given only if they are not None; older replacements lack them.
-    first: the argument that the module takes by position.
+    first: the argument that the module takes by position. renamed: the module's own names of arguments that have others
+    for replacements. hidden: further arguments that only the module gets, as `values`; replacements do not know them.
+    patch_values: what patches after a block are given besides tokens, as `values`.
     """
 
     tokens: Mapping[str, tuple[str, ...]]
     values: Mapping[str, str]
     optional: frozenset[str] = frozenset()
     first: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    hidden: Mapping[str, str] = field(default_factory=dict)
+    patch_values: Mapping[str, str] = field(default_factory=dict)
 
     def collect(self, state: DiTState, options: Mapping[str, Any]) -> dict[str, Any]:
         """What a replacement patch is given: whole tensors and `transformer_options`."""
@@ -78,26 +86,29 @@ class BlockArguments:
         return {**out, "transformer_options": options}
 
     def call(self, module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Call a block on whole tokens; `arguments` as from `collect`, possibly changed by a patch."""
+        """Call a block on whole tokens; `arguments` as from `collect`, possibly changed by a patch, and hidden ones."""
         known = {
             name: arguments[name]
-            for name in (*self.tokens, *self.values)
+            for name in (*self.tokens, *self.values, *self.hidden)
             if name in arguments and not (name in self.optional and arguments[name] is None)
         }
         if arguments.get("transformer_options"):
             known["transformer_options"] = arguments["transformer_options"]
         positional = () if self.first is None else (known.pop(self.first),)
-        out = module(*positional, **known)
+        out = module(*positional, **{self.renamed.get(name, name): value for name, value in known.items()})
         return dict(zip(self.tokens, out if isinstance(out, (tuple, list)) else (out,)))
 
     def put(self, state: DiTState, results: Mapping[str, torch.Tensor]) -> DiTState:
         """The state with what foreign code returned.
 
-        Where an argument joins several streams, all but the last keep their lengths.
+        Where an argument joins several streams, all but the last keep their lengths. None: the tokens stay as they are
+        (a last block that has no use for them).
         """
         wholes: dict[str, torch.Tensor] = {}
         for name, streams in self.tokens.items():
             tokens = results[name]
+            if tokens is None:
+                continue
             kept = [state.lengths[stream] for stream in streams[:-1]]
             wholes.update(zip(streams, tokens.split([*kept, tokens.shape[1] - sum(kept)], dim=1)))
         return state.with_whole(wholes)
@@ -112,6 +123,8 @@ class Block:
     replace_key: key of a replacement in `patches_replace["dit"]`. patches_after: kinds of patches (`patches[kind]`) that
     see the tokens after it. index: its place among the blocks of its kind, which patches are given.
     residual: the ControlNet residual that is added after it. cacheable: whether a step cache may skip it.
+    takes_skip: it takes the tokens on top of the skip stack, its token-wise value `SKIP`; the ControlNet residual named
+    here is added to them. leaves_skip: the stream that is put on top of the skip stack after it.
     """
 
     name: str
@@ -123,6 +136,8 @@ class Block:
     patches_after: tuple[str, ...] = ()
     residual: Residual | None = None
     cacheable: bool = True
+    takes_skip: Residual | None = None
+    leaves_skip: str | None = None
 
     @property
     def own(self) -> bool:
@@ -197,19 +212,27 @@ def patched_inputs(options: Mapping[str, Any], values: dict[str, Any], kind: str
     return values
 
 
-def run_blocks(network: Any, state: DiTState, call: DenoiserCall, blocks: Sequence[Block] | None = None) -> DiTState:
+def run_blocks(
+    network: Any, state: DiTState, call: DenoiserCall, blocks: Sequence[Block] | None = None,
+    after: Callable[[Block, DiTState], None] | None = None,
+) -> DiTState:  # fmt: skip
     """A network's blocks (or a slice of them: a pipeline stage) with all that surrounds them.
 
     state: whole, from `network.embed`, or sharded by the call's plan, from earlier blocks. Returns a state that is
-    sharded where `call.plan` says so. Between blocks a prompt that was cancelled ends (see `pace`).
+    sharded where `call.plan` says so. `after` sees the state after each block: control networks take their residuals
+    from it; they are whole on every rank and compute all blocks, whatever the layout of the network that they control.
+    Between blocks a prompt that was cancelled ends (see `pace`).
     """
+    if after is not None:
+        plan = None if call.plan is None else call.plan.inside
+        call = dataclasses.replace(call, plan=plan, pipeline=None, cache=None)
     if call.pipeline is not None and blocks is None:
         return call.pipeline.run(network.block_list(), state, call, functools.partial(run_blocks, network))
     prepare = blocks is None and vars(network).get("layers_prepared", True)
     state = state if state.plan is call.plan else state.shard(call.plan)
     tokens = list(state.streams.values())
     pace = Pace(is_long(len(tokens[0]), sum(part.shape[1] for part in tokens), sum(state.lengths.values())))
-    span = functools.partial(_run_span, network, call, pace, prepare)
+    span = functools.partial(_run_span, network, call, pace, prepare, after=after)
     blocks = network.block_list() if blocks is None else blocks
     if call.cache is None or not _ours(blocks, call.options):
         return span(blocks, state)
@@ -223,7 +246,13 @@ def _ours(blocks: Sequence[Block], options: Mapping[str, Any]) -> bool:
 
 
 def _run_span(
-    network: Any, call: DenoiserCall, pace: Pace, prepare: bool, blocks: Sequence[Block], state: DiTState
+    network: Any,
+    call: DenoiserCall,
+    pace: Pace,
+    prepare: bool,
+    blocks: Sequence[Block],
+    state: DiTState,
+    after: Callable[[Block, DiTState], None] | None,
 ) -> DiTState:
     """Some blocks, one after the other, with the modulations that they need computed beforehand where `prepare` says so."""
     plan, options = call.plan, call.options
@@ -236,6 +265,8 @@ def _run_span(
     replacements = options.get("patches_replace", {}).get("dit", {})
     for block in blocks:
         replacement = replacements.get(block.replace_key)
+        if block.takes_skip is not None:
+            state = _with_taken_skip(state, _residual(call.control, block.takes_skip))
         if replacement is None and block.own:
             state = _run_own(block, state, call)
         else:
@@ -246,6 +277,10 @@ def _run_span(
         if block.residual is not None:
             residual = _residual(call.control, block.residual)
             state = state if residual is None else state.add(block.residual.stream, residual)
+        if block.leaves_skip is not None:
+            state = state.with_skip(block.leaves_skip)
+        if after is not None:
+            after(block, state)
         pace.step(next(iter(state.streams.values())))
     return state
 
@@ -266,8 +301,10 @@ def _run_foreign(block: Block, state: DiTState, options: Mapping[str, Any], repl
     """A replaced block, or a replacement patch that may call the original, on whole tokens."""
     arguments = block.arguments
 
+    unknown = {name: state.value(value) for name, value in arguments.hidden.items()}
+
     def original(args: Mapping[str, Any]) -> dict[str, Any]:
-        return arguments.call(block.module, args)
+        return arguments.call(block.module, {**unknown, **args})
 
     given = arguments.collect(state, options)
     out = original(given) if replacement is None else replacement(given, {"original_block": original})
@@ -278,10 +315,22 @@ def _run_patch(patch: Any, block: Block, state: DiTState, options: Mapping[str, 
     """A patch after a block: whole tokens of each of its token arguments in, the same out."""
     tokens = block.arguments.tokens
     given: dict[str, Any] = {name: state.whole(*streams) for name, streams in tokens.items()}
+    given.update({name: state.value(value) for name, value in block.arguments.patch_values.items()})
     out = patch({**given, "block_index": block.index, "transformer_options": options})
     return block.arguments.put(state, out)
 
 
 def _residual(control: Mapping[str, Any], at: Residual) -> torch.Tensor | None:
     residuals = control.get(at.source) or ()
-    return residuals[at.index] if at.index < len(residuals) else None
+    return residuals[at.index] if -len(residuals) <= at.index < len(residuals) else None
+
+
+def _with_taken_skip(state: DiTState, residual: torch.Tensor | None) -> DiTState:
+    """The top of the skip stack as the token-wise value `SKIP`, with a whole residual [B, L, C] added."""
+    taken = state.skips[-1]
+    _, state = state.without_skip()
+    if residual is not None:
+        start = 0 if state.plan is None else state.plan.bounds(sum(taken.lengths or ()))[0]
+        part = residual[:, start : start + taken.value.shape[1]]
+        taken = dataclasses.replace(taken, value=taken.value + part, whole=None)
+    return state.replace(tokenwise={**state.tokenwise, SKIP: taken})

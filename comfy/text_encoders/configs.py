@@ -22,9 +22,8 @@ def encoder_config(sd: StateDict) -> dict[str, Any] | None:
         return t5_config_from_state_dict(sd)
     if "bert.embeddings.word_embeddings.weight" in sd:
         return bert_config_from_state_dict(sd)
-    if encoder_name(sd) == "gemma2_2b":
-        return language_model_config(sd, "gemma2_2b")
-    return None
+    kind = {"gemma2_2b": "gemma2_2b", "qwen25_7b": "qwen25", "llama": "llama3_8b"}.get(encoder_name(sd))
+    return None if kind is None else language_model_config(sd, kind)
 
 
 def encoder_name(sd: StateDict) -> str:
@@ -42,12 +41,16 @@ def encoder_name(sd: StateDict) -> str:
     gemma = "model.layers.0.post_feedforward_layernorm.weight" in sd
     if gemma and "model.layers.0.self_attn.q_norm.weight" not in sd:
         return "gemma2_2b"
+    if not gemma and "model.layers.0.post_attention_layernorm.weight" in sd:
+        return "qwen25_7b" if "model.layers.0.self_attn.k_proj.bias" in sd else "llama"
     return "unknown"
 
 
 def _t5_name(sd: StateDict) -> str:
     width = sd["encoder.block.0.layer.0.SelfAttention.q.weight"].shape[1]
     vocabulary = sd["shared.weight"].shape[0] if "shared.weight" in sd else 0
+    if width == 1472:
+        return "byt5_small"
     if width == 768 and "encoder.block.0.layer.1.DenseReluDense.wi.weight" in sd:
         return "t5base"
     if vocabulary > 200000:

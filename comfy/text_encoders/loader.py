@@ -11,6 +11,7 @@ import torch
 import comfy.utils
 from comfy import supported_models_base
 from comfy.clip import CLIP
+from comfy.text_encoders.openclip import from_openclip
 
 StateDict = dict[str, torch.Tensor]
 
@@ -78,8 +79,7 @@ def _detect_t5(sd: StateDict) -> TEModel:
         return TEModel.MT5_XL if is_mt5 else TEModel.T5_XL
     if "encoder.block.23.layer.1.DenseReluDense.wi.weight" in sd:
         return TEModel.T5_XXL_OLD
-    width = sd["encoder.block.0.layer.0.SelfAttention.k.weight"].shape[-1]
-    if gate not in sd and width == 384:
+    if gate not in sd and sd["encoder.block.0.layer.0.SelfAttention.k.weight"].shape[0] == 384:
         return TEModel.BYT5_SMALL_GLYPH
     if "encoder.block.0.layer.1.DenseReluDense.wi.weight" in sd:
         return TEModel.T5_BASE
@@ -103,6 +103,8 @@ def _normalise(sd: StateDict) -> StateDict:
     for prefix in ("transformer.", "text_encoder.", "text_encoders."):
         if sd and all(key.startswith(prefix) for key in sd):
             sd = {key.removeprefix(prefix): value for key, value in sd.items()}
+    if "transformer.resblocks.0.ln_1.weight" in sd:
+        return from_openclip(sd)
     sd = comfy.utils.state_dict_prefix_replace(sd, {"encoder.embed_tokens.": "shared."})
     if "text_model.encoder.layers.0.mlp.fc1.weight" in sd and "text_projection" in sd:
         # OpenCLIP stores the transpose.
@@ -113,6 +115,10 @@ def _normalise(sd: StateDict) -> StateDict:
 def _target(clip_type: CLIPType, kinds: dict[TEModel, StateDict]) -> tuple[Any, Any]:
     """(tokenizer class, encoder class) of a family for the encoders that are there."""
     t5 = next((sd for kind, sd in kinds.items() if kind in (TEModel.T5_XXL, TEModel.T5_XXL_OLD)), None)
+    if set(kinds) == {TEModel.BERT, TEModel.MT5_XL}:
+        from comfy.text_encoders import hydit
+
+        return hydit.HyditTokenizer, hydit.HyditModel
     if clip_type in (CLIPType.FLUX,):
         return _flux(kinds, t5)
     if clip_type == CLIPType.SD3 or (len(kinds) > 1 and t5 is not None and TEModel.CLIP_G in kinds):
@@ -121,10 +127,14 @@ def _target(clip_type: CLIPType, kinds: dict[TEModel, StateDict]) -> tuple[Any, 
         from comfy import sdxl_clip
 
         return sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel
-    if set(kinds) == {TEModel.BERT, TEModel.MT5_XL}:
-        from comfy.text_encoders import hydit
+    if set(kinds) == {TEModel.CLIP_L, TEModel.LLAMA3_8}:
+        from comfy.text_encoders import hunyuan_video
 
-        return hydit.HyditTokenizer, hydit.HyditModel
+        return hunyuan_video.HunyuanVideoTokenizer, hunyuan_video.HunyuanVideoClipModel
+    if set(kinds) == {TEModel.QWEN25_7B, TEModel.BYT5_SMALL_GLYPH}:
+        from comfy.text_encoders import hunyuan_image
+
+        return hunyuan_image.HunyuanImageTokenizer, hunyuan_image.te(byt5=True)
     if len(kinds) > 1:
         names = " and ".join(kind.name for kind in kinds)
         raise ValueError(f"no text encoder of type {clip_type.name} is made of {names}; check the files and the type")
@@ -156,7 +166,7 @@ def _sd3(kinds: dict[TEModel, StateDict], t5: StateDict | None) -> tuple[Any, An
 def _single(clip_type: CLIPType, kind: TEModel) -> tuple[Any, Any]:
     """The classes for a family with one encoder."""
     from comfy import sd1_clip, sdxl_clip
-    from comfy.text_encoders import lumina2, sd2_clip
+    from comfy.text_encoders import aura_t5, lumina2, sd2_clip
     from comfy.text_encoders import t5_family as t5
 
     by_family: dict[CLIPType, tuple[TEModel, tuple[Any, Any]]] = {
@@ -176,9 +186,16 @@ def _single(clip_type: CLIPType, kind: TEModel) -> tuple[Any, Any]:
         TEModel.CLIP_G: lambda: (sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLRefinerClipModel),
         TEModel.T5_XXL: lambda: (t5.MochiT5Tokenizer, t5.MochiT5XXL),
         TEModel.T5_XXL_OLD: lambda: (t5.CosmosT5Tokenizer, t5.CosmosT5XXL),
+        TEModel.T5_XL: lambda: (aura_t5.AuraT5Tokenizer, aura_t5.AuraT5Model),
         TEModel.T5_BASE: lambda: (t5.SAT5Tokenizer, t5.SAT5Model),
         TEModel.GEMMA_2_2B: lambda: (lumina2.LuminaTokenizer, lumina2.LuminaModel),
     }
+    if kind == TEModel.QWEN25_7B:
+        from comfy.text_encoders import hunyuan_image, qwen_image
+
+        if clip_type == CLIPType.HUNYUAN_IMAGE:
+            return hunyuan_image.HunyuanImageTokenizer, hunyuan_image.te(byt5=False)
+        return qwen_image.QwenImageTokenizer, qwen_image.QwenImageTEModel
     wanted = by_family.get(clip_type)
     if wanted is not None and wanted[0] == kind:
         return wanted[1]

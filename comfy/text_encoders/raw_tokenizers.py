@@ -81,19 +81,22 @@ class CLIPTokenizer(_RawTokenizer):
         return {"input_ids": [self.start, *self.ids(text), self.end]}
 
 
+def _from_json(path: str) -> Any:
+    """The tokenizer of `tokenizer.json` in folder `path`, with one id list for each text, as long as it is."""
+    from tokenizers import Tokenizer
+
+    core = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
+    core.no_padding()
+    core.no_truncation()
+    return core
+
+
 class T5Tokenizer(_RawTokenizer):
     """T5's unigram model; ids are followed by the end token."""
 
     end = 1
 
-    @staticmethod
-    def _read(path: str) -> Any:
-        from tokenizers import Tokenizer
-
-        core = Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
-        core.no_padding()
-        core.no_truncation()
-        return core
+    _read = staticmethod(_from_json)
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [*self.ids(text), self.end]}
@@ -112,3 +115,48 @@ class BertTokenizer(_RawTokenizer):
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [self.start, *self.ids(text), self.end]}
+
+
+class OwnVocabulary(_RawTokenizer):
+    """A vocabulary that does not come with the program, from a model's own `tokenizer.json`; read when it is needed."""
+
+    def __init__(self, path: str, origin: str, start: int | None) -> None:
+        self.path, self.origin = path, origin
+        self.before = [] if start is None else [start]
+
+    @classmethod
+    def from_pretrained(cls, path: str, origin: str = "", start: int | None = None, **kwargs: Any) -> Any:
+        """The tokenizer with `tokenizer.json` in folder `path`; `origin`: the repository that has it."""
+        return cls(path, origin, start)
+
+    @property
+    def core(self) -> Any:
+        """The library's tokenizer. Raises ValueError when there is no file."""
+        if not os.path.isfile(os.path.join(self.path, "tokenizer.json")):
+            raise ValueError(
+                f"the vocabulary of {self.origin} does not come with the program; put its tokenizer.json into {self.path}"
+            )
+        return _load(self._read, os.path.realpath(self.path))
+
+    _read = staticmethod(_from_json)
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self.before + (self.ids(text) if text else [])}
+
+
+class ByT5Tokenizer:
+    """ByT5's bytes after three special ids; ids are followed by the end token."""
+
+    first, end = 3, 1
+
+    @classmethod
+    def from_pretrained(cls, path: str, **kwargs: Any) -> ByT5Tokenizer:
+        """The tokenizer, which has no data."""
+        return cls()
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [*(byte + self.first for byte in text.encode()), self.end]}
+
+    def get_vocab(self) -> dict[str, int]:
+        """{token: id}."""
+        return {chr(byte): byte + self.first for byte in range(256)}

@@ -15,7 +15,7 @@ CLIP_H_CONFIG = {
 
 
 class SD2ClipHModel(SDClipModel):
-    """The last but one layer, with the final norm; padded with 0."""
+    """The last but one of 24 layers, with the final norm; padded with 0. Files of diffusers end with that layer."""
 
     def __init__(
         self,
@@ -24,8 +24,10 @@ class SD2ClipHModel(SDClipModel):
         model_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        config = (model_options or {}).get("clip_h_model_config", CLIP_H_CONFIG)
+        used = -1 if config["num_hidden_layers"] == 23 else -2
         super().__init__(
-            device=device, dtype=dtype, layer="hidden", layer_idx=-2, textmodel_json_config=CLIP_H_CONFIG,
+            device=device, dtype=dtype, layer="hidden", layer_idx=used, textmodel_json_config=CLIP_H_CONFIG,
             special_tokens={"start": 49406, "end": 49407, "pad": 0}, return_projected_pooled=True,
             model_options={**(model_options or {}), "model_name": "clip_h"},
         )  # fmt: skip

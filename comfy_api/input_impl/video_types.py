@@ -25,6 +25,14 @@ def _check(format: VideoContainer | str, codec: VideoCodec | str) -> None:
         raise ValueError(f"videos can be encoded as h264 only, not {codec}")
 
 
+def container_to_output_format(container_format: str | None) -> str | None:
+    """One format to write with, of the several that a container's header may stand for (`mov,mp4,m4a`).
+
+    None, for the writer to choose by the file's name, where there is none.
+    """
+    return (container_format or "").partition(",")[0] or None
+
+
 class VideoFromFile(VideoInput):
     """A video in a file or buffer."""
 

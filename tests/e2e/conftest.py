@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import tiny_models
+from tests import tiny_families, tiny_models
 from tests.e2e.server import Server
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -28,6 +28,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A base directory: models, an input picture, the test nodes."""
     folder = tmp_path_factory.mktemp("base")
     tiny_models.write_flux(str(folder / "models"))
+    tiny_models.write_family("adapters", str(folder / "models"))
+    sd3 = "checkpoints/tiny_sd3.safetensors"
+    tiny_models.write_files({sd3: tiny_families.files("sd3")[sd3]}, str(folder / "models"))
     shutil.copytree(os.path.join(HERE, "pack"), folder / "custom_nodes" / "e2e_pack")
     (folder / "input").mkdir()
     y, x = np.mgrid[0:104, 0:72]

@@ -8,7 +8,17 @@ import pytest
 
 from tests.e2e.compare import furthest
 from tests.e2e.server import Server
-from tests.e2e.workflows import DEV, SCHNELL, TEXT, custom_sampling, flux, picture_to_picture, with_areas
+from tests.e2e.workflows import (
+    DEV,
+    SCHNELL,
+    TEXT,
+    controlled,
+    custom_sampling,
+    flux,
+    picture_to_picture,
+    sd3,
+    with_areas,
+)
 
 LONG = TEXT + ", " + "very detailed " * 130
 CASES = {
@@ -45,6 +55,22 @@ def test_same_picture(serve, expected, ranks, case):
     picture = serve(ranks).pictures(CASES[case])
     assert picture.std() > 5, "a flat picture proves nothing"
     assert furthest(picture, expected(case)) <= 1
+
+
+def test_same_picture_of_sd3(serve):
+    """Every other family is compared without a server (tests/parallel/test_families.py)."""
+    picture = serve(2).pictures(sd3(width=88))
+    assert picture.std() > 5
+    assert furthest(picture, serve(1).pictures(sd3(width=88))) <= 1
+
+
+def test_same_picture_with_control(serve):
+    """ControlNets, an image encoder, a style model and a patch network, with one conditioning and with two."""
+    for more in ({"width": 88}, {"cfg": 4.5, "batch": 3}):
+        picture = serve(2).pictures(controlled(**more))
+        assert picture.std() > 5
+        assert furthest(picture, serve(1).pictures(controlled(**more))) <= 1
+        assert furthest(picture, serve(2).pictures(flux(**more))) > 20
 
 
 def test_pictures_tell_cases_apart(expected):

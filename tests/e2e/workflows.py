@@ -47,6 +47,39 @@ def flux(
     }  # fmt: skip
 
 
+def controlled(**more: Any) -> Prompt:
+    """A chain of two ControlNets, Redux and USO on both prompts, from one picture."""
+    prompt = flux(**more)
+    image = {"image": ["picture", 0]}
+    prompt |= {
+        "picture": node("LoadImage", image="start.png"),
+        "vision": node("CLIPVisionLoader", clip_name="tiny_sigclip.safetensors"),
+        "seen": node("CLIPVisionEncode", clip_vision=["vision", 0], crop="center", **image),
+        "redux": node("StyleModelLoader", style_model_name="tiny_redux.safetensors"),
+        "styled": node(
+            "StyleModelApply", conditioning=["positive", 0], style_model=["redux", 0], clip_vision_output=["seen", 0],
+            strength=0.7, strength_type="multiply",
+        ),
+        "uso": node("ModelPatchLoader", name="tiny_uso.safetensors"),
+        "reference": node(
+            "USOStyleReference", model=["load", 0], model_patch=["uso", 0], clip_vision_output=["seen", 0]
+        ),
+        "union": node("ControlNetLoader", control_net_name="tiny_flux_union.safetensors"),
+        "kind": node("SetUnionControlNetType", control_net=["union", 0], type="depth"),
+        "first": node(
+            "ControlNetApplyAdvanced", positive=["styled", 0], negative=["negative", 0], control_net=["kind", 0],
+            strength=0.8, start_percent=0.0, end_percent=1.0, vae=["load", 2], **image,
+        ),
+        "xlabs": node("ControlNetLoader", control_net_name="tiny_flux_xlabs.safetensors"),
+        "second": node(
+            "ControlNetApplyAdvanced", positive=["first", 0], negative=["first", 1], control_net=["xlabs", 0],
+            strength=0.5, start_percent=0.2, end_percent=1.0, **image,
+        ),
+    }  # fmt: skip
+    prompt["sample"]["inputs"] |= {"model": ["reference", 0], "positive": ["second", 0], "negative": ["second", 1]}
+    return prompt
+
+
 def parts(diffusion: str, weight_dtype: str = "default", **more: Any) -> Prompt:
     """Like `flux`, with the parts from files of their own."""
     prompt = flux(**more)
@@ -58,6 +91,19 @@ def parts(diffusion: str, weight_dtype: str = "default", **more: Any) -> Prompt:
     for name in ("positive", "negative"):
         prompt[name]["inputs"]["clip"] = ["clip", 0]
     prompt["decode"]["inputs"]["vae"] = ["vae", 0]
+    return prompt
+
+
+def sd3(**more: Any) -> Prompt:
+    """SD3 with a text for each encoder, skip-layer guidance and a latent of 16 channels."""
+    prompt = flux("tiny_sd3.safetensors", **{"cfg": 4.5, "steps": 3, **more})
+    texts = {"clip_l": "a red fox", "clip_g": TEXT, "t5xxl": "", "empty_padding": "none"}
+    prompt["positive"] = node("CLIPTextEncodeSD3", clip=["load", 1], **texts)
+    prompt["latent"]["class_type"] = "EmptySD3LatentImage"
+    prompt["skip"] = node(
+        "SkipLayerGuidanceSD3", model=["load", 0], layers="0", scale=3.0, start_percent=0.0, end_percent=0.9
+    )
+    prompt["sample"]["inputs"]["model"] = ["skip", 0]
     return prompt
 
 

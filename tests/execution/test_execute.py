@@ -217,7 +217,9 @@ def test_a_cycle_in_a_sub_graph_is_an_error(run, server, monkeypatch):
 
     monkeypatch.setattr(nodes.NODE_CLASS_MAPPINGS["Expand"], "run", expand)
     run({"e": node("Expand", value=1), "out": node("Show", value=["e", 0])})
-    assert "Dependency cycle detected" in server.of("execution_error")[0]["exception_message"]
+    error = server.of("execution_error")[0]
+    assert "Dependency cycle detected" in error["exception_message"]
+    assert (error["node_id"], error["node_type"]) == ("e", "Expand")  # the page knows only nodes of the workflow
 
 
 def test_asynchronous_nodes_overlap(run):

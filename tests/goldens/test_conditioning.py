@@ -5,7 +5,7 @@ import torch
 
 import comfy.sample
 import comfy.samplers
-from tests.goldens import golden
+from tests.goldens import golden, models
 from tests.goldens.standins import ClosedFormModel, text
 
 TOPIC = "10 conditioning"
@@ -135,3 +135,49 @@ def test_little_memory_means_more_calls(monkeypatch):
     golden.check(TOPIC, "flow/combine split", out, whole, TOLERANCE)
     assert set(map(tuple, model.batches)) == {(0,), (1,)}
     assert len(asked) == DATA["steps"]
+
+
+def _sd3_conditionings():
+    """{run: positive conditioning} of the runs with SD3, and the negative one."""
+    stored, facts = golden.load_tensors("10_conditioning/tensors.safetensors"), DATA["sd3"]
+
+    def text_of(name, **fields):
+        return [[stored[f"sd3/{name}_context"], {"pooled_output": stored[f"sd3/{name}_pooled"], **fields}]]
+
+    width, height, x, y = (size // 8 for size in facts["area_args"])
+    area = {"area": (height, width, y, x), "strength": 1.0, "set_area_to_bounds": False}
+    split, strengths = facts["range_split"], facts["mask_strength"]
+
+    def masked(bounds, strength):
+        fields = {"mask": stored["sd3/mask_input"], "set_area_to_bounds": bounds, "mask_strength": strength}
+        return text_of("B", **fields)
+
+    a = text_of("A")
+    runs = {
+        "combine": a + text_of("B"),
+        "area": a + text_of("B", **area),
+        "area_only": text_of("B", **area),
+        "mask": a + masked(False, strengths["mask"]),
+        "mask_bounds": a + masked(True, strengths["mask_bounds"]),
+        "ranges": text_of("A", start_percent=0.0, end_percent=split)
+        + text_of("B", start_percent=split, end_percent=1.0),
+    }
+    return runs, text_of("N")
+
+
+@pytest.mark.parametrize("name", ["combine", "area", "area_only", "mask", "mask_bounds", "ranges"])
+@pytest.mark.skipif(not models.known("sd3_medium"), reason="recorded figures not found: set TACO_GOLDENS")
+def test_conditioning_of_sd3(name):
+    """The same with a network, its text and its pooled text."""
+    from comfy.taco_dit import TACODiTModelPatcher
+
+    runs, negative = _sd3_conditionings()
+    patcher = TACODiTModelPatcher(models.model("sd3_medium"), torch.device("cpu"), torch.device("cpu"))
+    latent = torch.zeros(DATA["sd3"]["shape"])
+    with torch.inference_mode():
+        out = comfy.sample.sample(
+            patcher, comfy.sample.prepare_noise(latent, DATA["seed"]), DATA["steps"], DATA["cfg"], DATA["sampler"],
+            DATA["sd3"]["scheduler"], runs[name], negative, latent, disable_pbar=True, seed=DATA["seed"],
+        )  # fmt: skip
+    want = golden.load_tensors("10_conditioning/tensors.safetensors")[f"sd3/{name}"]
+    golden.check(TOPIC, f"sd3/{name}", out, want, TOLERANCE)

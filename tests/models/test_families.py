@@ -17,6 +17,7 @@ from comfy.families.base import Split
 from tests.made_up.family import FAMILY as PEBBLE
 from tests.made_up.network import Pebble
 from tests.parallel.tiny import tiny_flux
+from tests.tiny_families import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 FLUX = comfy.families.flux.FAMILY
@@ -24,11 +25,14 @@ FLUX = comfy.families.flux.FAMILY
 
 def test_importing_the_program_imports_no_network():
     code = (
-        "import sys, nodes, comfy.sd, comfy.samplers, comfy.supported_models, comfy.model_base, comfy.latent_formats;"
-        "print([m for m in sys.modules if m.startswith(('comfy.ldm.flux.model', 'comfy.families.flux'))])"
+        "import asyncio, sys, nodes, comfy.sd, comfy.samplers, comfy.supported_models, comfy.model_base;"
+        "import comfy.families, comfy.latent_formats; asyncio.run(nodes.init_builtin_extra_nodes());"
+        "loaded = set(sys.modules); records = comfy.families.records();"
+        "lazy = {f'comfy.families.{name}' for name in comfy.families._NAMES} | {f.network.split(':')[0] for f in records};"
+        "print(len(lazy) >= 2 * len(records) - 1, sorted(m for m in loaded if m in lazy or m.startswith('comfy.control.')))"
     )
     done = subprocess.run([sys.executable, "-c", code, "--cpu"], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.stdout.strip().splitlines()[-1] == "[]", done.stdout + done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "True []", done.stdout + done.stderr
 
 
 def test_public_names_are_the_records_classes():
@@ -95,15 +99,16 @@ def rows(split, sizes, index, count):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("family,network", [(FLUX, tiny_flux()), (PEBBLE, Pebble())], ids=["flux", "pebble"])
-def test_slices_add_up(family, network, count):
+@pytest.mark.parametrize("name", [*TINY, "pebble"])
+def test_slices_add_up(name, count):
     """Each linear of each block is declared, its slices cover it once, and computing with them gives the whole."""
+    family, network = (PEBBLE, Pebble()) if name == "pebble" else (TINY[name].family, TINY[name].network())
     generator = torch.Generator().manual_seed(0)
     sizes, seen = family.sizes(network), 0
     for name, linear in linears_of_blocks(network):
         split, seen = family.split_of(name), seen + 1
         weight = torch.randn(linear.weight.shape, generator=generator)
-        bias = torch.randn(linear.out_features, generator=generator)
+        bias = torch.randn(linear.out_features, generator=generator)  # some have none; the sum is the same
         x = torch.randn((2, 5, linear.in_features), generator=generator)
         whole = nn.functional.linear(x, weight, bias)
         if split.kind in ("whole", "gathered"):
@@ -145,6 +150,23 @@ def test_a_single_block_in_slices(count):
         (start, stop), *_ = columns.ranges(sizes, rank, count)
         total = total + nn.functional.linear(between(first, (stop - start) // 24), block.linear2.weight[:, inner])
     torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_files_make_the_same_network(name):
+    """Files of small models are recognised, and loaded with the sizes that their shapes tell."""
+    import comfy.model_detection
+
+    tiny, prefix = TINY[name], "model.diffusion_model."
+    wanted = tiny.shapes()
+    weights = {prefix + key: torch.empty(shape, device="meta") for key, shape in wanted.items()}
+    found = comfy.model_detection.model_config_from_unet(weights, prefix, metadata=tiny.metadata)
+    assert type(found).__name__ == tiny.configuration
+    found.set_inference_dtype(torch.float32, None)
+    network = found.get_model(weights, prefix, device="meta").diffusion_model
+    assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == wanted
+    assert comfy.families.record_of(network) is tiny.family
+    assert network.num_heads == tiny.network().num_heads
 
 
 def test_an_undeclared_linear_is_named():

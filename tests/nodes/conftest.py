@@ -22,6 +22,7 @@ def tiny_folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny")
     tiny_models.write_flux(str(folder / "models"))
+    tiny_models.write_family("adapters", str(folder / "models"))
     for name in ("input", "output", "temp"):
         (folder / name).mkdir()
     return folder

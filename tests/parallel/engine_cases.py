@@ -16,9 +16,9 @@ from comfy.taco_dit.core.config_manager import ParallelConfig, TacoConfig
 from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
 from comfy.taco_dit.core.lockstep import RankLockstep
 from comfy.taco_dit.core.spread import spread, spread_batch
-from comfy.taco_dit.fast.captured_calls import CapturedCalls
+from comfy.taco_dit.fast.captured_calls import CapturedCalls, evaluate
 
-from .tiny import tiny_flux
+from .tiny import tiny_flux, tiny_unet
 
 
 class Model:
@@ -136,7 +136,7 @@ class Replayed:
         self._network, self._options = network, options
 
     def replay(self, call):
-        return self._network(**call, transformer_options=self._options)
+        return evaluate(self._network, call, self._options)
 
     def destroy(self):
         """Nothing is held."""
@@ -216,6 +216,41 @@ def spread_batches(engine):
     return worked
 
 
+class UNet(Model):
+    """A model with a UNet, whose tokens stay whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.diffusion_model = tiny_unet()
+
+    def apply_model(self, x, t, context=None, y=None, transformer_options=None):
+        network = self.network_runner or self.diffusion_model
+        return network(x[:, :4], t * 900, context=context[..., :24], y=y, transformer_options=transformer_options)
+
+
+def unets(engine):
+    """{case: (plan, deviation from one rank)} for prompts, pictures and areas of odd sizes, and a patch that couples rows."""
+    patch = {"patches": {"attn1_patch": [lambda n, context, value, extra: (n, context, value.flip(0))]}}
+    cases = {
+        "prompts": [batch(2, 9, 13, [0, 1])],
+        "pictures": [batch(1, 9, 13, [0], 5)],
+        "areas": [batch(1, 9, 13, [1]), batch(3, 9, 7, [0, 1, 0])],
+        "patched": [batch(2, 9, 13, [0, 1], options=patch)],
+    }
+    out, model = {}, UNet()
+    for name, batches in cases.items():
+        for work in batches:
+            work.conditioning.pop("guidance")
+            work.conditioning["y"] = work.conditioning["y"].repeat(1, 2)
+            work.x = work.x[:, :4].contiguous()
+        with torch.inference_mode():
+            one = evaluate_serially(model, batches, {})
+            many = engine.evaluate(model, batches, {})
+        worst = max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(one, many))
+        out[name] = (engine._plan.dims.describe(), worst)
+    return out
+
+
 class Lines(logging.Handler):
     """Messages that were logged."""
 
@@ -248,7 +283,7 @@ def engine_results(manager):
     for name, run in {
         "coupled": functools.partial(coupled_rows, engine), "replaced": functools.partial(replaced_parts, engine),
         "areas": functools.partial(area_prompts, engine), "spread": functools.partial(spread_items, manager),
-        "batches": functools.partial(spread_batches, engine),
+        "batches": functools.partial(spread_batches, engine), "unets": functools.partial(unets, engine),
     }.items():  # fmt: skip
         lockstep.begin(name)
         out[name] = run()

@@ -136,7 +136,7 @@ def test_foreign_code_keeps_rows_together(results):
         assert {plan for name, plan in plans.items() if name not in split} == {f"ulysses {world}"}
         assert not engine["options leak"]
     said = [engine["lines"] for _, engine in found]
-    assert len(said[0]) == len(set(said[0])) == 6 and not any(said[1:])
+    assert len(said[0]) == len(set(said[0])) == 7 and not any(said[1:])
 
 
 def test_row_groups_that_make_other_calls_do_not_wait(results):
@@ -147,6 +147,16 @@ def test_row_groups_that_make_other_calls_do_not_wait(results):
         assert plan == f"cfg {world}" and deviation < 1e-4
         kinds.append(captured)
     assert len(set(kinds)) > 1, "the row groups were to make different numbers of calls"
+
+
+def test_unets_have_their_rows_dealt(results):
+    world, found = results
+    for _, engine in found:
+        assert all(deviation < 1e-5 for _, deviation in engine["unets"].values()), engine["unets"]
+        plans = {name: plan for name, (plan, _) in engine["unets"].items()}
+        assert plans["prompts"] == ("cfg 2" if world == 2 else "replicas 3")
+        assert plans["pictures"] == f"data {world}" and plans["areas"] == f"cfg {world}", plans
+        assert "cfg" not in plans["patched"], plans
 
 
 def test_spread_deals_items(results):

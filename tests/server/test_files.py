@@ -193,7 +193,11 @@ def test_users_files_can_be_kept(serve, folders):
         assert await api.status("GET", "/api/userdata") == 400
         assert await api.status("GET", "/api/userdata?dir=none") == 404
         listed = await api.json("GET", "/api/v2/userdata")
-        assert [(entry["name"], entry["type"]) for entry in listed] == [("workflows", "directory")]
+        assert [(e["name"], e["path"], e["type"]) for e in listed] == [
+            ("workflows", "workflows", "directory"),
+            ("a.json", "workflows/a.json", "file"),
+        ]
+        assert listed[1]["size"] == 2
         moved = await api.json("POST", path + "/move/workflows%2Fb.json")
         assert moved == "workflows/b.json"
         async with api.client.get("/api/userdata/workflows%2Fb.json") as response:

@@ -73,6 +73,21 @@ def test_a_missing_model_is_said():
         load_text_encoder_state_dicts([tiny.t5(dtype=torch.float16, vocabulary=200001)], clip_type=CLIPType.WAN)
 
 
+def test_auraflows_vocabulary_is_asked_for_when_a_prompt_comes(monkeypatch, tmp_path):
+    """Its files have none: they load, a prompt says what to do, and the file is found then."""
+    import folder_paths
+    from comfy.text_encoders.aura_t5 import VOCABULARY, AuraT5Tokenizer
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "text_encoders", ([str(tmp_path)], {".safetensors"}))
+    without = AuraT5Tokenizer()
+    assert without.state_dict() == {} and without.tokenize_with_weights("")["pile_t5xl"][0][0][0] == 2
+    with pytest.raises(ValueError, match=f"put it into models/text_encoders as {VOCABULARY}"):
+        without.tokenize_with_weights("a fox")
+    (tmp_path / VOCABULARY).write_bytes(model_bytes(UNIGRAM, PIECES))
+    rows = AuraT5Tokenizer().tokenize_with_weights("fox ab")["pile_t5xl"]
+    assert [pair[0] for pair in rows[0][:4]] == [4, 8, 2, 1] and len(rows[0]) == 256
+
+
 def test_damaged_bytes():
     """Not a protobuf message."""
     with pytest.raises(ValueError, match="damaged"):

@@ -121,9 +121,17 @@ def from_diffusers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         "depth_single_blocks": blocks["single_transformer_blocks"],
         "mlp_ratio": 4.0 if wide is None else wide.shape[0] / hidden,
     }
+    return put_together(state_dict, diffusers_key_map(config))
+
+
+def put_together(state_dict: dict[str, torch.Tensor], key_map: dict[str, Target]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict under the keys of a map as `diffusers_key_map` gives it; fused weights are joined.
+
+    Raises ValueError when a part of a fused weight is missing.
+    """
     out: dict[str, torch.Tensor] = {}
     parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for theirs, target in diffusers_key_map(config).items():
+    for theirs, target in key_map.items():
         value = state_dict.get(theirs)
         if value is None:
             continue

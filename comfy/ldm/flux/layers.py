@@ -26,6 +26,7 @@ from comfy.ldm.modules.modulate import (
     add_gated_norm_modulate_rows,
     norm_modulate,
     norm_modulate_rows,
+    spread_rows,
 )
 from comfy.ldm.modules.norm_rope import norm_and_rotate
 
@@ -183,6 +184,21 @@ def _modulation(module: Any, vec: torch.Tensor, call: dit.DenoiserCall) -> tuple
     return module(vec) if ready is None else module.parts(ready)
 
 
+def _rows(state: dit.DiTState, sizes: Any = None) -> Any:
+    """Each token's row of modulation with several rows [B, n, C], for each stream if `sizes` are given; None with one."""
+    if "rows" not in state.tokenwise:
+        return None if sizes is None else (None,) * len(sizes)
+    rows = state.local("rows")
+    return rows if sizes is None else rows.split(sizes)
+
+
+def _by_token(mod: ModulationOut, rows: torch.Tensor | None) -> ModulationOut:
+    """Modulation with a row for each token instead of one for several."""
+    if rows is None:
+        return mod
+    return ModulationOut(*(spread_rows(part, rows) for part in (mod.shift, mod.scale, mod.gate)))
+
+
 def _plain_norm(norm: nn.Module) -> bool:
     """Whether a norm is our LayerNorm without weights, which the fused primitives compute."""
     return (
@@ -292,7 +308,7 @@ class DoubleStreamBlock(nn.Module):
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False, flipped_img_txt: bool = False,
-        dtype: Any = None, device: Any = None, operations: Any = comfy.ops.manual_cast,
+        dtype: Any = None, device: Any = None, operations: Any = comfy.ops.manual_cast, modulation: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         mlp_hidden_dim = int(hidden_size * mlp_ratio)
@@ -310,7 +326,8 @@ class DoubleStreamBlock(nn.Module):
 
         for stream in ("img", "txt"):
             norms = [operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **place) for _ in range(2)]
-            setattr(self, f"{stream}_mod", Modulation(hidden_size, double=True, operations=operations, **place))
+            if modulation:
+                setattr(self, f"{stream}_mod", Modulation(hidden_size, double=True, operations=operations, **place))
             setattr(self, f"{stream}_norm1", norms[0])
             attn = SelfAttention(hidden_size, num_heads=num_heads, qkv_bias=qkv_bias, operations=operations, **place)
             setattr(self, f"{stream}_attn", attn)
@@ -346,11 +363,19 @@ class DoubleStreamBlock(nn.Module):
             normed = _modulated(norm, x, second, dims, reader)
         return _add_gated(x, mlp_gelu(mlp, normed), second.gate, dims)
 
+    def modulations(self, state: dit.DiTState, call: dit.DenoiserCall) -> dict[str, Any]:
+        """Those of attention and of MLP, by stream."""
+        return {name: _modulation(getattr(self, f"{name}_mod"), state.sample["vec"], call) for name in ("img", "txt")}
+
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall, dims: Any = (None, None)) -> dit.DiTState:
         """The block on a state with the streams `img` and `txt`; `dims`: modulation ranges of img and txt."""
         dims = dict(zip(("img", "txt"), dims))
-        mods = {name: _modulation(getattr(self, f"{name}_mod"), state.sample["vec"], call) for name in dims}
-        sizes = state.inside()
+        sizes, modulations = state.inside(), self.modulations(state, call)
+        tokens = [stream.shape[1] for stream in state.streams.values()]
+        mods = {
+            name: tuple(_by_token(mod, rows) for mod in modulations[name])
+            for name, rows in zip(state.streams, _rows(state, tokens))
+        }
         pe = _rotary(state)
         tables = (None, None) if pe is None else pe.split(sizes, dim=2)
         parts = [
@@ -398,7 +423,7 @@ class SingleStreamBlock(nn.Module):
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, qk_scale: float | None = None,
-        dtype: Any = None, device: Any = None, operations: Any = comfy.ops.manual_cast,
+        dtype: Any = None, device: Any = None, operations: Any = comfy.ops.manual_cast, modulation: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.hidden_dim = hidden_size
@@ -412,7 +437,8 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads, operations=operations, **place)
         self.pre_norm = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **place)
         self.mlp_act = nn.GELU(approximate="tanh")
-        self.modulation = Modulation(hidden_size, double=False, operations=operations, **place)
+        if modulation:
+            self.modulation = Modulation(hidden_size, double=False, operations=operations, **place)
 
     @dit.stage
     def _into_attention(
@@ -439,10 +465,14 @@ class SingleStreamBlock(nn.Module):
         """Add attention [B, L, C] and MLP [B, L, M], projected together, to x [B, L, C]."""
         return _clamped(_add_gated(x, linear_of_pair(self.linear2, out, mlp), mod.gate, dims))
 
+    def modulations(self, state: dit.DiTState, call: dit.DenoiserCall) -> Any:
+        """The block's one."""
+        return _modulation(self.modulation, state.sample["vec"], call)[0]
+
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall, dims: Any = None) -> dit.DiTState:
         """The block on all streams of a state as one sequence; `dims`: modulation ranges."""
         x = state.joint()
-        mod, _ = _modulation(self.modulation, state.sample["vec"], call)
+        mod = _by_token(self.modulations(state, call), _rows(state))
         q, k, v, rest = self._into_attention(x, mod, dims, _rotary(state))
         meeting = _meeting(state, call, q.shape[1])
         meeting.send(q, k, v)
@@ -480,8 +510,11 @@ class LastLayer(nn.Module):
             nn.SiLU(), operations.Linear(hidden_size, 2 * hidden_size, bias=True, **place)
         )
 
-    def forward(self, x: torch.Tensor, vec: torch.Tensor, modulation_dims: Any = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, vec: torch.Tensor, modulation_dims: Any = None, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`rows` [L]: each token's row of vec [B, n, C]."""
         if vec.ndim == 2:
             vec = vec.unsqueeze(1)
-        shift, scale = self.adaLN_modulation(vec).chunk(2, dim=-1)
+        shift, scale = (spread_rows(part, rows) for part in self.adaLN_modulation(vec).chunk(2, dim=-1))
         return self.linear(apply_mod(self.norm_final(x), 1 + scale, shift, modulation_dims))

@@ -115,13 +115,8 @@ class Flux(nn.Module):
         """Patches [B, L_img, in] and text [B, L_txt, context] -> whole state with streams `txt` and `img`."""
         if img.ndim != 3 or txt.ndim != 3:
             raise ValueError(f"img and txt must be [B, L, C], got {tuple(img.shape)} and {tuple(txt.shape)}")
-        if y is None:
-            y = torch.zeros((img.shape[0], self.params.vec_in_dim), device=img.device, dtype=img.dtype)
         img = self.img_in(img)
-        vec = self.time_in(timestep_embedding(timesteps, 256).to(img.dtype))
-        if self.params.guidance_embed and guidance is not None:
-            vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(img.dtype))
-        vec = vec + self.vector_in(y[:, : self.params.vec_in_dim])
+        vec = self.conditioning_vector(timesteps, y, guidance, img)
         values = {"img": img, "txt": self.txt_in(txt), "img_ids": img_ids, "txt_ids": txt_ids}
         values = dit.patched_inputs(call.options, values)
         pe = self.pe_embedder(torch.cat((values["txt_ids"], values["img_ids"]), dim=1))
@@ -130,6 +125,17 @@ class Flux(nn.Module):
             tokenwise={"pe": dit.TokenAxis(pe, ("txt", "img"), 2, inside=True)},
             sample={"vec": vec, "attn_mask": attn_mask},
         )
+
+    def conditioning_vector(
+        self, timesteps: torch.Tensor, y: torch.Tensor | None, guidance: torch.Tensor | None, like: torch.Tensor
+    ) -> torch.Tensor:
+        """Times [B], pooled text [B, vec_in_dim] and guidance [B] -> [B, C], in the dtype of tokens `like` [B, L, C]."""
+        if y is None:
+            y = torch.zeros((like.shape[0], self.params.vec_in_dim), device=like.device, dtype=like.dtype)
+        vec = self.time_in(timestep_embedding(timesteps, 256).to(like.dtype))
+        if self.params.guidance_embed and guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(like.dtype))
+        return vec + self.vector_in(y[:, : self.params.vec_in_dim])
 
     def block_list(self) -> tuple[dit.Block, ...]:
         """The blocks in order; each multiplies every token by 12 C^2 weights and attends once, so they cost the same."""

@@ -9,6 +9,7 @@ see all tokens of the heads they are given, in the order of whole streams.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -337,11 +338,12 @@ def default(value: Any, other: Any) -> Any:
     return other() if callable(other) else other
 
 
-_UNET_PARTS = (
-    "BasicTransformerBlock",
-    "CrossAttention",
-    "FeedForward",
-    "SpatialTransformer",
-    "SpatialVideoTransformer",
-)
-__getattr__ = missing_names(__name__, dict.fromkeys(_UNET_PARTS, "the UNet of SD and SDXL"))
+_UNET_PARTS = ("BasicTransformerBlock", "CrossAttention", "FeedForward", "GEGLU", "SpatialTransformer")
+_look_up = missing_names(__name__, {"SpatialVideoTransformer": "the time axis of Stable Video Diffusion's UNet"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _UNET_PARTS:
+        # They use this module; in it they are only for packs.
+        return getattr(importlib.import_module("comfy.ldm.unet.transformer"), name)
+    return _look_up(name)

@@ -168,3 +168,11 @@ def add_gated_norm_modulate_rows(
         return summed, Rows(values, row_scales, x.dtype)
     x = x + gate * y
     return x, norm_modulate_rows(x, scale, shift, form, eps)
+
+
+def spread_rows(rows: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """Modulation with one row for several tokens [B, n, C] -> by token [B, L, C]; as it is without `places`.
+
+    places: [L], the row of each token.
+    """
+    return rows if places is None else rows.index_select(1, places)

@@ -52,10 +52,11 @@ def _functions(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _replaced(network: Any) -> Iterator[tuple[str, Any]]:
     """(what it is, function if there is one to ask) of all that is replaced in a network itself."""
     family = comfy.families.record_of(network)
-    home = "comfy." if family is None else family.network.partition(":")[0]
+    # A network may inherit from another family's.
+    homes = ("comfy.",) if family is None else (family.network.partition(":")[0], "comfy.ldm.")
     for name in ("forward", "_forward", "forward_orig"):
         method = getattr(network, name, None)
-        ours = name not in vars(network) and getattr(method, "__module__", home).startswith(home)
+        ours = name not in vars(network) and getattr(method, "__module__", homes[0]).startswith(homes)
         if method is not None and not ours:
             yield f"a replaced {name}", method
     blocks = dit.foreign_blocks(network)
@@ -71,6 +72,15 @@ def replaced_parts(network: Any) -> list[str]:
     return [what for what, _ in _replaced(network)]
 
 
+def _controls(batches: list[DenoiserBatch]) -> Iterator[tuple[str, Any]]:
+    """(what it is, object) of control networks that are not ours, or whose method was replaced."""
+    for control in {id(batch.control): batch.control for batch in batches}.values():
+        while control is not None:
+            if not type(control).__module__.startswith("comfy.control.") or "get_control" in vars(control):
+                yield f"a control network ({type(control).__name__})", control
+            control = getattr(control, "previous_controlnet", None)
+
+
 def foreign_parts(network: Any, batches: list[DenoiserBatch], model_options: dict[str, Any]) -> list[str]:
     """What is in or around a network that may look at all rows of a call together, each kind once."""
     wrapper = model_options.get("model_function_wrapper")
@@ -79,7 +89,7 @@ def foreign_parts(network: Any, batches: list[DenoiserBatch], model_options: dic
     everywhere += [batch.conditioning.get("transformer_options", {}) for batch in batches]
     for options in everywhere:
         found += _functions(options)
-    found += _replaced(network)
+    found += [*_controls(batches), *_replaced(network)]
     for function in (attention.optimized_attention, attention.optimized_attention_masked):
         if function is not attention.attention_pytorch:
             found.append(("a replaced attention function", function))

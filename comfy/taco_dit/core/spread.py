@@ -81,11 +81,11 @@ def spread_rounds(
         yield from results
 
 
-def spread_batch(batch: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def spread_batch(batch: torch.Tensor, work: Callable[[torch.Tensor], Any]) -> Any:
     """`work(batch)` for work that treats each entry of the first axis by itself, distributed over the ranks.
 
-    batch [B, ...], the same on every rank. `work` maps a part [b, ...] to a tensor [b, ...]. On one rank, and for a single
-    entry, it is called once with the whole batch.
+    batch [B, ...], the same on every rank. `work` maps a part [b, ...] to a tensor [b, ...] or a tuple of them. On one
+    rank, and for a single entry, it is called once with the whole batch.
     """
     current = runtime.current()
     size = current.manager.world_size if current.lockstep.together else 1
@@ -93,8 +93,13 @@ def spread_batch(batch: torch.Tensor, work: Callable[[torch.Tensor], torch.Tenso
         return work(batch)
     device = current.manager.device
     parts = batch.tensor_split(min(size, batch.shape[0]))
-    done: list[Any] = spread(parts, lambda part: work(part).to(device))
-    return torch.cat(done)
+
+    def on_device(part: torch.Tensor) -> Result:
+        out = work(part)
+        return tuple(t.to(device) for t in out) if isinstance(out, tuple) else out.to(device)
+
+    done: list[Any] = spread(parts, on_device)
+    return tuple(map(torch.cat, zip(*done))) if isinstance(done[0], tuple) else torch.cat(done)
 
 
 def rows_over(pictures: int, pixels: int) -> int:

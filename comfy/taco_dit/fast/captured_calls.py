@@ -52,6 +52,12 @@ def _is_long(network: Any, context: Any, x: torch.Tensor) -> bool:
     return is_long(x.shape[0], tokens // getattr(context, "size", 1), tokens)
 
 
+def evaluate(network: Any, call: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
+    """The network on latents and times, which it takes by position (families name the times differently), and the rest."""
+    rest = {name: value for name, value in call.items() if name not in ("x", "timestep")}
+    return network(call["x"], call["timestep"], **rest, transformer_options=options)
+
+
 class Recording:
     """The graphs of one captured call, in the order in which they are replayed.
 
@@ -124,12 +130,12 @@ class Captured:
         self.keep = keep
         self.buffers = [tensor.clone() for tensor in tensors]
         self.graph: Any = Recording(pool)
-        own, cache = rebuild(arguments, list(self.buffers)), _cache_of(options["transformer_options"])
+        own, cache = rebuild(arguments, list(self.buffers)), _cache_of(options)
         try:
             with self.graph:
                 if cache is not None:
                     cache.recorder = self.graph
-                self.output = network(**own, **options)
+                self.output = evaluate(network, own, options)
         finally:
             if cache is not None:
                 cache.recorder = None
@@ -247,7 +253,7 @@ class CapturedCalls:
 
     def _plain(self, network: Any, call: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
         accounting.count("calls_plain")
-        return network(**call, transformer_options=options)
+        return evaluate(network, call, options)
 
     def _run(self, model: Any, context: Any, call: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
         network = model.diffusion_model
@@ -317,7 +323,7 @@ class CapturedCalls:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             with accounting.phase("capture"):
-                captured = Captured(network, call, {"transformer_options": options}, self._pool, keep)
+                captured = Captured(network, call, options, self._pool, keep)
         except (RuntimeError, torch.AcceleratorError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
