@@ -28,7 +28,9 @@ def _loaded(name: str, dtype: torch.dtype):
             return [moved(item) for item in value]
         return value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
 
-    return model, {key: moved(value) for key, value in values.items()}
+    guidance = values.pop("guidance", None)  # stays in fp32: networks multiply it by 1000, which bf16 would round
+    kept = {} if guidance is None else {"guidance": guidance.to(device)}
+    return model, {**{key: moved(value) for key, value in values.items()}, **kept}
 
 
 @pytest.mark.gpu
