@@ -7,7 +7,6 @@ attention is the only place where tokens are combined.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from comfy.ldm.modules.modulate import (
 from comfy.ldm.modules.norm_rope import norm_and_rotate
 
 from .math import apply_rope, attention, rope
+from .modulation import Modulation, ModulationOut, apply_mod, by_token, modulation_of, modulation_rows
 
 __all__ = [
     "DoubleStreamBlock", "EmbedND", "LastLayer", "MLPEmbedder", "Modulation", "ModulationOut", "QKNorm", "RMSNorm",
@@ -126,77 +126,6 @@ class SelfAttention(nn.Module):
         self.qkv = operations.Linear(dim, dim * 3, bias=qkv_bias, dtype=dtype, device=device)
         self.norm = QKNorm(dim // num_heads, dtype=dtype, device=device, operations=operations)
         self.proj = operations.Linear(dim, dim, bias=proj_bias, dtype=dtype, device=device)
-
-
-@dataclass
-class ModulationOut:
-    """Shift, scale and gate of one sub-block, [B, 1, C] each."""
-
-    shift: torch.Tensor
-    scale: torch.Tensor
-    gate: torch.Tensor
-
-
-class Modulation(nn.Module):
-    """adaLN parameters from the conditioning vector (Peebles & Xie 2022)."""
-
-    def __init__(
-        self, dim: int, double: bool, bias: bool = True, dtype: Any = None, device: Any = None,
-        operations: Any = comfy.ops.manual_cast,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.is_double = double
-        self.multiplier = 6 if double else 3
-        self.lin = operations.Linear(dim, self.multiplier * dim, bias=bias, dtype=dtype, device=device)
-
-    def forward(self, vec: torch.Tensor) -> tuple[ModulationOut, ModulationOut | None]:
-        """vec [B, C] or [B, n, C] -> one or two `ModulationOut`."""
-        if vec.ndim == 2:
-            vec = vec.unsqueeze(1)
-        return self.parts(self.lin(nn.functional.silu(vec)))
-
-    def parts(self, out: torch.Tensor) -> tuple[ModulationOut, ModulationOut | None]:
-        """The linear's output [B, n, multiplier * C] as one or two `ModulationOut`."""
-        parts = out.chunk(self.multiplier, dim=-1)
-        return ModulationOut(*parts[:3]), ModulationOut(*parts[3:]) if self.is_double else None
-
-
-def apply_mod(
-    tensor: torch.Tensor,
-    m_mult: torch.Tensor,
-    m_add: torch.Tensor | None = None,
-    modulation_dims: list[tuple[int, int | None, int]] | None = None,
-) -> torch.Tensor:
-    """tensor * m_mult + m_add; `modulation_dims` lists (start, stop, row of m) for token ranges."""
-    if modulation_dims is None:
-        return tensor * m_mult if m_add is None else tensor * m_mult + m_add
-    out = tensor.clone()
-    for start, stop, row in modulation_dims:
-        out[:, start:stop] *= m_mult[:, row : row + 1]
-        if m_add is not None:
-            out[:, start:stop] += m_add[:, row : row + 1]
-    return out
-
-
-def _modulation(module: Any, vec: torch.Tensor, call: dit.DenoiserCall) -> tuple[ModulationOut, Any]:
-    """`module(vec)`, from what was computed beforehand if it was."""
-    ready = call.prepared.get(id(module))
-    return module(vec) if ready is None else module.parts(ready)
-
-
-def _rows(state: dit.DiTState, sizes: Any = None) -> Any:
-    """Each token's row of modulation with several rows [B, n, C], for each stream if `sizes` are given; None with one."""
-    if "rows" not in state.tokenwise:
-        return None if sizes is None else (None,) * len(sizes)
-    rows = state.local("rows")
-    return rows if sizes is None else rows.split(sizes)
-
-
-def _by_token(mod: ModulationOut, rows: torch.Tensor | None) -> ModulationOut:
-    """Modulation with a row for each token instead of one for several."""
-    if rows is None:
-        return mod
-    return ModulationOut(*(spread_rows(part, rows) for part in (mod.shift, mod.scale, mod.gate)))
 
 
 def _plain_norm(norm: nn.Module) -> bool:
@@ -365,7 +294,7 @@ class DoubleStreamBlock(nn.Module):
 
     def modulations(self, state: dit.DiTState, call: dit.DenoiserCall) -> dict[str, Any]:
         """Those of attention and of MLP, by stream."""
-        return {name: _modulation(getattr(self, f"{name}_mod"), state.sample["vec"], call) for name in ("img", "txt")}
+        return {name: modulation_of(getattr(self, f"{name}_mod"), state.sample["vec"], call) for name in ("img", "txt")}
 
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall, dims: Any = (None, None)) -> dit.DiTState:
         """The block on a state with the streams `img` and `txt`; `dims`: modulation ranges of img and txt."""
@@ -373,8 +302,8 @@ class DoubleStreamBlock(nn.Module):
         sizes, modulations = state.inside(), self.modulations(state, call)
         tokens = [stream.shape[1] for stream in state.streams.values()]
         mods = {
-            name: tuple(_by_token(mod, rows) for mod in modulations[name])
-            for name, rows in zip(state.streams, _rows(state, tokens))
+            name: tuple(by_token(mod, rows) for mod in modulations[name])
+            for name, rows in zip(state.streams, modulation_rows(state, tokens))
         }
         pe = _rotary(state)
         tables = (None, None) if pe is None else pe.split(sizes, dim=2)
@@ -467,12 +396,12 @@ class SingleStreamBlock(nn.Module):
 
     def modulations(self, state: dit.DiTState, call: dit.DenoiserCall) -> Any:
         """The block's one."""
-        return _modulation(self.modulation, state.sample["vec"], call)[0]
+        return modulation_of(self.modulation, state.sample["vec"], call)[0]
 
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall, dims: Any = None) -> dit.DiTState:
         """The block on all streams of a state as one sequence; `dims`: modulation ranges."""
         x = state.joint()
-        mod = _by_token(self.modulations(state, call), _rows(state))
+        mod = by_token(self.modulations(state, call), modulation_rows(state))
         q, k, v, rest = self._into_attention(x, mod, dims, _rotary(state))
         meeting = _meeting(state, call, q.shape[1])
         meeting.send(q, k, v)
