@@ -6,7 +6,7 @@ Frames are a batch of pictures [T, H, W, 3], or [B, T, H, W, 3]; latents are [B,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 import comfy.model_management as model_management
 import comfy.utils
 from comfy.missing import FeatureMissingError
+from comfy.taco_dit.core.spread import spread_rounds
 
 Bytes = Callable[[Sequence[int]], float]
+Each = Callable[..., Iterable[torch.Tensor]]
 _FALLBACK_PIXELS = 256  # side of a tile when memory did not suffice for the whole
 _HALF = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -156,19 +158,20 @@ class VideoCoder:
         overlaps = (1 if overlap_t is None else max(1, overlap_t), overlap, overlap)
         sizes = (9999 if frames is None else max(2, frames), rows or 32, columns or 32)
         vae._load(vae.memory_used_decode((1, samples.shape[1], *map(min, samples.shape[2:], sizes)), vae.vae_dtype))
-        video = self._decode_in_tiles(samples, sizes, overlaps)
+        video = self._decode_in_tiles(samples, sizes, overlaps, spread_rounds)
         vae.patcher.weight_store.check_files()
         return video.movedim(1, -1)
 
     def _decode_in_tiles(
-        self, samples: torch.Tensor, tile: tuple[int, int, int], overlap: tuple[int, int, int]
+        self, samples: torch.Tensor, tile: tuple[int, int, int], overlap: tuple[int, int, int], each: Each = map
     ) -> torch.Tensor:
+        """each: deals tiles over ranks. After an out-of-memory of one rank it works alone, as the others may go on."""
         vae = self.vae
         return vae.process_output(
             comfy.utils.tiled_scale_multidim(
                 samples, self._decoded, tile=tile, overlap=overlap, upscale_amount=self.kind.upscale,
                 out_channels=vae.output_channels, index_formulas=(self.kind.time, self.kind.space, self.kind.space),
-                output_device=vae.output_device,
+                output_device=vae.output_device, each=each,
             )
         )  # fmt: skip
 
@@ -214,16 +217,16 @@ class VideoCoder:
         overlaps = (1 if overlap_t is None else kind.frames(max(1, kind.latents(overlap_t))), overlap, overlap)
         sizes = (length, rows or 512, columns or 512)
         vae._load(vae.memory_used_encode((1, 3, *map(min, video.shape[2:], sizes)), vae.vae_dtype))
-        latents = self._encode_in_tiles(video, sizes, overlaps)
+        latents = self._encode_in_tiles(video, sizes, overlaps, spread_rounds)
         vae.patcher.weight_store.check_files()
         return latents
 
     def _encode_in_tiles(
-        self, video: torch.Tensor, tile: tuple[int, int, int], overlap: tuple[int, int, int]
+        self, video: torch.Tensor, tile: tuple[int, int, int], overlap: tuple[int, int, int], each: Each = map
     ) -> torch.Tensor:
         kind, vae = self.kind, self.vae
         return comfy.utils.tiled_scale_multidim(
             video, self._encoded, tile=tile, overlap=overlap, upscale_amount=kind.downscale,
             out_channels=kind.latent_channels, downscale=True, output_device=vae.output_device,
-            index_formulas=(kind.time, kind.space, kind.space),
+            index_formulas=(kind.time, kind.space, kind.space), each=each,
         )  # fmt: skip

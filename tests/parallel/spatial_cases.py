@@ -305,6 +305,21 @@ class NoMemory(RowsPlan):
         return super().compute(run, *args, **kwargs)
 
 
+def video_vae():
+    """A tiny VAE of Wan 2.2's kind."""
+    from comfy.ldm.wan.vae import WanVAE
+
+    network = WanVAE(dim=8, decoder_dim=12, z_dim=6, residual=True, temperal_downsample=(False, True, True))
+    weights = {key: draw(*value.shape) / max(1, value[0].numel()) ** 0.5 for key, value in network.state_dict().items()}
+    return VAE(sd=weights)
+
+
+def video_in_tiles(vae):
+    """A video decoded in tiles of space and time, and encoded."""
+    video = vae.decode_tiled(draw(1, 6, 3, 5, 3), tile_x=2, tile_y=2, overlap=1, tile_t=2, overlap_t=1)
+    return video, vae.encode_tiled(video[0], tile_x=32, tile_y=32, overlap=16, tile_t=5, overlap_t=1)
+
+
 def out_of_memory(manager, vae):
     """One rank runs out of memory: all decode in tiles. (deviation from tiles, whether it happened here, calls of tiles)"""
     latent = draw(1, 16, 9, 7)
@@ -353,6 +368,8 @@ def prompts(manager):
     """What nodes give inside prompts of all ranks, with one rank's results beside."""
     vae = VAE(sd=dict(tiny_vae()))
     one = through_nodes(vae)
+    videos = video_vae()
+    video = video_in_tiles(videos)
     lockstep = RankLockstep(manager)
     lockstep.join({"rank": manager.rank, "device": "cpu", "host": "here", "pid": None})
     comfy.model_management.set_interrupt_check(lockstep.interrupt_check)
@@ -369,6 +386,9 @@ def prompts(manager):
             many = through_nodes(vae)
         found["nodes"] = {key: deviation(one[key], many[key]) for key in one}
         found["calls"] = len(by_rows), len(dealt)
+        with counted(spread, "spread") as dealt:
+            again = video_in_tiles(videos)
+        found["video"] = [deviation(*pair) for pair in zip(video, again)], len(dealt)
         found["memory"] = out_of_memory(manager, vae), spread_without_memory(manager)
         off = TacoConfig(parallel=ParallelConfig(spatial_parallel=False))
         runtime.activate(runtime.Runtime(off, manager, lockstep, engine))

@@ -68,6 +68,12 @@ def test_nodes_give_what_one_rank_gives(found):
             assert deviation < 1e-5 and by_rows == 0
 
 
+def test_tiles_of_videos_are_dealt_over_ranks(found):
+    for prompts in each(found, "prompts"):
+        deviations, dealt = prompts["video"]
+        assert max(deviations) < 1e-5 and dealt > 3
+
+
 def test_out_of_memory_on_one_rank_makes_all_decode_in_tiles(found):
     results = [prompts["memory"][0] for prompts in each(found, "prompts")]
     assert all(prompts["memory"][1] for prompts in each(found, "prompts"))
