@@ -24,6 +24,7 @@ def expected(serve):
     [
         ("parallel: {tensor_parallel: true, tensor_parallel_degree: 2}", "tensor 2"),
         ("memory: {shard_weights: true}", "sharded"),
+        ("parallel: {pipeline_parallel: true}", "pipeline 2"),
     ],
 )
 def test_same_pictures(base, expected, tmp_path, content, layout):

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+import comfy.model_management as management
+from comfy.model_patcher import ModelPatcher
+from comfy.taco_dit import runtime
+from comfy.taco_dit.core.config_manager import parse_config, validate_for
+from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
 from comfy.taco_dit.core.layout import stages_by_cost
+from comfy.taco_dit.core.lockstep import RankLockstep
 
+from .arranged_cases import CPU, Model, deviation, evaluated
 from .pipeline_cases import exact, stale
 from .ranks import run_ranks
 
@@ -44,3 +51,28 @@ def test_stages_equal_one_rank(ranks, stages, ulysses):
         assert [fusion[warm_up][1] for warm_up in (1, 3, 6)] == [5, 3, 0]
         assert fusion["unchanged"] < 1e-5 and fusion["risen"] < 1e-5
         assert max(fusion[3][0][:3]) < 1e-5, "the first three calls are exact"
+
+
+def _fusion(manager):
+    """What the engine says of five calls with inputs that stay as they are, and the deviation of the last."""
+    config = parse_config({"parallel": {"pipeline_parallel": True, "pipefusion": True}}, "test")
+    lockstep = RankLockstep(manager)
+    engine = TACODiTExecutionEngine(validate_for(config, manager.world_size), manager, lockstep)
+    runtime.activate(runtime.Runtime(engine.config, manager, lockstep, engine))
+    lockstep.begin("fusion")
+    whole, parts = ModelPatcher(Model(), CPU, CPU), ModelPatcher(Model(), CPU, CPU)
+    management.load_models_gpu([parts])
+    serial = evaluated(whole.model)
+    engine.begin_run()
+    found = [deviation(evaluated(parts.model, engine), serial) for _ in range(5)]
+    engine.end_run()
+    said = engine.summary(), engine.status()["pipefusion"]
+    lockstep.end()
+    return max(found), said
+
+
+def test_pipefusion_is_named_as_lossy_with_what_was_not_exact():
+    for worst, (summary, status) in run_ranks(2, _fusion):
+        assert worst < 1e-5, "stale keys of inputs that do not change are right"
+        assert status == {"calls": 5, "stale_calls": 3}, "two calls are exact by default"
+        assert "PipeFusion (lossy): 3 of 5 calls attended to keys of the call before" in summary
