@@ -340,6 +340,7 @@ class TACODiTExecutionEngine:
         """What makes the results of this run others than those of its weights, for people."""
         found = [] if self._eight_bit is None else [f"linears in {self._eight_bit}"]
         found += [] if kernels.lossy_kernel() is None else [f"attention by {kernels.lossy_kernel()}"]
+        found += self.pipelines.lossy()
         if self.step_cache is not None:
             found.append(f"{self.step_cache.settings.describe()}: {self.step_cache.text()}")
         return found
@@ -354,7 +355,7 @@ class TACODiTExecutionEngine:
             parts.append(f"{run.calls} steps of {run.mean_call_ms:.1f} ms{expected}, {where}")
         if run is not None and run.lossy:
             parts.append(f"lossy: {', '.join(run.lossy)}")
-        parts += filter(None, [self.pipelines.summary() if run is not None else "", accounting.current().text()])
+        parts += filter(None, [accounting.current().text()])
         return "; ".join(["", *parts])
 
     def status(self) -> dict[str, Any]:

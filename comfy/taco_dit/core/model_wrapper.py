@@ -73,6 +73,7 @@ def _sample_together(
             run = current.engine.end_run()
     finally:
         current.engine.runner.end_run()
+        current.engine.pipelines.end_run()
         if current.engine.step_cache is not None:
             current.engine.step_cache.end_run()
     accounting.move("denoise", "exchange", run.ranks[current.manager.rank]["exchange"] / 1e3)

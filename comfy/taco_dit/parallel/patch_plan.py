@@ -203,6 +203,10 @@ class StaleKeys:
         self._exact, self._ordinal, self._counted = True, 0, False
         self.stale_calls = 0
 
+    def release(self) -> None:
+        """Give up keys and values, after a run; what was counted stays."""
+        self._memories.clear()
+
     def begin_call(self, sigma: float, exact: bool = False) -> None:
         """A new denoiser call at noise level `sigma`. `exact`: code that is not ours needs whole tokens in it.
 

@@ -234,6 +234,11 @@ class Pipelines:
         self._stale.clear()
         self._calls = 0
 
+    def end_run(self) -> None:
+        """After sampling, whether it succeeded or not: keys and values of all blocks are gigabytes."""
+        for keys in self._stale.values():
+            keys.release()
+
     def of(
         self, model: Any, layout: Layout, batches: Sequence[Any], options: dict[str, Any], rows_independent: bool
     ) -> StagePipeline | None:
@@ -267,11 +272,9 @@ class Pipelines:
             return None
         return {"calls": self._calls, "stale_calls": sum(keys.stale_calls for keys in self._stale.values())}
 
-    def summary(self) -> str:
-        """For the console: that a run was not exact, and how much of it."""
+    def lossy(self) -> list[str]:
+        """For people: that this run was not exact, and how much of it; empty where it was."""
         found = self.status()
         if found is None:
-            return ""
-        return (
-            f"PipeFusion (lossy): {found['stale_calls']} of {found['calls']} calls attended to keys of the call before"
-        )
+            return []
+        return [f"PipeFusion: {found['stale_calls']} of {found['calls']} calls attended to keys of the call before"]
