@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from comfy.taco_dit.core.distributed_manager import RankInfo, rank_device
+
 from .models import CASES
 
 
@@ -104,8 +106,8 @@ def work(options: argparse.Namespace) -> None:
     """One rank of one system; rank 0 writes the result."""
     from .systems import SYSTEMS
 
-    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu") if options.device == "cpu" else torch.device("cuda", local)
+    info = RankInfo.from_environment(os.environ)
+    rank, device = info.rank, rank_device(info, options.device == "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = getattr(torch, options.dtype)
