@@ -279,6 +279,21 @@ def diffsynth(channels: int = 16, dim: int = 48, layers: int = 2) -> StateDict:
     return random_weights(_shapes_of(network), 65)
 
 
+def photomaker() -> StateDict:
+    """PhotoMaker's identity encoder for the tiny encoders of SDXL."""
+    out = vision_shapes(24, 2, 14)
+    out["visual_projection_2.weight"] = (CLIP_WIDTH, VISION_WIDTH)
+    width = 2 * CLIP_WIDTH
+    norms = {"layer_norm": width}
+    for name, inputs in (("mlp1", 2 * width), ("mlp2", width)):
+        norms[f"{name}.layernorm"] = inputs
+        _linear(out, f"fuse_module.{name}.fc1", width, inputs)
+        _linear(out, f"fuse_module.{name}.fc2", width, width)
+    for name, inputs in norms.items():
+        out[f"fuse_module.{name}.weight"] = out[f"fuse_module.{name}.bias"] = (inputs,)
+    return random_weights(out, 66)
+
+
 FILES: dict[str, Callable[[], StateDict]] = {
     "clip_vision/tiny_clip_vision_l.safetensors": vision_l,
     "clip_vision/tiny_clip_vision_h.safetensors": lambda: to_open_clip(vision_h()),
@@ -289,6 +304,7 @@ FILES: dict[str, Callable[[], StateDict]] = {
     "model_patches/tiny_qwen_image_canny_diffsynth_controlnet.safetensors": diffsynth,
     "model_patches/tiny_qwen_image_inpaint_diffsynth_controlnet.safetensors": lambda: diffsynth(17),
     "controlnet/tiny_qwen_image_instantx.safetensors": control_qwen,
+    "photomaker/tiny_photomaker.safetensors": photomaker,
     "controlnet/tiny_flux_xlabs.safetensors": control_xlabs,
     "controlnet/tiny_flux_mistoline.safetensors": control_mistoline,
     "controlnet/tiny_flux_instantx.safetensors": control_instantx,

@@ -33,6 +33,7 @@ LOADERS = {
     "GLIGENLoader": {"gligen_name": "gligen"},
     "HypernetworkLoader": {"hypernetwork_name": "hypernetworks"},
     "ModelPatchLoader": {"name": "model_patches"},
+    "PhotoMakerLoader": {"photomaker_model_name": "photomaker"},
     "UpscaleModelLoader": {"model_name": "upscale_models"},
     "ConditioningLoader": {"conditioning_name": "embeddings"},
 }
