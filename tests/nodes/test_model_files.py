@@ -13,6 +13,7 @@ from comfy_execution.caching import fingerprint
 
 LOADERS = {
     "CheckpointLoaderSimple": {"ckpt_name": "checkpoints"},
+    "ImageOnlyCheckpointLoader": {"ckpt_name": "checkpoints"},
     "unCLIPCheckpointLoader": {"ckpt_name": "checkpoints"},
     "UNETLoader": {"unet_name": "diffusion_models"},
     "CLIPLoader": {"clip_name": "text_encoders"},
