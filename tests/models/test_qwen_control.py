@@ -49,13 +49,14 @@ def normalised(latent):
     return comfy.latent_formats.Wan21().process_in(latent)
 
 
-@pytest.mark.parametrize("channels, pictures", [(16, 1), (16, 2), (17, 1)])
-def test_instantx(channels, pictures):
+@pytest.mark.parametrize("channels, pictures, masked", [(16, 1, False), (16, 2, False), (17, 1, False), (17, 2, True)])
+def test_instantx(channels, pictures, masked):
     """Blocks called one by one; each residual is for thirty of the sixty blocks; no mask keeps the whole picture."""
     sd = tiny_adapters.control_qwen(channels)
     control = load_controlnet_state_dict(dict(sd)).copy()
     assert control.concat_mask is (channels == 17)
-    control.set_cond_hint(hints(pictures).movedim(-1, 1), 0.5, vae=Vae())
+    mask = (torch.arange(56 * 80).view(1, 1, 56, 80) % 3 > 0).float()
+    control.set_cond_hint(hints(pictures).movedim(-1, 1), 0.5, vae=Vae(), extra_concat=[mask] if masked else None)
     sampling = types.SimpleNamespace(timestep=lambda sigma: sigma, calculate_input=lambda sigma, x: x)
     control.pre_run(types.SimpleNamespace(model_sampling=sampling), lambda percent: 1.0 - percent)
     x, text, times = draw(2, 16, 1, 7, 10), draw(2, 5, 40, seed=5), torch.full((2,), 0.5)
@@ -64,7 +65,8 @@ def test_instantx(channels, pictures):
 
     network = control.control_model
     latent = normalised(torch.cat([Vae().encode(one[None]) for one in hints(pictures)]))
-    latent = torch.cat([latent, torch.ones(pictures, channels - 16, 1, 7, 10)], dim=1)
+    keep = F.interpolate(mask, size=(7, 10), mode="nearest-exact") if masked else torch.ones(1, 1, 7, 10)
+    latent = torch.cat([latent, keep.unsqueeze(2).expand(pictures, -1, -1, -1, -1)], dim=1)[:, :channels]
     with torch.no_grad():
         ids = network.process_img(x)[1]
         words = torch.arange(2, 7).view(1, 5, 1).expand(1, 5, 3)  # from half of the longer side's five patches
