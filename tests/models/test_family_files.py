@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
 import torch
 
 import comfy.model_detection
+import comfy.ops
 import comfy.sd
 import comfy.utils
+from comfy.clip_model import CLIPTextModel
 from comfy.families import auraflow, chroma, pixart, sd3
 from comfy.ldm.wan.vae import WanVAE
 from comfy.text_encoders.configs import encoder_config, split_encoders
+from comfy.text_encoders.llama import LanguageModel
 from comfy.text_encoders.loader import CLIPType, load_text_encoder_state_dicts
+from comfy.text_encoders.qwen_vl import QwenVL
+from comfy.text_encoders.t5 import T5
 from tests import tiny_models
 from tests.text.test_sentencepiece import model_bytes
 from tests.tiny_families import TINY, checkpoint, files
@@ -246,3 +252,56 @@ def test_whole_checkpoints_of_every_family(name, eight_bits, caplog):
                 assert found[key].dtype == value.dtype and same_bits(found[key], value), key
     assert (decoder is not None) == bool(vae)
     assert caplog.records == []
+
+
+# type of the loader node -> {encoder: name of its token rows}
+FROM_PARTS = {
+    "FLUX": {"clip_l": "l", "t5xxl": "t5xxl"}, "SD3": {"clip_l": "l", "clip_g": "g"}, "PIXART": {"t5xxl": "t5xxl"},
+    "STABLE_DIFFUSION": {"clip_l": "l", "clip_g": "g"}, "CHROMA": {"t5xxl": "t5xxl"}, "LTXV": {"t5xxl": "t5xxl"},
+    "LUMINA2": {"gemma2_2b": "gemma2_2b"}, "HUNYUAN_VIDEO": {"clip_l": "l", "llama": "llama"},
+    "QWEN_IMAGE": {"qwen25_7b": "qwen25_7b"}, "HUNYUAN_IMAGE": {"qwen25_7b": "qwen25_7b"},
+}  # fmt: skip
+NETWORKS = {
+    "clip_l": CLIPTextModel, "clip_g": CLIPTextModel, "t5xxl": T5, "llama": LanguageModel, "gemma2_2b": LanguageModel,
+    "qwen25_7b": QwenVL,
+}  # fmt: skip
+# Hunyuan takes the third layer from the end; Qwen's file is told by the size of its keys
+MORE = {"llama": {"num_hidden_layers": 4}, "qwen25_7b": {"num_hidden_layers": 4, "num_key_value_heads": 4, "num_attention_heads": 4}}
+
+
+@functools.cache
+def encoder_files(clip_type, stored):
+    """Files of a family's encoders, all stored in one way."""
+    out = []
+    for seed, name in enumerate(FROM_PARTS[clip_type]):
+        config = {**ENCODERS[name], **MORE.get(name, {})}
+        network = NETWORKS[name](config, torch.float32, "meta", comfy.ops.disable_weight_init)
+        weights = tiny_models.random_weights({k: tuple(v.shape) for k, v in network.state_dict().items()}, seed)
+        if stored != "fp32":
+            weights = STORED[stored](weights, network)
+        if name == "gemma2_2b":
+            weights["spiece_model"] = torch.frombuffer(bytearray(model_bytes()), dtype=torch.uint8)
+        out.append(weights)
+    return out
+
+
+@functools.cache
+def features(clip_type, stored):
+    """What the encoders make of some tokens, from files in any order."""
+    parts = [dict(sd) for sd in reversed(encoder_files(clip_type, stored))]
+    clip = load_text_encoder_state_dicts(parts, clip_type=CLIPType[clip_type])
+    rows = {row: [[(token, 1.0) for token in range(3, 40)]] for row in FROM_PARTS[clip_type].values()}
+    with torch.no_grad():
+        out = clip.cond_stage_model.encode_token_weights(rows)
+    return out[0], out[1]
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("clip_type", FROM_PARTS)
+def test_encoders_from_parts(clip_type, stored):
+    """Files of text encoders alone, in each way of storing."""
+    limit = 0.4 if stored.endswith("fp8") else 0.05
+    for got, want in zip(features(clip_type, stored), features(clip_type, "fp32")):
+        assert (got is None) == (want is None)
+        if got is not None:
+            assert got.shape == want.shape and (got - want).abs().mean() / want.abs().mean() < limit
