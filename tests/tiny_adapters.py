@@ -2,7 +2,8 @@
 
     python -m tests.tiny_models --family adapters --out models/
 
-writes clip_vision/, style_models/, model_patches/ and controlnet/ for the tiny Flux models of `tests.tiny_models`.
+writes clip_vision/, style_models/, model_patches/, photomaker/ and controlnet/ for the tiny models of `tests.tiny_models`
+(Flux) and `tests.tiny_families`.
 """
 
 from __future__ import annotations
