@@ -232,8 +232,12 @@ def qwen_residuals(manager):
     class Patcher:
         model = patch_network.requires_grad_(False)
 
+    class OnShards(DiffSynthCnetPatch):
+        def __call__(self, inputs):
+            raise AssertionError("tokens were gathered for the patch")
+
     image = torch.rand(1, 56, 80, 3, generator=torch.Generator().manual_seed(2))
-    patch = DiffSynthCnetPatch(Patcher, FrameVae(), image, 0.8)
+    patch = OnShards(Patcher, FrameVae(), image, 0.8)
     call |= {"timestep": torch.tensor([0.3, 0.7]), "ref_latents": [drawn(2, 16, 1, 5, 7, seed=5)]}
     with_patch = compare(network, {"patches": {"double_block": [patch]}}, lambda out: out, **call)
     plain = compare(network, {}, lambda out: out, **call)
