@@ -227,7 +227,10 @@ def main() -> int:
         "--layout", choices=("whole", "tensor", "sharded"), default="whole", help="where ours keeps the weights"
     )
     parser.add_argument(
-        "--exchange", choices=("auto", "peer", "collective"), default="auto", help="ours: how tokens go between GPUs"
+        "--exchange",
+        choices=("collective", "peer", "auto"),
+        default="collective",
+        help="ours: how tokens go between GPUs",
     )
     parser.add_argument("--linear", choices=("bf16", "fp8", "int8"), default="bf16", help="ours: linears of blocks")
     parser.add_argument("--cache", choices=("off", "first_block", "interval"), default="off", help="ours: step cache")

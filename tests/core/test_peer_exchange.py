@@ -240,6 +240,20 @@ def test_ranks_meet_under_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(set(names[:2])) == 2 and names[2] == names[3] and names[2] not in names[:2]
 
 
+def test_a_process_that_has_counted_less_finds_its_peers() -> None:
+    """Torch's numbers go on in a process that lives; a rank that was started again begins at 0."""
+    kept: dict[str, bytes] = {}
+    control: Any = SimpleNamespace(set=kept.__setitem__, get=lambda key, stop: kept[key])
+    old, new = (data_plane.SymmetricStore(control, "g/", lambda: False) for _ in range(2))
+    for turn in range(2):
+        old.set(f"exchange/{7 + turn}/0", f"old {turn}")
+        new.set(f"exchange/{turn}/1", f"new {turn}")
+        assert old.get(f"exchange/{7 + turn}/1") == f"new {turn}".encode()
+        assert new.get(f"exchange/{turn}/0") == f"old {turn}".encode()
+    old.set("memory/0", "done")
+    assert new.get("memory/0") == b"done" and len(kept) == 5
+
+
 def test_room_for_a_call() -> None:
     """What `reserve` is told is enough for heads of any distribution of tokens."""
     for heads, ranks, tokens in ((24, 2, 4608), (5, 3, 77), (2, 3, 9)):

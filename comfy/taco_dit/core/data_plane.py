@@ -11,6 +11,7 @@ import collections
 import datetime
 import gc
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -209,11 +210,15 @@ class RendezvousStore(dist.Store):
         self._prefix = self.name = prefix
         self._stop = stop
 
+    def _key(self, key: str) -> str:
+        """The control plane's key of one of torch's."""
+        return self._prefix + key
+
     def set(self, key: str, value: Any) -> None:
-        self._control.set(self._prefix + key, value.encode() if isinstance(value, str) else bytes(value))
+        self._control.set(self._key(key), value.encode() if isinstance(value, str) else bytes(value))
 
     def get(self, key: str) -> bytes:
-        value = self._control.get(self._prefix + key, self._stop)
+        value = self._control.get(self._key(key), self._stop)
         if value is None:
             raise ConnectionAbortedError(ABANDONED)
         return value
@@ -223,17 +228,36 @@ class RendezvousStore(dist.Store):
             self.get(key)
 
     def check(self, keys: list[str]) -> bool:
-        return all(self._control.peek(self._prefix + key) for key in keys)
+        return all(self._control.peek(self._key(key)) for key in keys)
 
     def add(self, key: str, amount: int) -> int:
-        return self._control.add(self._prefix + key, amount)
+        return self._control.add(self._key(key), amount)
 
     def delete_key(self, key: str) -> bool:
-        self._control.delete(self._prefix + key)
+        self._control.delete(self._key(key))
         return True
 
     def clone(self) -> RendezvousStore:
         return self
+
+
+class SymmetricStore(RendezvousStore):
+    """What symmetric memory's ranks find each other through.
+
+    Torch numbers their exchanges (`NAME/NUMBER/RANK`) by a counter of the process. A rank that was started again has
+    counted less than its peers and would wait for ever, so numbers are counted from the first that this store sees.
+    """
+
+    def __init__(self, control: ControlClient, prefix: str, stop: Callable[[], bool]) -> None:
+        super().__init__(control, prefix, stop)
+        self._first: dict[str, int] = {}
+
+    def _key(self, key: str) -> str:
+        found = re.fullmatch(r"(.*)/(\d+)/(\d+)", key)
+        if found is None:
+            return self._prefix + key
+        name, number, rank = found.groups()
+        return f"{self._prefix}{name}/{int(number) - self._first.setdefault(name, int(number))}/{rank}"
 
 
 def _abort_group(group: Group) -> None:
@@ -304,7 +328,7 @@ class DataPlane:
         self._peer_memories[members] += 1
         name = f"generation/{self.generation}/peers{self._peer_memories[members]}/{'-'.join(map(str, members))}/"
         generation = self.generation
-        store = RendezvousStore(self._control, name, lambda: self._aborted or self.generation != generation)
+        store = SymmetricStore(self._control, name, lambda: self._aborted or self.generation != generation)
         count = torch.cuda.device_count()
         made = PeerMemory(store, members, self.rank, self.device, [rank % count for rank in members], slot_bytes)
         with self._lock:
