@@ -79,13 +79,11 @@ def apply_directories(args: argparse.Namespace, root: str) -> None:
     """Set the folders that the flags and configuration files name."""
     import folder_paths
     from app import demo
+    from app.start_checks import extra_path_files
     from utils.extra_config import load_extra_path_config
 
     folder_paths.configure(args)
-    default = os.path.join(root, "extra_model_paths.yaml")
-    files = [default] if os.path.isfile(default) else []
-    files += [path for group in args.extra_model_paths_config or [] for path in group]
-    for path in files:
+    for path in extra_path_files(args, root):
         load_extra_path_config(path)
     folder_paths.add_last_models(os.path.join(os.path.dirname(os.path.abspath(__file__)), "builtin_models"))
     if not args.no_demo:
@@ -160,6 +158,7 @@ def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEve
 def _serve(args: argparse.Namespace, current: Any) -> int:
     import comfy.model_management as management
     from app import demo
+    from app.start_checks import listen_addresses
     from comfy_execution.worker import PromptWorker, cache_choice
     from execution import PromptQueue
     from server import PromptServer
@@ -187,7 +186,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     )
     panel.set_ranks(_join(current, panel))
     _measure(args, current)
-    _say_hello(current, panel.rank_infos)
+    _say_hello(args, current, panel.rank_infos)
     _name_flags_without_effect(args)
     if args.quick_test_for_ci:
         if announce is not None:
@@ -205,7 +204,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         loop.add_signal_handler(number, loop.stop)
     try:
         loop.create_task(server.publish_loop())
-        addresses = [(address.strip(), args.port) for address in args.listen.split(",") if address.strip()]
+        addresses = [(address, args.port) for address in listen_addresses(args.listen)]
         shown = not args.dont_print_server
         loop.run_until_complete(server.start_multi_address(addresses, _opener(args), verbose=shown))
         loop.run_forever()
@@ -326,7 +325,7 @@ def _clean_temp() -> None:
     shutil.rmtree(folder_paths.get_temp_directory(), ignore_errors=True)
 
 
-def _say_hello(current: Any, infos: list[dict[str, Any]]) -> None:
+def _say_hello(args: argparse.Namespace, current: Any, infos: list[dict[str, Any]]) -> None:
     import torch
 
     from comfy.ldm.modules.attention import describe_backend
@@ -336,5 +335,11 @@ def _say_hello(current: Any, infos: list[dict[str, Any]]) -> None:
     for info in infos:
         free, total = info["memory_free"] / 2**30, info["memory_total"] / 2**30
         logging.info("rank %d: %s %s, %.1f of %.1f GiB free", info["rank"], info["device"], info["name"], free, total)
+    if not args.cpu and current.manager.device.type == "cpu":
+        logging.warning(
+            "torch %s cannot use a GPU here, so this computes on the CPU, which is slow; install a torch for CUDA, or a "
+            "newer driver (python -m comfy.taco_dit.doctor examines both)",
+            torch.__version__,
+        )
     if current.engine.profile.measured:
         logging.info("machine: %s", current.engine.profile.describe())

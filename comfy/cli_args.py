@@ -90,6 +90,17 @@ def positive(text: str) -> int:
     return value
 
 
+def port_number(text: str) -> int:
+    """A TCP port; 0 takes a free one."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; give a number from 1 to 65535, or 0 for a free one")
+    return value
+
+
 def gibibytes(text: str) -> float:
     """A size in GiB above 0."""
     try:
@@ -108,7 +119,7 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "network": [
         ("--listen", {"nargs": "?", "const": "0.0.0.0,::", "default": "127.0.0.1", "metavar": "IP",
                       "help": "addresses to listen on, separated by commas; without a value: everywhere"}),
-        ("--port", {"type": int, "default": 8188, "help": "port of the web server"}),
+        ("--port", {"type": port_number, "default": 8188, "help": "port of the web server; 0: a free one"}),
         ("--tls-keyfile", {"help": "TLS key file; with --tls-certfile the server speaks https"}),
         ("--tls-certfile", {"help": "TLS certificate file"}),
         ("--enable-cors-header", {"nargs": "?", "const": "*", "metavar": "ORIGIN",
@@ -235,6 +246,9 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "TACO-DiT": [
         ("--gpus", {"type": device_list, "metavar": "3,4,5", "help": "GPUs to use; one rank each"}),
+        ("--prefer-gpus", {"type": device_list, "metavar": "3,4,5",
+                           "help": "GPUs to use where all of them exist, else all that are fit; --gpus and "
+                                   "CUDA_VISIBLE_DEVICES come first"}),
         ("--taco-ranks", {"type": positive, "metavar": "N",
                           "help": "number of ranks; default: one per visible GPU, one on the CPU"}),
         ("--taco-config", {"metavar": "FILE", "help": "configuration; default: taco_dit_config.yaml"}),
@@ -271,7 +285,7 @@ class Parser(argparse.ArgumentParser):
         hints = [m for flag in unknown for m in difflib.get_close_matches(flag, known, n=1)]
         if "unrecognized" in message and hints:
             message += f"; did you mean {', '.join(hints)}?"
-        self.exit(2, f"{self.prog}: {message}\nAll flags: {self.prog} --help\n")
+        self.exit(2, f"TACO-DiT: {message} (--help lists all flags)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
