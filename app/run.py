@@ -38,27 +38,18 @@ def run_rank(args: argparse.Namespace, root: str) -> int:
     return _follow(args, runtime)
 
 
-# Flags of ComfyUI that name something this program does not have or need; they are accepted so that scripts go on
-# working, and named in one warning.
-_WITHOUT_EFFECT = (
-    "directml", "oneapi_device_selector", "disable_ipex_optimize", "use_sage_attention", "use_flash_attention",
-    "use_split_cross_attention", "use_quad_cross_attention", "async_offload", "force_channels_last", "database_url",
-    "front_end_version", "comfy_api_base", "fp8_e8m0fnu_unet",
-)  # fmt: skip
-
-_OF_GPUS = ("use_sage_attention", "use_flash_attention")  # those of them that have an effect on NVIDIA GPUs
+_OF_GPUS = ("--use-sage-attention", "--use-flash-attention")  # without effect on the CPU
 
 
 def _name_flags_without_effect(args: argparse.Namespace) -> None:
     import torch
 
-    from comfy.cli_args import PerformanceFeature, build_parser
+    from comfy.cli_args import WITHOUT_EFFECT, PerformanceFeature, build_parser
 
-    options = {action.dest: action for action in build_parser()._actions}
-    names = [name for name in _WITHOUT_EFFECT if getattr(args, name) != options[name].default]
-    if not args.cpu and torch.cuda.is_available():
-        names = [name for name in names if name not in _OF_GPUS]
-    given = [options[name].option_strings[0] for name in names]
+    on_cpu = args.cpu or not torch.cuda.is_available()
+    named = (*WITHOUT_EFFECT, *(_OF_GPUS if on_cpu else ()))
+    options = [(flag, action) for action in build_parser()._actions for flag in action.option_strings[:1]]
+    given = [flag for flag, action in options if flag in named and getattr(args, action.dest) != action.default]
     if PerformanceFeature.CublasOps in args.fast:
         given.append(f"--fast {PerformanceFeature.CublasOps.value}")
     if given:

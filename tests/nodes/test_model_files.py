@@ -140,7 +140,9 @@ def test_a_tiny_vae_is_a_vae(all_nodes, tiny, tiny_folder):
         latent = vae.encode(picture)
         assert latent.shape == (1, 16, 3, 5)
         assert torch.allclose(latent, network.encode(picture.movedim(-1, 1) * 2 - 1), atol=1e-5)
-        assert torch.allclose(vae.decode(latent), (network.decode(latent).movedim(1, -1) + 1).clamp(0, 2) / 2, atol=1e-5)
+        assert torch.allclose(
+            vae.decode(latent), (network.decode(latent).movedim(1, -1) + 1).clamp(0, 2) / 2, atol=1e-5
+        )
     finally:
         for path in paths:
             path.unlink()

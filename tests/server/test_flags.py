@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import logging
 import os
+import re
 import ssl
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -159,6 +162,27 @@ def test_flags_without_effect_are_named(caplog, flags, named):
     with caplog.at_level(logging.WARNING):
         _name_flags_without_effect(_finish(build_parser().parse_args(flags)))
     assert caplog.messages == ([] if named is None else [f"without effect in this version: {named}"])
+
+
+OF_DEFAULTS = {"cache_classic", "normalvram", "disable_cuda_malloc"}  # they name what is so without them
+
+
+def test_flags_in_the_help_work_and_others_are_not_in_it():
+    """Each is read somewhere in the program; those without effect are accepted only."""
+    import argparse
+
+    from comfy.cli_args import ALWAYS_SO, WITHOUT_EFFECT
+
+    program = ["*.py", "app/*.py", "comfy*/**/*.py", "utils/*.py"]
+    files = {path for pattern in program for path in glob.glob(os.path.join(ROOT, pattern), recursive=True)}
+    texts = [Path(path).read_text(encoding="utf-8") for path in files]
+    read = set(re.findall(r"""(?:args|namespace)\.(\w+)|"(\w+)\"""", "\n".join(texts)))
+    used = {name for pair in read for name in pair}
+    shown = [action for action in build_parser()._actions if action.help != argparse.SUPPRESS]
+    assert {action.dest for action in shown} - used <= OF_DEFAULTS | {"help"}
+    assert not {action.option_strings[0] for action in shown} & {*WITHOUT_EFFECT, *ALWAYS_SO}
+    text = build_parser().format_help()
+    assert "--use-sage-attention" in text and not any(f"{flag} " in text for flag in WITHOUT_EFFECT)
 
 
 def test_the_allocator_is_chosen_before_torch_is_imported(tmp_path):
