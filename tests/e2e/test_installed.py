@@ -9,9 +9,8 @@ import sys
 
 import pytest
 
-from app import command, demo
-from demo.judge import judge
-from demo.scenes import Spec, Thing
+from app import command
+from demo.evaluate import cases, evaluate, through_server
 from tests.e2e.server import ROOT, Server
 
 pytest.importorskip("setuptools", minversion="77")
@@ -66,29 +65,12 @@ def test_everything_but_tests_and_documents_is_installed(site):
 
 def test_it_serves_the_page_and_draws(site, tmp_path):
     start = f"import sys; sys.path.insert(0, {str(site)!r}); from {PROGRAM}.app.command import run; run()"
-    with open(os.path.join(ROOT, "demo/example_workflows/1 Text to image.json"), encoding="utf-8") as file:
-        assert demo.CHECKPOINT in file.read()
     with Server(str(tmp_path), 1, command=[sys.executable, "-c", start]) as server:
         assert b"<html" in server.request("/")[1]
         assert server.json("/taco_dit/first_screen")["graph"]
         assert json.loads(server.request("/system_stats")[1])["system"]["argv"]
-        picture = server.pictures(demo_prompt())[0] / 255
-    assert judge(picture, Spec("pair", (Thing("circle", "red"), Thing("square", "green")), "above")).right
-
-
-def demo_prompt():
-    """The first workflow of the demo model, as the page posts it."""
-    return {
-        "load": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": demo.CHECKPOINT}},
-        "yes": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["load", 1], "text": "a red circle above a green square"}},
-        "no": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["load", 1], "text": ""}},
-        "latent": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 256, "height": 256, "batch_size": 1}},
-        "sample": {"class_type": "KSampler", "inputs": {
-            "model": ["load", 0], "positive": ["yes", 0], "negative": ["no", 0], "latent_image": ["latent", 0], "seed": 1,
-            "steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}},
-        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["load", 2]}},
-        "save": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "installed"}},
-    }  # fmt: skip
+        drawn = evaluate(through_server(f"http://127.0.0.1:{server.port}"), cases(1, seed=7), 12, 3.0)
+    assert drawn[0].verdict.right, drawn[0].verdict.wrong
 
 
 def test_a_new_folder_gets_notes_and_an_example_and_an_old_one_stays(tmp_path, monkeypatch):
