@@ -16,6 +16,7 @@ code and takes whole streams; `forward_state` is ours and takes a state.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -234,9 +235,10 @@ def run_blocks(
     pace = Pace(is_long(len(tokens[0]), sum(part.shape[1] for part in tokens), sum(state.lengths.values())))
     span = functools.partial(_run_span, network, call, pace, prepare, after=after)
     blocks = network.block_list() if blocks is None else blocks
-    if call.cache is None or not _ours(blocks, call.options):
-        return span(blocks, state)
-    return call.cache.run(blocks, state, span)
+    with contextlib.nullcontext() if call.plan is None else call.plan.during_blocks():
+        if call.cache is None or not _ours(blocks, call.options):
+            return span(blocks, state)
+        return call.cache.run(blocks, state, span)
 
 
 def _ours(blocks: Sequence[Block], options: Mapping[str, Any]) -> bool:

@@ -19,6 +19,9 @@ from tests.gpu.conftest import FP32, gpu_ranks
     (2, "whole", "parallel: {ring_degree: 2}"),
     (3, "whole", "parallel: {ulysses_degree: 3}"),
     (4, "whole", "parallel: {ulysses_degree: 2, ring_degree: 2}"),
+    (2, "whole", "parallel: {ulysses_degree: 2, exchange: peer}"),
+    (3, "whole", "parallel: {ulysses_degree: 3, exchange: peer}"),
+    (4, "whole", "parallel: {ulysses_degree: 2, ring_degree: 2, exchange: peer}"),
     (2, "pipeline 2", "parallel: {pipeline_parallel: true}"),
     (2, "tensor 2", "parallel: {tensor_parallel: true, tensor_parallel_degree: 2}"),
     (3, "tensor 3", "parallel: {tensor_parallel: true}"),
@@ -44,5 +47,6 @@ def test_same_pictures(
             assert abs(picture - wanted).max() <= 1
         status = many.json("/taco_dit/status")
         assert status["layout"] == layout
+        assert "exchange: peer" not in content or status["exchange"] == "copy engines"
         replayed = sum(prompt["counts"].get("calls_replayed", 0) for prompt in status["last_prompts"])
         assert (replayed > 0) is (graphs == "auto" and not layout.startswith("pipeline"))
