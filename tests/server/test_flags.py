@@ -209,3 +209,31 @@ def test_no_persist_keeps_nothing_on_disk(tmp_path, monkeypatch):
     store = _open_store(build_parser().parse_args([]))
     assert os.listdir(tmp_path / "taco_dit")
     store.close()
+
+
+@pytest.mark.parametrize("address, host", [
+    ("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("10.0.0.7", "10.0.0.7"),
+])  # fmt: skip
+def test_the_address_that_is_printed_can_be_opened(address, host):
+    from server import _host_to_open
+
+    assert _host_to_open(address) == host
+
+
+def test_settings_in_the_base_directory_come_first(tmp_path):
+    """Without any there, those beside main.py count."""
+    from app.start_checks import extra_path_files
+    from comfy.taco_dit.core.launcher import read_config
+
+    program, base = tmp_path / "program", tmp_path / "base"
+    for folder, enabled in ((program, "true"), (base, "false")):
+        folder.mkdir()
+        (folder / "taco_dit_config.yaml").write_text(f"parallel:\n  enabled: {enabled}\n")
+        (folder / "extra_model_paths.yaml").write_text("")
+    args = build_parser().parse_args(["--base-directory", str(base), "--extra-model-paths-config", "a", "b"])
+    assert not read_config(args, str(program), 1).parallel.enabled
+    assert extra_path_files(args, str(program)) == [str(base / "extra_model_paths.yaml"), "a", "b"]
+    for name in ("taco_dit_config.yaml", "extra_model_paths.yaml"):
+        (base / name).unlink()
+    assert read_config(args, str(program), 1).parallel.enabled
+    assert extra_path_files(args, str(program)) == [str(program / "extra_model_paths.yaml"), "a", "b"]
