@@ -314,7 +314,12 @@ def _run_foreign(block: Block, state: DiTState, options: Mapping[str, Any], repl
 
 
 def _run_patch(patch: Any, block: Block, state: DiTState, options: Mapping[str, Any]) -> DiTState:
-    """A patch after a block: whole tokens of each of its token arguments in, the same out."""
+    """A patch after a block: whole tokens of each of its token arguments in, the same out.
+
+    One of ours that treats tokens one by one has `forward_state(state, block index) -> state`, as blocks have.
+    """
+    if hasattr(patch, "forward_state"):
+        return patch.forward_state(state, block.index)
     tokens = block.arguments.tokens
     given: dict[str, Any] = {name: state.whole(*streams) for name, streams in tokens.items()}
     given.update({name: state.value(value) for name, value in block.arguments.patch_values.items()})
