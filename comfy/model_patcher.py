@@ -30,14 +30,21 @@ from comfy.model_patcher_options import (
     set_model_options_pre_cfg_function,
 )
 from comfy.patcher_extension import PatcherInjection
-from comfy.weights.patching import LowVramPatch, get_key_weight, real_value, string_to_seed, wipe_lowvram_weight
+from comfy.weights.patching import (
+    LowVramPatch,
+    get_key_weight,
+    move_weight_functions,
+    real_value,
+    string_to_seed,
+    wipe_lowvram_weight,
+)
 from comfy.weights.store import WeightStore, store_of
 
 __all__ = [
     "PatcherInjection",
     "CoreModelPatcher", "LowVramPatch", "ModelPatcher", "create_model_options_clone", "get_key_weight",
-    "set_model_options_patch_replace", "set_model_options_post_cfg_function", "set_model_options_pre_cfg_function",
-    "string_to_seed", "wipe_lowvram_weight",
+    "move_weight_functions", "set_model_options_patch_replace", "set_model_options_post_cfg_function",
+    "set_model_options_pre_cfg_function", "string_to_seed", "wipe_lowvram_weight",
 ]  # fmt: skip
 
 Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])

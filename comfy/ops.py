@@ -20,6 +20,13 @@ from comfy.ldm.modules.eight_bit import FP8, EightBit, Rows
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+def scaled_dot_product_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Torch's function of that name, for packs that call or replace it here."""
+    return F.scaled_dot_product_attention(q, k, v, *args, **kwargs)
+
+
 def cast_to(
     weight: torch.Tensor | None,
     dtype: torch.dtype | None = None,
@@ -47,8 +54,12 @@ def cast_bias_weight(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     bias_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of layer `s` ready to compute with `input`, on-the-fly patches applied."""
+    offloadable: bool = False,
+) -> Any:
+    """(weight, bias) of layer `s` ready to compute with `input`, on-the-fly patches applied.
+
+    offloadable: newer ComfyUI's, return (weight, bias, what `uncast_bias_weight` gets afterwards).
+    """
     if input is not None:
         dtype = dtype or (input.dtype if input.dtype not in FP8_DTYPES else torch.bfloat16)
         device = device or input.device
@@ -65,7 +76,11 @@ def cast_bias_weight(
     if functions or (eight_bit is not None and eight_bit.scale is None):
         weight = _real(s, weight, dtype, device, non_blocking)
     weight = _patched(weight, functions, dtype, device, non_blocking)
-    return weight, bias
+    return (weight, bias, None) if offloadable else (weight, bias)
+
+
+def uncast_bias_weight(s: Any, weight: torch.Tensor, bias: torch.Tensor | None, offload_stream: Any) -> None:
+    """Newer ComfyUI's end of the use of what `cast_bias_weight` gave; here memory is free when nobody holds it."""
 
 
 def _real(

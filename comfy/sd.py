@@ -12,7 +12,7 @@ import comfy.families
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_base
-import comfy.model_detection
+import comfy.model_detection as model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
@@ -20,7 +20,7 @@ from comfy import weight_files
 from comfy.clip import CLIP
 from comfy.missing import FeatureMissingError
 from comfy.style_models import StyleModel, load_style_model
-from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts
+from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts, t5xxl_detect
 from comfy.vae import VAE
 from comfy.weights.store import store_of
 
@@ -28,7 +28,7 @@ __all__ = [
     "CLIP", "CLIPType", "StyleModel", "VAE", "load_checkpoint", "load_checkpoint_guess_config", "load_clip",
     "load_diffusion_model", "load_diffusion_model_state_dict", "load_gligen", "load_lora_for_models",
     "load_state_dict_guess_config", "load_style_model", "load_text_encoder_state_dicts", "load_unet",
-    "load_unet_state_dict", "save_checkpoint",
+    "load_unet_state_dict", "model_detection", "save_checkpoint", "t5xxl_detect",
 ]  # fmt: skip
 
 StateDict = dict[str, torch.Tensor]
@@ -133,8 +133,8 @@ def load_state_dict_guess_config(
 ) -> tuple[Any, Any, Any, Any] | None:
     """`load_checkpoint_guess_config` for a state dict; None when it holds no known model."""
     options = model_options or {}
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(sd)
-    config = comfy.model_detection.model_config_from_unet(sd, prefix, metadata=metadata)
+    prefix = model_detection.unet_prefix_from_state_dict(sd)
+    config = model_detection.model_config_from_unet(sd, prefix, metadata=metadata)
     if config is None:
         model = load_diffusion_model_state_dict(sd, model_options=options, metadata=metadata)
         return None if model is None else (model, None, None, None)
@@ -255,17 +255,17 @@ def load_diffusion_model_state_dict(
     sd: StateDict, model_options: dict[str, Any] | None = None, metadata: dict[str, str] | None = None
 ) -> Any:
     """`load_diffusion_model` for a state dict; None when it holds no known model."""
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(sd)
+    prefix = model_detection.unet_prefix_from_state_dict(sd)
     stripped = {key[len(prefix) :]: value for key, value in sd.items() if key.startswith(prefix)}
     if stripped:
         sd = stripped
-    config = comfy.model_detection.model_config_from_unet(sd, "", metadata=metadata)
+    config = model_detection.model_config_from_unet(sd, "", metadata=metadata)
     if config is None:
-        converted = comfy.model_detection.convert_diffusers_mmdit(sd)
+        converted = model_detection.convert_diffusers_mmdit(sd)
         if converted is None:
             return None
         sd = converted
-        config = comfy.model_detection.model_config_from_unet(sd, "", metadata=metadata)
+        config = model_detection.model_config_from_unet(sd, "", metadata=metadata)
     return None if config is None else _build_model(config, sd, "", model_options or {})
 
 
@@ -350,3 +350,11 @@ def save_checkpoint(
     sd = model.model.state_dict_for_saving(clip_sd, vae_sd, vision_sd)
     sd.update(extra_keys or {})
     comfy.utils.save_torch_file({k: v.cpu() for k, v in sd.items()}, output_path, metadata=metadata)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "AutoencoderKL":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from comfy.ldm.models.autoencoder import AutoencoderKL  # a network is imported where it is used
+
+    return AutoencoderKL

@@ -77,6 +77,13 @@ class LowVramPatch:
         return patched.to(weight.dtype)
 
 
+def move_weight_functions(layer: Any, device: torch.device | None) -> int:
+    """Move what is between a layer's stored weights and the layer to a device, where it can (`move_to`); bytes moved."""
+    functions = [*getattr(layer, "weight_function", ()), *getattr(layer, "bias_function", ())]
+    movable = [function for function in functions if hasattr(function, "move_to")]
+    return 0 if device is None else sum(function.move_to(device=device) for function in movable)
+
+
 def wipe_lowvram_weight(layer: Any) -> None:
     """Undo what partial loading changed about a layer."""
     if hasattr(layer, "prev_comfy_cast_weights"):
