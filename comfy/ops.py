@@ -7,7 +7,7 @@ layer's `weight_function` and `bias_function` lists (patches applied on the fly)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -125,11 +125,13 @@ class CastWeightBiasOp:
     """Mixin: whether weights are cast at each use, and the patches applied to them then."""
 
     comfy_cast_weights = False
+    # replaced as a whole, never appended to: a pack's layer may leave out `__init__`
+    weight_function: Sequence[Callable[[torch.Tensor], torch.Tensor]] = ()
+    bias_function: Sequence[Callable[[torch.Tensor], torch.Tensor]] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.weight_function: list[Callable[[torch.Tensor], torch.Tensor]] = []
-        self.bias_function: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self.weight_function, self.bias_function = [], []
 
     def reset_parameters(self) -> None:
         """Weights come from a file; initialising them would only cost time."""
@@ -246,6 +248,10 @@ class disable_weight_init:  # noqa: N801 (ComfyUI's name)
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class RMSNorm(CastWeightBiasOp, torch.nn.RMSNorm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.bias: torch.Tensor | None = None  # packs' own casts read it of every layer
+
         def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             weight = cast_bias_weight(self, input)[0] if self.weight is not None else None
             return F.rms_norm(input, self.normalized_shape, weight, self.eps)
@@ -254,6 +260,10 @@ class disable_weight_init:  # noqa: N801 (ComfyUI's name)
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class Embedding(CastWeightBiasOp, torch.nn.Embedding):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.bias: torch.Tensor | None = None  # as above
+
         def forward_comfy_cast_weights(self, input: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
             dtype = out_dtype
             if self.weight.dtype in (torch.float16, torch.bfloat16):

@@ -15,6 +15,7 @@ import comfy.model_base
 import comfy.model_detection as model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.utils
 from comfy import weight_files
 from comfy.clip import CLIP
@@ -208,9 +209,9 @@ def _build_model(config: Any, sd: StateDict, prefix: str, options: dict[str, Any
         config.custom_operations = options["custom_operations"]
     if options.get("fp8_optimizations"):
         config.optimizations["fp8"] = True
-    if config.scaled_fp8 is None:
-        _cast_weights(sd, prefix, weight_dtype)
     model = config.get_model(sd, prefix, device=torch.device("meta"))
+    if config.scaled_fp8 is None:
+        _cast_weights(sd, prefix, weight_dtype, _taken_as_stored(model))
     model.load_model_weights(sd, prefix)
     model.device = torch.device("cpu")
     store_of(model).loaded_from |= files
@@ -218,9 +219,21 @@ def _build_model(config: Any, sd: StateDict, prefix: str, options: dict[str, Any
     return _patcher_class()(model, load_device=options.get("load_device", load_device), offload_device=offload_device)
 
 
-def _cast_weights(sd: StateDict, prefix: str, dtype: torch.dtype) -> None:
-    """Cast floating tensors that are not stored in `dtype`; those that are keep their memory-mapped pages."""
+def _taken_as_stored(model: Any) -> set[str]:
+    """Paths of the layers of a pack that read their tensors from the file by themselves."""
+    usual = (torch.nn.Module._load_from_state_dict, comfy.ops.CastWeightBiasOp._load_from_state_dict)
+    layers = model.diffusion_model.named_modules()
+    return {path for path, layer in layers if type(layer)._load_from_state_dict not in usual}
+
+
+def _cast_weights(sd: StateDict, prefix: str, dtype: torch.dtype, as_stored: set[str]) -> None:
+    """Cast floating tensors that are not stored in `dtype`; those that are keep their memory-mapped pages.
+
+    Tensors of the layers at `as_stored` stay as they are.
+    """
     for key, value in sd.items():
+        if key[len(prefix) :].rpartition(".")[0] in as_stored:
+            continue
         if key.startswith(prefix) and value.is_floating_point() and value.dtype != dtype:
             # Norm scales and biases of fp8 files stay precise: the layers cast them at use anyway.
             if dtype.itemsize == 1 and (value.ndim < 2 or value.dtype.itemsize == 1):

@@ -243,9 +243,8 @@ def load_text_encoder_state_dicts(
     tokenizer_data: dict[str, Any] = {
         key: sd[key] for sd in parts for key in ("spiece_model", "tekken_model") if key in sd
     }
-    model_options = dict(model_options or {})
     for sd in parts:
-        tokenizer_data, model_options = model_options_long_clip(sd, tokenizer_data, model_options)
+        tokenizer_data, _ = model_options_long_clip(sd, tokenizer_data, {})
     clip = CLIP(
         target,
         embedding_directory=embedding_directory,

@@ -33,6 +33,12 @@ def _lineage(patcher: Any) -> Iterator[Any]:
         patcher = getattr(patcher, "parent", None)
 
 
+def _undoes_by_itself(before: Any, model: Any) -> bool:
+    """Whether a patcher has an `unpatch_model` of a pack's, which knows what it left in a network that another takes over."""
+    own = getattr(before, "has_own", None)
+    return own is not None and own("unpatch_model") and before.patches_uuid != model.patches_uuid
+
+
 class LoadedModel:
     """A network that is on its load device, wholly or partly, and the patcher whose weights it has.
 
@@ -62,6 +68,8 @@ class LoadedModel:
         before = self.model
         if before is not None and before is not model:
             before.detach(unpatch_all=False)
+            if _undoes_by_itself(before, model):
+                before.unpatch_model(before.offload_device, unpatch_weights=True)
         self._adopt(model)
 
     def model_memory(self) -> int:
@@ -86,12 +94,8 @@ class LoadedModel:
         """Bring weights to the load device, at most `lowvram_model_memory` bytes if that is not 0."""
         self.model.model_patches_to(self.device)
         self.model.model_patches_to(self.model.model_dtype())
-        self.model.patch_model(
-            device_to=self.device,
-            lowvram_model_memory=lowvram_model_memory,
-            load_weights=True,
-            force_patch_weights=force_patch_weights,
-        )
+        extra = lowvram_model_memory - self.model.loaded_size() if lowvram_model_memory > 0 else EVERYTHING
+        self.model_use_more_vram(int(extra), force_patch_weights)
         self.real_model = weakref.ref(self.model.model)
         return self.model.model
 

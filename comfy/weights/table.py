@@ -73,7 +73,7 @@ class WeightTable:
         other.model = copy.deepcopy(self.model, memo)
         other.weights = copy.deepcopy(self.weights, memo)
         other.arrangement = copy.deepcopy(self.arrangement, memo)
-        other._wrapped, other._stream = [], None
+        other._wrapped, other._stream, other._foreign = [], None, None
         other.loaded_from, other._files = set(), set()  # its weights are copies
         other.layout_version = next(_versions)
         return other
