@@ -407,8 +407,8 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
         """Load up to `extra_memory` further bytes, with this clone's patches and attributes; returns how many were loaded.
 
-        The parts are ComfyUI's, in its order, each of which packs replace: `unpatch_model` where the network has the patches
-        of another clone, `patch_model` without weights, `load`.
+        The parts are ComfyUI's, in its order, each of which packs replace: `unpatch_model` (of weights, where the network has
+        the patches of another clone), `patch_model` without weights, `load`.
         """
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             if self.model.current_weight_patches_uuid not in (None, self.patches_uuid) and self.has_own(

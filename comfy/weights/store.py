@@ -90,8 +90,7 @@ class WeightStore(WeightTable):
         budget: bytes of weights that may be on the device, None for all. Modules beyond it keep their weights in host
             memory and patch them at each use, or, with `patch_host`, hold patched weights in host memory.
         wrappers: functions that a weight passes through at each use.
-        foreign: somebody else's `patch_weight_to_device(key, device)`, which sets the network's attribute itself; without a
-            device the weight stays where it is.
+        foreign: somebody's `patch_weight_to_device(key, device or None)`, which sets the network's attribute itself.
 
         Raises WeightFileChangedError when a file that weights or patches are from has changed since it was loaded.
         """

@@ -194,7 +194,8 @@ def test_methods_replaced_on_the_class_are_called(one: ModelPatcher, monkeypatch
     torch.testing.assert_close(one.model(X), want)
 
 
-def test_a_patch_model_that_does_something_else_leaves_loading_to_load(one: ModelPatcher) -> None:
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_patch_model_that_does_something_else_leaves_loading_to_load(one: ModelPatcher, dead: bool) -> None:
     class Pack(ModelPatcher):
         def patch_model(self, device_to: Any = None, *args: Any, load_weights: bool = True, **kwargs: Any) -> Any:
             self.asked = load_weights
@@ -202,7 +203,7 @@ def test_a_patch_model_that_does_something_else_leaves_loading_to_load(one: Mode
             return self.model
 
         def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
-            del self.model.second.extra
+            vars(self.model.second).pop("extra", None)
             super().unpatch_model(device_to, unpatch_weights)
 
     pack = Pack(one.model, CPU, CPU)
@@ -210,6 +211,9 @@ def test_a_patch_model_that_does_something_else_leaves_loading_to_load(one: Mode
     plain = one.model.second.weight.clone()
     management.load_models_gpu([pack])
     assert pack.asked is False and torch.equal(one.model.second.weight, plain + 1) and one.model.second.extra == 1
+    if dead:
+        del pack
+        gc.collect()
     management.load_models_gpu([one])
     assert torch.equal(one.model.second.weight, plain) and not hasattr(one.model.second, "extra")
 
@@ -232,3 +236,19 @@ def test_what_weights_pass_through_moves_with_them(one: ModelPatcher) -> None:
     assert move_weight_functions(one.model.first, CPU) == 1
     one.detach()
     assert Function.places == ["cpu"] * 3 and not one.model.first.weight_function
+
+
+def test_nothing_of_a_pack_keeps_a_network() -> None:
+    """The patcher that could undo its changes is kept without the network, which goes when nobody holds it."""
+    import types
+    import weakref
+
+    one = ModelPatcher(Network(), CPU, CPU)
+    one.unpatch_model = types.MethodType(lambda self, *args, **kwargs: None, one)
+    management.load_models_gpu([one])
+    network = weakref.ref(one.model)
+    del one
+    gc.collect()
+    management.cleanup_models_gc()
+    gc.collect()
+    assert network() is None
