@@ -253,8 +253,8 @@ class SDClipModel(torch.nn.Module, ClipTokenWeightEncoder):
         """
         projection = getattr(self.transformer, "text_projection", None)
         key = "text_projection.weight"
-        empty = projection is not None and (projection.weight is None or projection.weight.is_meta)
-        if empty and key not in sd:  # None: a layer of a pack, which takes its weight from the file
+        # a layer of a pack, which takes its weight from the file, may have None before
+        if projection is not None and key not in sd and (projection.weight is None or projection.weight.is_meta):
             dtype = next((value.dtype for value in sd.values() if value.is_floating_point()), torch.float32)
             sd = {**sd, key: torch.eye(projection.out_features, projection.in_features).to(dtype)}
         result = self.transformer.load_state_dict(sd, strict=False, assign=True)

@@ -49,7 +49,6 @@ class WeightStore(WeightTable):
         self.rewritten = 0  # how often hooks gave weights other values
         self.multiplies_in: str | None = None  # the eight-bit format of its linears, if any
         self.linear_precision = "bf16"
-        self._foreign: Foreign | None = None  # see `place`
         self._whole = False  # whether weights are in full precision because they are to be saved
 
     # --- sizes -----------------------------------------------------------------------------------------------------
