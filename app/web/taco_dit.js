@@ -2,6 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { tellFailedPacks } from "./failed_packs.js";
 import { prepareFirstScreen } from "./first_screen.js";
 import { textsFor } from "./panel/texts.js";
 import { Panel } from "./panel/view.js";
@@ -87,8 +88,10 @@ app.registerExtension({
   name: "TACO-DiT",
   async setup() {
     addStyle();
-    app.extensionManager.registerSidebarTab(sidebarTab(textsFor(app.extensionManager.setting.get("Comfy.Locale"))));
+    const texts = textsFor(app.extensionManager.setting.get("Comfy.Locale"));
+    app.extensionManager.registerSidebarTab(sidebarTab(texts));
     await prepareFirstScreen(); // before the page chooses its first workflow
+    tellFailedPacks(texts);
   },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (DISPLAYS.includes(nodeData.name)) showTextIn(nodeType);

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -178,11 +179,23 @@ def test_a_pack_that_cannot_be_imported_is_named_and_stops_nobody(server):
     assert "ModuleNotFoundError: No module named 'a_package_that_nobody_has'" in log
     failed = [line for line in server.log if "IMPORT FAILED" in line]
     assert len(failed) == 1 and failed[0].endswith("broken")
-    assert len([line for line in server.log if line.startswith("Cannot import")]) == 1, "told once, by rank 0"
+    (told,) = [line for line in server.log if line.startswith("Cannot import")]  # once, by rank 0
+    command = f"{sys.executable} -m pip install a_package_that_nobody_has"
+    assert "needs the package a_package_that_nobody_has, which is not installed" in told and command in told
     assert any(
         line.strip().endswith("/prestartup")
         for line in server.log[server.log.index("Prestartup times for custom nodes:") :]
     )
+
+
+def test_the_panel_names_the_package_and_the_command(server):
+    """The page does so, too: see tests/web/test_panel.py."""
+    status = server.json("/taco_dit/status")
+    (failed,) = status["failed_packs"]
+    assert failed["name"] == "broken" and failed["package"] == "a_package_that_nobody_has"
+    (event,) = [event for event in status["events"] if "a_package_that_nobody_has" in event["text"]]
+    assert event["text"].startswith("Cannot import")
+    assert f"{sys.executable} -m pip install a_package_that_nobody_has" in event["cure"]
 
 
 def test_a_patched_function_is_what_the_program_uses(servers):
