@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+import nodes
 from comfy_execution import seams
 from comfy_execution.caching import CacheEntry, CacheSet, CacheType
 from comfy_execution.executor import IsChangedCache, PromptExecutor
@@ -52,6 +53,7 @@ __all__ = [
     "get_input_data",
     "get_output_data",
     "merge_result_data",
+    "nodes",
     "resolve_map_node_over_list_results",
     "validate_inputs",
     "validate_prompt",

@@ -139,6 +139,20 @@ def configure(args: Any) -> None:
         set_user_directory(os.path.abspath(user))
 
 
+def make_directories() -> None:
+    """Create input, output, temp, user, and the folders of models and packs below `base_path` that are not there yet.
+
+    Packs list them while they are imported and in `INPUT_TYPES`. One that cannot be made is named and left out.
+    """
+    folders = [input_directory, output_directory, temp_directory, user_directory]
+    folders += [os.path.join(models_dir, name) for names, _ in _MODEL_FOLDERS.values() for name in names]
+    for folder in [*folders, os.path.join(base_path, "custom_nodes")]:
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            logging.warning("folder %s cannot be made (%s); nodes that list it do not work", folder, error.strerror)
+
+
 def set_output_directory(output_dir: str) -> None:
     global output_directory
     output_directory = output_dir

@@ -17,6 +17,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 TEMPLATE = "TACO_TEMPLATE_FD"  # of a process that ranks are forked from
 FORK = "TACO_FORK"  # 0: every rank is a program of its own from the start
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+NO_TELEMETRY = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}  # read by huggingface_hub, and by packs
 
 
 def main(argv: list[str]) -> int:
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int:
 
     args = parse_command_line(argv)
     args.original_argv = list(argv)
+    os.environ.update(NO_TELEMETRY)
     if args.cuda_malloc:  # read by torch when it is imported
         chosen = [part for part in [os.environ.get(ALLOCATOR, "")] if part]
         os.environ[ALLOCATOR] = ",".join([*chosen, "backend:cudaMallocAsync"])

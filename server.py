@@ -195,11 +195,18 @@ class PromptServer:
         elif event == BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA:
             self._to_pages(await asyncio.to_thread(frames.image_with_metadata_frame, *data), sid, _preview(data[0]))
         elif isinstance(data, bytes | bytearray):
-            self._to_pages(frames.frame(event, bytes(data)), sid)
+            await self.send_bytes(event, data, sid)
         else:
-            self._to_pages(
-                dumps({"type": event, "data": data}), sid, "status" if event == "status" and sid is None else None
-            )
+            await self.send_json(event, data, sid)
+
+    async def send_bytes(self, event: Any, data: bytes | bytearray, sid: str | None = None) -> None:
+        """`send` of a binary event."""
+        self._to_pages(frames.frame(event, bytes(data)), sid)
+
+    async def send_json(self, event: str, data: Any, sid: str | None = None) -> None:
+        """`send` of a named event. Packs replace this method to see what pages are told."""
+        replaces = "status" if event == "status" and sid is None else None
+        self._to_pages(dumps({"type": event, "data": data}), sid, replaces)
 
     def _to_pages(self, content: str | bytes, sid: str | None, replaces: str | None = None) -> None:
         if sid is None:

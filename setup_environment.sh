@@ -27,7 +27,8 @@ pictures=no
 if [ "$kind" = runtime ]; then pictures=${TACO_TEMPLATE_PICTURES:-yes}; fi
 
 stamp=.venv/installed-$kind
-current=$(cat "${files[@]}" requirements_no_deps.txt requirements_taco_dit.txt requirements_template_pictures.txt | cksum)-$cuda-$pictures
+current=$(cat "${files[@]}" requirements_no_deps.txt requirements_taco_dit.txt requirements_template_pictures.txt \
+  utils/torch_packages.py | cksum)-$cuda-$pictures
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$current" ]; then
   # torch first and alone: with it in place nothing else asks for another build of it
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
@@ -35,6 +36,9 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$current" ]; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
   done
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements_no_deps.txt
+  # Packs take torchvision and torchaudio for granted; the program and its tests do without. A build that does not load
+  # beside this torch is left out, which is said.
+  if [ "$kind" = runtime ]; then .venv/bin/python -m utils.torch_packages install; fi
   if [ "$cuda" = yes ]; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements_taco_dit.txt ||
       echo "TACO-DiT: optional CUDA packages could not be installed; the native engine works without them"

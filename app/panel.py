@@ -14,6 +14,7 @@ from comfy.taco_dit.utils.events import EventHandler, remedy_for
 from comfy.taco_dit.utils.metrics import Metrics
 from comfy.taco_dit.utils.monitor import Monitor
 from comfy.taco_dit.utils.performance_monitor import RunStatistics
+from comfy_nodes.packs import FAILED
 
 EVENT = "taco_dit"
 WEB_NAME = "taco_dit"
@@ -76,6 +77,7 @@ class Panel:
             "last_prompts": list(self.prompts),
             "control": {"keys": self.monitor.control_keys},
             "events": self.events.as_list(),
+            "failed_packs": [failure.as_dict() for failure in FAILED.values()],
         }
 
     def _queue_length(self) -> int:

@@ -26,6 +26,7 @@ def run_rank(args: argparse.Namespace, root: str) -> int:
 
     _set_up_logging(args, int(os.environ.get("RANK", "0")))
     apply_directories(args, root)
+    _make_directories(first=os.environ.get("RANK", "0") == "0")
     run_prestartup_scripts(args)  # before torch is imported: they may set what it reads then
     from comfy import media
     from comfy.taco_dit.core.distributed_manager import RankInfo
@@ -79,6 +80,15 @@ def apply_directories(args: argparse.Namespace, root: str) -> None:
     folder_paths.add_last_models(os.path.join(os.path.dirname(os.path.abspath(__file__)), "builtin_models"))
     if not args.no_demo:
         folder_paths.add_last_models(demo.MODELS)
+
+
+def _make_directories(first: bool) -> None:
+    """The folders that packs list; the first rank begins with an empty temp folder."""
+    import folder_paths
+
+    if first:
+        _clean_temp()
+    folder_paths.make_directories()
 
 
 def _make_runtime(args: argparse.Namespace, root: str, info: Any) -> Any:
@@ -154,7 +164,6 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     from execution import PromptQueue
     from server import PromptServer
 
-    _clean_temp()
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     server = PromptServer(loop)

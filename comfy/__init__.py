@@ -1,1 +1,8 @@
 """The model library: networks, samplers, loaders and memory management, under ComfyUI's names."""
+
+from typing import TYPE_CHECKING
+
+from comfy.submodules import submodules
+
+if not TYPE_CHECKING:
+    __getattr__ = submodules(__name__)

@@ -42,12 +42,12 @@ def _load_safetensors(path: str, device: torch.device) -> tuple[dict[str, torch.
     import safetensors
     from safetensors.torch import load as load_bytes
 
-    from comfy.cli_args import args
+    import comfy.utils
 
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata()
-            if not args.disable_mmap:
+            if not comfy.utils.DISABLE_MMAP:
                 return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (not a dict)
         with open(path, "rb") as raw:
             return {key: value.to(device) for key, value in load_bytes(raw.read()).items()}, metadata
@@ -59,10 +59,11 @@ def _load_safetensors(path: str, device: torch.device) -> tuple[dict[str, torch.
 
 
 def _load_pickle(path: str, device: torch.device) -> dict[str, Any]:
-    from comfy.cli_args import args
+    import comfy.utils
 
+    mmap = True if comfy.utils.MMAP_TORCH_FILES else None
     try:
-        content = torch.load(path, map_location=device, weights_only=True, mmap=True if args.mmap_torch_files else None)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightFileError(

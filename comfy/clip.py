@@ -43,7 +43,11 @@ class CLIP:
         load_device = options.get("load_device", management.text_encoder_device())
         offload_device = options.get("offload_device", management.text_encoder_offload_device())
         dtype = options.get("dtype") or management.text_encoder_dtype(load_device)
-        options = {**model_options_for(state_dict), **options}
+        known = model_options_for(state_dict)
+        for name in known.keys() & options.keys():
+            if name.endswith("_model_config"):  # a pack may give some entries of one
+                options[name] = {**known[name], **options[name]}
+        options = {**known, **options}
         params = {**target.params, "dtype": dtype, "device": "meta", "model_options": options}
         self.cond_stage_model = target.clip(**params)
         self.tokenizer = target.tokenizer(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {})

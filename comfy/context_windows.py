@@ -154,6 +154,26 @@ def get_matching_fuse_method(fuse_method: str) -> ContextFuseMethod:
     return ContextFuseMethod(fuse_method, _chosen(FUSE_METHODS, "fuse_method", fuse_method))
 
 
+class ContextSchedules:
+    """ComfyUI's names of the schedules."""
+
+    STATIC_STANDARD = STATIC
+    UNIFORM_STANDARD = UNIFORM
+    UNIFORM_LOOPED = LOOPED
+    BATCHED = BATCHED
+
+
+class ContextFuseMethods:
+    """ComfyUI's names of the fuse methods, and the lists that nodes offer."""
+
+    FLAT = FLAT
+    PYRAMID = PYRAMID
+    RELATIVE = RELATIVE
+    OVERLAP_LINEAR = OVERLAP_LINEAR
+    LIST = (PYRAMID, FLAT, OVERLAP_LINEAR)
+    LIST_STATIC = (PYRAMID, RELATIVE, FLAT, OVERLAP_LINEAR)
+
+
 @dataclass(frozen=True)
 class ContextSchedule:
     """How windows are chosen: `func(frames, handler)`."""

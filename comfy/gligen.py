@@ -106,7 +106,11 @@ class Gligen(nn.Module):
             corners[0, i] = torch.tensor([x / columns, y / rows, (x + width) / columns, (y + height) / rows])
             present[0, i] = 1
             texts[0, i] = text
-        return _BoxPatch(self.module_list, self.position_net(*(t.to(device) for t in (corners, present, texts))))
+        return self._set_position(*(tensor.to(device) for tensor in (corners, present, texts)))
+
+    def _set_position(self, boxes: torch.Tensor, masks: torch.Tensor, positive_embeddings: torch.Tensor) -> Any:
+        """The patch for what `PositionNet` takes; a pack replaces this method."""
+        return _BoxPatch(self.module_list, self.position_net(boxes, masks, positive_embeddings))
 
     def set_empty(self, latent_image_shape: Any, device: Any) -> Any:
         """The patch for no boxes."""

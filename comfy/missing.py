@@ -31,13 +31,29 @@ def missing_function(feature: str) -> Callable[..., Any]:
     return call
 
 
+# methods that packs wrap when they are imported, by stand-in class
+_METHODS: dict[str, tuple[str, ...]] = {
+    "ACE15Tokenizer": ("tokenize_with_weights",),
+    "AceStepConditionGenerationModel": ("forward", "prepare_condition"),
+    "LTXVAddGuide": ("append_keyframe", "encode", "execute", "generate", "get_latent_index"),
+    "LTXVPreprocess": ("execute", "preprocess"),
+    "LatentUpscaleModelLoader": ("execute",),
+    "ZImage_Control": ("forward", "load_state_dict"),
+}
+
+
 def missing_class(name: str, feature: str) -> type[Any]:
-    """A class that can be subclassed and compared with, but whose instances cannot be made."""
+    """A class that can be subclassed and compared with, but whose instances cannot be made.
+
+    It has the methods of ComfyUI's class that packs wrap.
+    """
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         missing(feature)
 
-    return type(name, (), {"__init__": refuse, "__doc__": f"Part of {feature}, which this version does not have yet."})
+    methods = {method: missing_function(feature) for method in _METHODS.get(name, ())}
+    doc = f"Part of {feature}, which this version does not have yet."
+    return type(name, (), {**methods, "__init__": refuse, "__doc__": doc})
 
 
 def missing_names(owner: str, features: Mapping[str, str]) -> Callable[[str], Any]:
@@ -105,7 +121,6 @@ MODULES: dict[str, str] = {
             "hidream_o1.model",
             "lens.model",
             "lightricks.av_model",
-            "lightricks.symmetric_patchifier",
             "lightricks.vae.audio_vae",
             "lightricks.vae.causal_conv3d",
             "lightricks.vae.causal_video_autoencoder",
@@ -119,7 +134,6 @@ MODULES: dict[str, str] = {
     "comfy.audio_encoders.audio_encoders": "audio encoders",
     "cuda_malloc": "the choice of CUDA's allocator by program",
     "comfy.diffusers_convert": "the conversion of diffusers' UNets",
-    "comfy.k_diffusion.utils": "k-diffusion's training tools",
     "comfy.text_encoders.ace15": "ACE-Step",
     "comfy.taesd.taehv": "tiny VAEs for video",
     "comfy_extras.chainner_models.model_loading": "chaiNNer's loader (spandrel replaces it)",

@@ -35,6 +35,10 @@ class ModelType(enum.Enum):
     FLOW_COSMOS = 10
 
 
+# Latent of a grey picture, which inpainting models are given where there is none.
+_BLANK = (0.8223, -0.6876, 0.6364, 0.1380)
+utils = comfy.utils  # a name that packs use in this module
+
 # (name of the prediction, name of the schedule) in comfy.model_sampling
 _SAMPLING_PARTS = {
     ModelType.EPS: ("EPS", "ModelSamplingDiscrete"),
@@ -61,6 +65,25 @@ def convert_tensor(extra: torch.Tensor, dtype: torch.dtype, device: torch.device
     if extra.dtype not in (torch.int, torch.long):
         return extra.to(device=device, dtype=dtype)
     return extra if device is None else extra.to(device=device)
+
+
+def fitted_latent(image: Any, noise: torch.Tensor) -> torch.Tensor:
+    """A latent at the size and batch of `noise`. Raises ValueError without one."""
+    if image is None:
+        raise ValueError("an inpainting model was given a mask without a picture; connect InpaintModelConditioning")
+    if image.shape[1:] != noise.shape[1:]:
+        image = comfy.utils.common_upscale(image, noise.shape[-1], noise.shape[-2], "bilinear", "center")
+    return comfy.utils.resize_to_batch_size(image, noise.shape[0])
+
+
+def _fitted_mask(mask: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """A mask [B, 1, h, w] of whole numbers at the size and batch of `noise`."""
+    if mask.ndim == noise.ndim:
+        mask = mask[:, :1]
+    mask = mask.reshape(-1, 1, *mask.shape[-2:])
+    if mask.shape[-2:] != noise.shape[-2:]:
+        mask = comfy.utils.common_upscale(mask, noise.shape[-1], noise.shape[-2], "bilinear", "center")
+    return comfy.utils.resize_to_batch_size(mask.round(), noise.shape[0])
 
 
 class BaseModel(torch.nn.Module):
@@ -167,9 +190,30 @@ class BaseModel(torch.nn.Module):
         """The per-picture vector of a conditioning, [1, n], or None."""
         return None
 
+    def set_inpaint(self) -> None:
+        """Append the mask and the masked picture to the latent."""
+        self.concat_keys = ("mask", "masked_image")
+
+    def blank_inpaint_image_like(self, latent: torch.Tensor) -> torch.Tensor:
+        """A grey picture's latent for each of [B, 4, h, w]."""
+        return torch.ones_like(latent) * latent.new_tensor(_BLANK).view(1, -1, *(1,) * (latent.ndim - 2))
+
     def concat_cond(self, **kwargs: Any) -> torch.Tensor | None:
-        """Channels to append to the latent, or None."""
-        return None
+        """Channels to append to the latent, or None.
+
+        After `set_inpaint` [B, 5, h, w]: the mask (1 = repaint) and the picture's latent.
+        """
+        if not self.concat_keys:
+            return None
+        noise, device = kwargs["noise"], kwargs["device"]
+        mask = kwargs.get("concat_mask", kwargs.get("denoise_mask"))
+        if mask is None:
+            parts = {"mask": torch.ones_like(noise)[:, :1], "masked_image": self.blank_inpaint_image_like(noise)}
+        else:
+            image = kwargs.get("concat_latent_image")
+            image = kwargs.get("latent_image") if image is None else self.process_latent_in(image)
+            parts = {"mask": _fitted_mask(mask, noise), "masked_image": fitted_latent(image, noise)}
+        return torch.cat([parts[key].to(device) for key in self.concat_keys], dim=1)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """Conditioning fields -> named `comfy.conds` objects, which become keyword arguments of `apply_model`."""
@@ -284,6 +328,7 @@ def upscale_dit_mask(mask: torch.Tensor, img_size_in: tuple[int, int], img_size_
 # families that packs ask for by class, `isinstance(model, comfy.model_base.SDXL)` above all
 _FAMILIES = (
     "ACEStep",
+    "ChromaRadiance",
     "Anima",
     "CosmosPredict2",
     "CosmosVideo",
@@ -292,6 +337,7 @@ _FAMILIES = (
     "HiDream",
     "HiDreamO1",
     "Hunyuan3Dv2",
+    "Hunyuan3Dv2_1",
     "Kandinsky5",
     "LTXAV",
     "Lens",

@@ -96,6 +96,44 @@ def unet_prefix_from_state_dict(state_dict: StateDict) -> str:
     return best if counts[best] > 5 else "model."
 
 
+def convert_config(unet_config: dict[str, Any]) -> dict[str, Any]:
+    """A UNet's configuration in latent diffusion's form as `UNetModel` takes it: a copy with one entry for each block.
+
+    Blocks and transformers may be numbers for all levels; `attention_resolutions` are the factors of reduction at which
+    there are transformers.
+    """
+    config = dict(unet_config)
+    levels = len(config.get("channel_mult") or ())
+    blocks = config.get("num_res_blocks")
+    config["num_res_blocks"] = [blocks] * levels if isinstance(blocks, int) else blocks
+    reductions = config.pop("attention_resolutions", None)
+    if reductions is None:
+        return config
+    depth = config.get("transformer_depth")
+    depths = [depth] * levels if isinstance(depth, int) else list(depth or [0] * levels)
+    if config.get("transformer_depth_middle") is None:
+        config["transformer_depth_middle"] = depths[-1]
+    used = [found if 2**level in reductions else 0 for level, found in enumerate(depths)]
+    for name, more in (("transformer_depth", 0), ("transformer_depth_output", 1)):
+        config[name] = [d for d, count in zip(used, config["num_res_blocks"]) for _ in range(count + more)]
+    return config
+
+
+def unet_config_from_diffusers_unet(state_dict: StateDict, dtype: torch.dtype | None = None) -> dict[str, Any] | None:
+    """Configuration of a UNet with diffusers' keys, or None when it is not one."""
+    from comfy.ldm.unet.keys import from_diffusers
+
+    converted = from_diffusers(state_dict)
+    config = None if converted is None else detect_unet_config(converted, "")
+    return None if config is None else {**config, "dtype": dtype}
+
+
+def model_config_from_diffusers_unet(state_dict: StateDict) -> Any:
+    """The family of a UNet with diffusers' keys, or None."""
+    config = unet_config_from_diffusers_unet(state_dict)
+    return None if config is None else model_config_from_unet_config(config)
+
+
 def convert_diffusers_mmdit(state_dict: StateDict, output_prefix: str = "") -> StateDict | None:
     """A transformer with diffusers' keys under ours, or None when it is not one we know."""
     for family in comfy.families.records():

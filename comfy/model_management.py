@@ -29,6 +29,16 @@ from comfy.dtype_choice import (
     unet_manual_cast,
     vae_dtype,
 )
+from comfy.newer_management import (
+    MAX_PINNED_MEMORY,
+    current_stream,
+    in_training,
+    intermediate_dtype,
+    lora_compute_dtype,
+    pin_memory,
+    raise_non_oom,
+    unpin_memory,
+)
 from comfy.weights.loading import (
     LoadedModel,
     add_memory_holder,
@@ -45,18 +55,25 @@ from comfy.weights.loading import (
 )
 
 __all__ = [
+    "MAX_PINNED_MEMORY",
     "LoadedModel",
     "add_memory_holder",
     "check_weight_files",
     "cleanup_models",
     "cleanup_models_gc",
     "current_loaded_models",
+    "current_stream",
     "dtype_size",
     "free_memory",
+    "in_training",
+    "intermediate_dtype",
     "load_model_gpu",
     "load_models_gpu",
     "loaded_models",
+    "lora_compute_dtype",
     "pick_weight_dtype",
+    "pin_memory",
+    "raise_non_oom",
     "should_use_bf16",
     "should_use_fp16",
     "supports_cast",
@@ -68,6 +85,7 @@ __all__ = [
     "unet_manual_cast",
     "unload_all_models",
     "unload_model_clones",
+    "unpin_memory",
     "vae_dtype",
 ]
 
@@ -109,7 +127,9 @@ _bound_device: torch.device | None = None
 
 def configure() -> None:
     """Take memory settings from `comfy.cli_args.args`; call after the command line was read."""
-    global vram_state, set_vram_to, cpu_state, DISABLE_SMART_MEMORY
+    global vram_state, set_vram_to, cpu_state, DISABLE_SMART_MEMORY, EXTRA_RESERVED_VRAM
+    if args.reserve_vram is not None:
+        EXTRA_RESERVED_VRAM = args.reserve_vram * 1024**3
     DISABLE_SMART_MEMORY = bool(args.disable_smart_memory)
     cpu_state = CPUState.CPU if args.cpu else CPUState.GPU
     if args.lowvram:
@@ -194,9 +214,12 @@ def get_free_memory(dev: torch.device | None = None, torch_free_too: bool = Fals
     return (free, cached) if torch_free_too else free
 
 
+EXTRA_RESERVED_VRAM: float = 0.4 * 1024**3
+
+
 def extra_reserved_memory() -> int:
-    """Bytes of GPU memory to leave to others (`--reserve-vram`)."""
-    return int((0.4 if args.reserve_vram is None else args.reserve_vram) * 1024**3)
+    """Bytes of GPU memory to leave to others (`--reserve-vram`, or what a pack sets `EXTRA_RESERVED_VRAM` to)."""
+    return int(EXTRA_RESERVED_VRAM)
 
 
 def minimum_inference_memory() -> int:
@@ -240,6 +263,9 @@ def is_nvidia() -> bool:
 def is_amd() -> bool:
     """Whether this process computes on an AMD GPU."""
     return get_torch_device().type == "cuda" and torch.version.hip is not None
+
+
+xpu_available = False  # there is no way here to compute on Intel's GPUs
 
 
 def is_intel_xpu() -> bool:

@@ -30,14 +30,22 @@ from comfy.model_patcher_options import (
     set_model_options_pre_cfg_function,
 )
 from comfy.patcher_extension import PatcherInjection
-from comfy.weights.patching import LowVramPatch, get_key_weight, real_value, string_to_seed, wipe_lowvram_weight
+from comfy.weights.patching import (
+    Foreign,
+    LowVramPatch,
+    get_key_weight,
+    move_weight_functions,
+    real_value,
+    string_to_seed,
+    wipe_lowvram_weight,
+)
 from comfy.weights.store import WeightStore, store_of
 
 __all__ = [
     "PatcherInjection",
     "CoreModelPatcher", "LowVramPatch", "ModelPatcher", "create_model_options_clone", "get_key_weight",
-    "set_model_options_patch_replace", "set_model_options_post_cfg_function", "set_model_options_pre_cfg_function",
-    "string_to_seed", "wipe_lowvram_weight",
+    "move_weight_functions", "set_model_options_patch_replace", "set_model_options_post_cfg_function",
+    "set_model_options_pre_cfg_function", "string_to_seed", "wipe_lowvram_weight",
 ]  # fmt: skip
 
 Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])
@@ -84,6 +92,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.patches_uuid = uuid.uuid4()
         self.parent: ModelPatcher | None = None
+        self.taco_parallel: Any = None  # settings of this clone for an engine that evaluates its calls
         self._init_extensions()
         self._init_hooks()
 
@@ -137,6 +146,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         other.weight_wrapper_patches = {key: list(w) for key, w in self.weight_wrapper_patches.items()}
         other.model_options = create_model_options_clone(self.model_options)
         other.force_cast_weights = self.force_cast_weights
+        other.taco_parallel = self.taco_parallel
         other.parent = self
         self._clone_extensions(other)
         self._clone_hooks(other)
@@ -286,12 +296,15 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
             return real
         return stochastic_rounding(real, source.dtype, seed=string_to_seed(key))
 
-    def _patches_by_itself(self) -> Callable[[str], Any] | None:
-        """The `patch_weight_to_device` of a subclass or instance that has one of its own, for the store to call."""
-        own = "patch_weight_to_device" in vars(self)
-        if not own and type(self).patch_weight_to_device is ModelPatcher.patch_weight_to_device:
+    def has_own(self, method: str) -> bool:
+        """Whether a subclass has a method of its own, or somebody replaced it on this object or on the class."""
+        return method in vars(self) or getattr(type(self), method) is not _OWN_METHODS[method]
+
+    def _patches_by_itself(self) -> Foreign | None:
+        """The `patch_weight_to_device` of a pack, for the store to call."""
+        if not self.has_own("patch_weight_to_device"):
             return None
-        return lambda key: self.patch_weight_to_device(key, self.weight_store.device)
+        return lambda key, device: self.patch_weight_to_device(key, device)
 
     def load(
         self,
@@ -356,9 +369,21 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         with self.use_ejected():
             self._set_objects(self.object_patches)
             if load_weights:
-                self.load(device_to, lowvram_model_memory, force_patch_weights, full_load=lowvram_model_memory == 0)
+                whole = lowvram_model_memory == 0
+                self._load_by_name(device_to, lowvram_model_memory, force_patch_weights, whole)
         self.inject_model()
         return self.model
+
+    def _load_by_name(
+        self, device_to: torch.device | None, lowvram_model_memory: int, force_patch_weights: bool, full_load: bool
+    ) -> None:
+        """`load` as ComfyUI calls it: a pack's may take `*args` and give its base another `force_patch_weights`."""
+        self.load(
+            device_to,
+            lowvram_model_memory=lowvram_model_memory,
+            force_patch_weights=force_patch_weights,
+            full_load=full_load,
+        )
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         """Undo `patch_model`: originals back in place, device copies dropped."""
@@ -380,12 +405,21 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         return freed
 
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """Load up to `extra_memory` further bytes; returns how many were loaded."""
-        before = self.loaded_size()
-        same = self.model.current_weight_patches_uuid == self.patches_uuid
-        if before >= self.model_size() and same and self.weight_store.as_wanted(force_patch_weights):
-            return 0
-        self.patch_model(device_to, max(1, before + int(extra_memory)), force_patch_weights=force_patch_weights)
+        """Load up to `extra_memory` further bytes, with this clone's patches and attributes; returns how many were loaded.
+
+        The parts are ComfyUI's, in its order, each of which packs replace: `unpatch_model` (of weights, where the network has
+        the patches of another clone), `patch_model` without weights, `load`.
+        """
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            if self.model.current_weight_patches_uuid not in (None, self.patches_uuid) and self.has_own(
+                "unpatch_model"
+            ):
+                self.unpatch_model(self.offload_device, unpatch_weights=True)  # our own loading undoes what differs
+            before = self.loaded_size()
+            wanted = before + int(extra_memory)
+            self.patch_model(load_weights=False)
+            whole = wanted >= self.model_size()
+            self._load_by_name(device_to, 0 if whole else max(1, wanted), force_patch_weights, whole)
         return self.loaded_size() - before
 
     def detach(self, unpatch_all: bool = True) -> Any:
@@ -399,15 +433,28 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
+    def _class_of_network(self) -> Any:
+        """The patcher class for which the network was loaded, where this is a pack's; else None."""
+        kind = getattr(self.model, "patcher_class", None)
+        return None if kind is None or isinstance(self, kind) else kind
+
     def evaluate_batches(self, model: Any, batches: list[Any], model_options: dict[str, Any]) -> list[torch.Tensor]:
         """Evaluate the batches of one denoiser call; parallel patchers spread them over ranks."""
         from comfy.denoiser_batch import evaluate_serially
 
+        kind = self._class_of_network()
+        if kind is not None:
+            return kind.evaluate_batches(self, model, batches, model_options)
         return evaluate_serially(model, batches, model_options)
 
     def denoiser_memory_budget(self, device: torch.device) -> int:
         """Bytes available to the batches of one denoiser call."""
-        return comfy.model_management.get_free_memory(device)
+        kind = self._class_of_network()
+        return (
+            comfy.model_management.get_free_memory(device)
+            if kind is None
+            else kind.denoiser_memory_budget(self, device)
+        )
 
     def pre_run(self) -> None:
         """Called once before sampling."""
@@ -432,3 +479,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
 
 
 CoreModelPatcher = ModelPatcher
+_OWN_METHODS = {
+    name: getattr(ModelPatcher, name)
+    for name in ("load", "partially_load", "patch_model", "patch_weight_to_device", "unpatch_model")
+}

@@ -7,7 +7,7 @@ layer's `weight_function` and `bias_function` lists (patches applied on the fly)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,13 @@ from comfy.ldm.modules import eight_bit as in_eight_bits
 from comfy.ldm.modules.eight_bit import FP8, EightBit, Rows
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def scaled_dot_product_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Torch's function of that name, for packs that call or replace it here."""
+    return F.scaled_dot_product_attention(q, k, v, *args, **kwargs)
 
 
 def cast_to(
@@ -47,8 +54,12 @@ def cast_bias_weight(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     bias_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of layer `s` ready to compute with `input`, on-the-fly patches applied."""
+    offloadable: bool = False,
+) -> Any:
+    """(weight, bias) of layer `s` ready to compute with `input`, on-the-fly patches applied.
+
+    offloadable: newer ComfyUI's, return (weight, bias, what `uncast_bias_weight` gets afterwards).
+    """
     if input is not None:
         dtype = dtype or (input.dtype if input.dtype not in FP8_DTYPES else torch.bfloat16)
         device = device or input.device
@@ -65,7 +76,11 @@ def cast_bias_weight(
     if functions or (eight_bit is not None and eight_bit.scale is None):
         weight = _real(s, weight, dtype, device, non_blocking)
     weight = _patched(weight, functions, dtype, device, non_blocking)
-    return weight, bias
+    return (weight, bias, None) if offloadable else (weight, bias)
+
+
+def uncast_bias_weight(s: Any, weight: torch.Tensor, bias: torch.Tensor | None, offload_stream: Any) -> None:
+    """Newer ComfyUI's end of the use of what `cast_bias_weight` gave; here memory is free when nobody holds it."""
 
 
 def _real(
@@ -110,11 +125,13 @@ class CastWeightBiasOp:
     """Mixin: whether weights are cast at each use, and the patches applied to them then."""
 
     comfy_cast_weights = False
+    # replaced as a whole, never appended to: a pack's layer may leave out `__init__`
+    weight_function: Sequence[Callable[[torch.Tensor], torch.Tensor]] = ()
+    bias_function: Sequence[Callable[[torch.Tensor], torch.Tensor]] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.weight_function: list[Callable[[torch.Tensor], torch.Tensor]] = []
-        self.bias_function: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self.weight_function, self.bias_function = [], []
 
     def reset_parameters(self) -> None:
         """Weights come from a file; initialising them would only cost time."""
@@ -231,6 +248,10 @@ class disable_weight_init:  # noqa: N801 (ComfyUI's name)
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class RMSNorm(CastWeightBiasOp, torch.nn.RMSNorm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.bias: torch.Tensor | None = None  # packs' own casts read it of every layer
+
         def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
             weight = cast_bias_weight(self, input)[0] if self.weight is not None else None
             return F.rms_norm(input, self.normalized_shape, weight, self.eps)
@@ -239,6 +260,10 @@ class disable_weight_init:  # noqa: N801 (ComfyUI's name)
             return self.forward_comfy_cast_weights(*args, **kwargs) if self.casts else super().forward(*args, **kwargs)
 
     class Embedding(CastWeightBiasOp, torch.nn.Embedding):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.bias: torch.Tensor | None = None  # as above
+
         def forward_comfy_cast_weights(self, input: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
             dtype = out_dtype
             if self.weight.dtype in (torch.float16, torch.bfloat16):

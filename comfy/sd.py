@@ -12,15 +12,16 @@ import comfy.families
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_base
-import comfy.model_detection
+import comfy.model_detection as model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.utils
 from comfy import weight_files
 from comfy.clip import CLIP
 from comfy.missing import FeatureMissingError
 from comfy.style_models import StyleModel, load_style_model
-from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts
+from comfy.text_encoders.loader import CLIPType, load_clip, load_text_encoder_state_dicts, t5xxl_detect
 from comfy.vae import VAE
 from comfy.weights.store import store_of
 
@@ -28,7 +29,7 @@ __all__ = [
     "CLIP", "CLIPType", "StyleModel", "VAE", "load_checkpoint", "load_checkpoint_guess_config", "load_clip",
     "load_diffusion_model", "load_diffusion_model_state_dict", "load_gligen", "load_lora_for_models",
     "load_state_dict_guess_config", "load_style_model", "load_text_encoder_state_dicts", "load_unet",
-    "load_unet_state_dict", "save_checkpoint",
+    "load_unet_state_dict", "model_detection", "save_checkpoint", "t5xxl_detect",
 ]  # fmt: skip
 
 StateDict = dict[str, torch.Tensor]
@@ -133,8 +134,8 @@ def load_state_dict_guess_config(
 ) -> tuple[Any, Any, Any, Any] | None:
     """`load_checkpoint_guess_config` for a state dict; None when it holds no known model."""
     options = model_options or {}
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(sd)
-    config = comfy.model_detection.model_config_from_unet(sd, prefix, metadata=metadata)
+    prefix = model_detection.unet_prefix_from_state_dict(sd)
+    config = model_detection.model_config_from_unet(sd, prefix, metadata=metadata)
     if config is None:
         model = load_diffusion_model_state_dict(sd, model_options=options, metadata=metadata)
         return None if model is None else (model, None, None, None)
@@ -208,9 +209,9 @@ def _build_model(config: Any, sd: StateDict, prefix: str, options: dict[str, Any
         config.custom_operations = options["custom_operations"]
     if options.get("fp8_optimizations"):
         config.optimizations["fp8"] = True
-    if config.scaled_fp8 is None:
-        _cast_weights(sd, prefix, weight_dtype)
     model = config.get_model(sd, prefix, device=torch.device("meta"))
+    if config.scaled_fp8 is None:
+        _cast_weights(sd, prefix, weight_dtype, _taken_as_stored(model))
     model.load_model_weights(sd, prefix)
     model.device = torch.device("cpu")
     store_of(model).loaded_from |= files
@@ -218,9 +219,21 @@ def _build_model(config: Any, sd: StateDict, prefix: str, options: dict[str, Any
     return _patcher_class()(model, load_device=options.get("load_device", load_device), offload_device=offload_device)
 
 
-def _cast_weights(sd: StateDict, prefix: str, dtype: torch.dtype) -> None:
-    """Cast floating tensors that are not stored in `dtype`; those that are keep their memory-mapped pages."""
+def _taken_as_stored(model: Any) -> set[str]:
+    """Paths of the layers of a pack that read their tensors from the file by themselves."""
+    usual = (torch.nn.Module._load_from_state_dict, comfy.ops.CastWeightBiasOp._load_from_state_dict)
+    layers = model.diffusion_model.named_modules()
+    return {path for path, layer in layers if type(layer)._load_from_state_dict not in usual}
+
+
+def _cast_weights(sd: StateDict, prefix: str, dtype: torch.dtype, as_stored: set[str]) -> None:
+    """Cast floating tensors that are not stored in `dtype`; those that are keep their memory-mapped pages.
+
+    Tensors of the layers at `as_stored` stay as they are.
+    """
     for key, value in sd.items():
+        if key[len(prefix) :].rpartition(".")[0] in as_stored:
+            continue
         if key.startswith(prefix) and value.is_floating_point() and value.dtype != dtype:
             # Norm scales and biases of fp8 files stay precise: the layers cast them at use anyway.
             if dtype.itemsize == 1 and (value.ndim < 2 or value.dtype.itemsize == 1):
@@ -255,17 +268,17 @@ def load_diffusion_model_state_dict(
     sd: StateDict, model_options: dict[str, Any] | None = None, metadata: dict[str, str] | None = None
 ) -> Any:
     """`load_diffusion_model` for a state dict; None when it holds no known model."""
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(sd)
+    prefix = model_detection.unet_prefix_from_state_dict(sd)
     stripped = {key[len(prefix) :]: value for key, value in sd.items() if key.startswith(prefix)}
     if stripped:
         sd = stripped
-    config = comfy.model_detection.model_config_from_unet(sd, "", metadata=metadata)
+    config = model_detection.model_config_from_unet(sd, "", metadata=metadata)
     if config is None:
-        converted = comfy.model_detection.convert_diffusers_mmdit(sd)
+        converted = model_detection.convert_diffusers_mmdit(sd)
         if converted is None:
             return None
         sd = converted
-        config = comfy.model_detection.model_config_from_unet(sd, "", metadata=metadata)
+        config = model_detection.model_config_from_unet(sd, "", metadata=metadata)
     return None if config is None else _build_model(config, sd, "", model_options or {})
 
 
@@ -350,3 +363,11 @@ def save_checkpoint(
     sd = model.model.state_dict_for_saving(clip_sd, vae_sd, vision_sd)
     sd.update(extra_keys or {})
     comfy.utils.save_torch_file({k: v.cpu() for k, v in sd.items()}, output_path, metadata=metadata)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "AutoencoderKL":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from comfy.ldm.models.autoencoder import AutoencoderKL  # a network is imported where it is used
+
+    return AutoencoderKL

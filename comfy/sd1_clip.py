@@ -11,6 +11,7 @@ import torch
 import comfy.model_management
 import comfy.ops
 from comfy.clip_model import CLIPTextModel
+from comfy.missing import missing_names
 from comfy.text_encoders.embeddings import expand_directory_list, load_embed
 from comfy.text_encoders.prompt_tokenizer import SD1Tokenizer, SDTokenizer
 from comfy.text_encoders.prompts import escape_important, parse_parentheses, token_weights, unescape_important
@@ -117,7 +118,7 @@ class SDClipModel(torch.nn.Module, ClipTokenWeightEncoder):
             raise ValueError("layer='hidden' needs layer_idx")
         options = model_options or {}
         name = options.get("model_name", "clip_l")
-        config = options.get(f"{name}_model_config", textmodel_json_config or CLIP_L_CONFIG)
+        config = {**(textmodel_json_config or CLIP_L_CONFIG), **options.get(f"{name}_model_config", {})}
         self.operations = options.get("custom_operations") or self._operations(options.get(f"{name}_scaled_fp8"))
         self.transformer = model_class(config, dtype, device, self.operations)
         self.num_layers = self.transformer.num_layers
@@ -270,9 +271,10 @@ class SDClipModel(torch.nn.Module, ClipTokenWeightEncoder):
         """
         projection = getattr(self.transformer, "text_projection", None)
         key = "text_projection.weight"
-        if projection is not None and key not in sd and projection.weight.is_meta:
+        # a layer of a pack, which takes its weight from the file, may have None before
+        if projection is not None and key not in sd and (projection.weight is None or projection.weight.is_meta):
             dtype = next((value.dtype for value in sd.values() if value.is_floating_point()), torch.float32)
-            sd = {**sd, key: torch.eye(*projection.weight.shape).to(dtype)}
+            sd = {**sd, key: torch.eye(projection.out_features, projection.in_features).to(dtype)}
         result = self.transformer.load_state_dict(sd, strict=False, assign=True)
         lacking = [name for name, parameter in self.transformer.named_parameters() if parameter.is_meta]
         if lacking:
@@ -328,3 +330,8 @@ class SD1CheckpointClipModel(SDClipModel):
 
     def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
         super().__init__(device=device, return_projected_pooled=False, dtype=dtype, model_options=model_options)
+
+
+__getattr__ = missing_names(
+    __name__, {"safe_load_embed_zip": "The reading of embeddings without their archive's index"}
+)

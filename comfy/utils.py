@@ -14,6 +14,7 @@ from comfy.checkpoint_files import (
     safetensors_header,
     save_torch_file,
 )
+from comfy.cli_args import args
 from comfy.image_scaling import (
     bislerp,
     common_upscale,
@@ -25,14 +26,17 @@ from comfy.image_scaling import (
     tiled_scale,
     tiled_scale_multidim,
 )
+from comfy.nested_tensor import pack_latents, unpack_latents
 
 __all__ = [
     "PROGRESS_BAR_ENABLED", "PROGRESS_BAR_HOOK", "ProgressBar", "WeightFileError", "auraflow_to_diffusers", "bislerp",
-    "calculate_parameters", "common_upscale", "convert_sd_to", "copy_to_param", "flux_to_diffusers", "get_attr",
-    "get_tiled_scale_steps", "lanczos", "load_torch_file", "mmdit_to_diffusers", "pixart_to_diffusers",
+    "calculate_parameters", "clip_text_transformers_convert", "common_upscale", "convert_sd_to", "copy_to_param",
+    "flux_to_diffusers", "get_attr",
+    "get_tiled_scale_steps", "lanczos", "load_torch_file", "mmdit_to_diffusers", "pack_latents", "pixart_to_diffusers",
     "repeat_to_batch_size", "reshape_mask", "resize_list_to_batch_size", "resize_to_batch_size", "safetensors_header",
     "save_torch_file", "set_attr", "set_attr_param", "set_progress_bar_enabled", "set_progress_bar_global_hook",
-    "state_dict_key_replace", "state_dict_prefix_replace", "tiled_scale", "tiled_scale_multidim", "weight_dtype",
+    "state_dict_key_replace", "state_dict_prefix_replace", "tiled_scale", "tiled_scale_multidim", "unpack_latents",
+    "weight_dtype",
 ]  # fmt: skip
 
 
@@ -96,6 +100,22 @@ def set_attr(obj: Any, attr: str, value: Any) -> Any:
 def set_attr_param(obj: Any, attr: str, value: torch.Tensor) -> Any:
     """`set_attr` with the tensor wrapped as a parameter without gradient."""
     return set_attr(obj, attr, torch.nn.Parameter(value, requires_grad=False))
+
+
+def clip_text_transformers_convert(sd: dict[str, Any], prefix_from: str, prefix_to: str) -> dict[str, Any]:
+    """OpenCLIP's text tower below `prefix_from` under transformers' keys below `prefix_to`, in place."""
+    from comfy.text_encoders.openclip import from_openclip
+
+    tower = state_dict_prefix_replace(sd, {prefix_from: ""}, filter_keys=True)
+    sd.update({prefix_to + key: value for key, value in from_openclip(tower).items()})
+    return sd
+
+
+def convert_old_quants(
+    state_dict: dict[str, Any], model_prefix: str = "", metadata: dict[str, str] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Newer ComfyUI's step before loading: (state dict, metadata), as they are, since older formats are read here."""
+    return state_dict, metadata or {}
 
 
 def copy_to_param(obj: Any, attr: str, value: torch.Tensor) -> None:
@@ -182,9 +202,12 @@ class ProgressBar:
 
 
 _UNET_KEYS = ("TRANSFORMER_BLOCKS", "UNET_MAP_ATTENTIONS", "UNET_MAP_BASIC", "UNET_MAP_RESNET", "unet_to_diffusers")
+_FLAGS = {"DISABLE_MMAP": "disable_mmap", "MMAP_TORCH_FILES": "mmap_torch_files"}  # until a pack sets them here
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FLAGS:
+        return getattr(args, _FLAGS[name])
     if name not in _UNET_KEYS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("comfy.ldm.unet.keys"), name)

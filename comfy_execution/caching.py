@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from comfy_execution.graph_utils import is_link
+from comfy_execution.graph_utils import is_link, node_class
 
 Signature = bytes
 _unique = itertools.count()
@@ -75,6 +75,18 @@ def fingerprint(value: Any) -> bytes:
 
 def _links(node: Mapping[str, Any]) -> list[str]:
     return [value[0] for value in node["inputs"].values() if is_link(value)]
+
+
+def include_unique_id_in_input(class_type: str) -> bool:
+    """Whether a class asks for its node's id. Raises NodeNotFoundError for an unknown class."""
+    class_def: Any = node_class(class_type)
+    hidden = class_def.INPUT_TYPES().get("hidden", {})
+    return isinstance(hidden, Mapping) and "UNIQUE_ID" in [kind for kind in hidden.values() if isinstance(kind, str)]
+
+
+def id_matters(class_type: str) -> bool:
+    """Whether equal inputs do not mean equal results: the class asks for its id or says it is not idempotent."""
+    return getattr(node_class(class_type), "NOT_IDEMPOTENT", False) or include_unique_id_in_input(class_type)
 
 
 class Signer:
@@ -134,6 +146,43 @@ class Signer:
         except Uncacheable:
             return fingerprint(object())
         return digest.digest()
+
+
+class CacheKeySetInputSignature:
+    """Signatures of nodes under ComfyUI's name, for packs that ask whether nodes would compute the same.
+
+    is_changed_cache: has `async get(node_id)`, the answer of IS_CHANGED.
+    """
+
+    def __init__(self, dynprompt: Any, node_ids: Iterable[str], is_changed_cache: Any) -> None:
+        self.dynprompt = dynprompt
+        self.is_changed_cache = is_changed_cache
+        self._changed: dict[str, bytes] = {}
+        self._signer = Signer(dynprompt, self._changed, id_matters)
+        self.keys: dict[str, Signature] = {}
+
+    async def add_keys(self, node_ids: Iterable[str]) -> None:
+        """Sign nodes, after the nodes they depend on were asked whether they changed."""
+        waiting = [node_id for node_id in node_ids if self.dynprompt.has_node(node_id)]
+        wanted = dict.fromkeys(waiting)
+        while waiting:
+            node_id = waiting.pop()
+            if node_id not in self._changed and self.dynprompt.has_node(node_id):
+                self._changed[node_id] = fingerprint(await self.is_changed_cache.get(node_id))
+                waiting += _links(self.dynprompt.get_node(node_id))
+        self.keys.update({node_id: self._signer.sign(node_id) for node_id in wanted})
+
+    def all_node_ids(self) -> set[str]:
+        """The nodes that were signed."""
+        return set(self.keys)
+
+    def get_used_keys(self) -> Iterable[Signature]:
+        """The signatures."""
+        return self.keys.values()
+
+    def get_data_key(self, node_id: str) -> Signature | None:
+        """A node's signature, equal for nodes that compute the same; None for one that was not signed."""
+        return self.keys.get(node_id)
 
 
 @dataclass

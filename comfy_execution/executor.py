@@ -12,7 +12,7 @@ from typing import Any
 from comfy import accounting
 from comfy.weight_files import WeightFileChangedError
 from comfy_execution import seams
-from comfy_execution.caching import CacheSet, CacheType, RamCache, Signer, fingerprint
+from comfy_execution.caching import CacheSet, CacheType, RamCache, Signer, fingerprint, id_matters
 from comfy_execution.graph import DependencyCycleError, DynamicPrompt, ExecutionList, NodeNotFoundError, node_class
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.inputs import get_input_data, has_function, is_v3
@@ -76,15 +76,6 @@ class IsChangedCache:
                 error,
             )
             return float("nan")
-
-
-def id_matters(class_type: str) -> bool:
-    """Whether equal inputs do not mean equal results: the class asks for its id or says it is not idempotent."""
-    class_def: Any = node_class(class_type)
-    if getattr(class_def, "NOT_IDEMPOTENT", False):
-        return True
-    hidden = class_def.INPUT_TYPES().get("hidden", {})
-    return isinstance(hidden, Mapping) and "UNIQUE_ID" in [kind for kind in hidden.values() if isinstance(kind, str)]
 
 
 class PromptRun(ExecutionList):

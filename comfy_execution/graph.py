@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from comfy_execution.caching import CacheEntry, CacheSet
-from comfy_execution.graph_utils import ExecutionBlocker, is_link
+from comfy_execution.graph_utils import ExecutionBlocker, NodeNotFoundError, is_link, node_class
 
 __all__ = [
     "DependencyCycleError",
@@ -36,22 +36,6 @@ class DependencyCycleError(Exception):
 
 class NodeInputError(Exception):
     """A node has no such input."""
-
-
-class NodeNotFoundError(Exception):
-    """A link names a node that is not in the prompt."""
-
-
-def node_class(class_type: str) -> type:
-    """The class registered for a node type, looked up at call time. Raises NodeNotFoundError naming the type."""
-    import nodes
-
-    try:
-        return nodes.NODE_CLASS_MAPPINGS[class_type]
-    except KeyError:
-        raise NodeNotFoundError(
-            f"node type {class_type!r} is not installed; install the custom node pack that provides it"
-        ) from None
 
 
 def _last(node_id: str, following: Mapping[str, str], known: dict[str, str]) -> str:

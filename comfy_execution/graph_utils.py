@@ -1,4 +1,4 @@
-"""Links and small graphs: what nodes need that expand into other nodes."""
+"""Links, classes of nodes, and small graphs: what nodes need that expand into other nodes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from contextvars import ContextVar
 from typing import Any
 
 _LONGEST_ROOT = 64  # characters
+
+
+class NodeNotFoundError(Exception):
+    """A link names a node that is not in the prompt."""
+
+
+def node_class(class_type: str) -> type:
+    """The class registered for a node type, looked up at call time. Raises NodeNotFoundError naming the type."""
+    import nodes
+
+    try:
+        return nodes.NODE_CLASS_MAPPINGS[class_type]
+    except KeyError:
+        raise NodeNotFoundError(
+            f"node type {class_type!r} is not installed; install the custom node pack that provides it"
+        ) from None
 
 
 def is_link(obj: object) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import comfy.patcher_extension
+from comfy.missing import missing_names
 from comfy.model_patcher_options import create_model_options_clone
 from comfy_api.latest import io
 from comfy_nodes.v3 import extension, share
@@ -215,3 +216,4 @@ LazyCacheNode = cache_node(
 )
 
 comfy_entrypoint = extension(EasyCacheNode, LazyCacheNode)
+__getattr__ = missing_names(__name__, {"EasyCacheHolder": "ComfyUI's state of EasyCache"})

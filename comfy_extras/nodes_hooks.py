@@ -169,6 +169,8 @@ class SetClipHooks(_Node):
         clip.patcher.register_all_hook_patches(hooks, target)
         return (clip,)
 
+    apply_hooks = run
+
 
 class ConditioningTimestepsRange(_Node):
     @classmethod

@@ -42,6 +42,21 @@ def prompt_outputs() -> list[Any]:
     return [io.Conditioning.Output(display_name=name) for name in ("positive", "negative")]
 
 
+def get_keyframe_idxs(cond: Any) -> tuple[torch.Tensor | None, int]:
+    """(places of the guides' cells [B, 3, n] or None, frames of guides) of a conditioning."""
+    places = next((f["keyframe_idxs"] for _, f in cond if f.get("keyframe_idxs") is not None), None)
+    return (None, 0) if places is None else (places, torch.unique(places[:, 0]).numel())
+
+
+def get_noise_mask(latent: dict[str, Any]) -> torch.Tensor:
+    """A latent's mask, a copy; without one, ones [B, 1, F, 1, 1]."""
+    mask = latent.get("noise_mask")
+    if mask is not None:
+        return mask.clone()
+    samples = latent["samples"]
+    return torch.ones((samples.shape[0], 1, samples.shape[2], 1, 1), dtype=torch.float32, device=samples.device)
+
+
 class EmptyLTXVLatentVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -108,10 +123,10 @@ class LTXVCropGuides(io.ComfyNode):
     @classmethod
     def execute(cls, positive: Any, negative: Any, latent: dict[str, Any]):
         """Takes away the frames of guides, which are at the end."""
-        places = next((f["keyframe_idxs"] for _, f in positive if f.get("keyframe_idxs") is not None), None)
-        if places is None:
+        _, guides = get_keyframe_idxs(positive)
+        if not guides:
             return io.NodeOutput(positive, negative, latent)
-        kept = latent["samples"].shape[2] - torch.unique(places[:, 0]).numel()
+        kept = latent["samples"].shape[2] - guides
         out = {"samples": latent["samples"][:, :, :kept]}
         if latent.get("noise_mask") is not None:
             out["noise_mask"] = latent["noise_mask"][:, :, :kept]
@@ -181,5 +196,5 @@ class LTXVScheduler(io.ComfyNode):
 comfy_entrypoint = extension(
     EmptyLTXVLatentVideo, LTXVImgToVideo, ModelSamplingLTXV, LTXVConditioning, LTXVScheduler, LTXVCropGuides
 )
-_GUIDES = ("LTXVAddGuide", "_append_guide_attention_entry", "get_keyframe_idxs", "get_noise_mask")
+_GUIDES = ("LTXVAddGuide", "LTXVPreprocess", "SymmetricPatchifier", "_append_guide_attention_entry")
 __getattr__ = missing_names(__name__, dict.fromkeys(_GUIDES, "guides of LTX-Video, which need its VAE,"))

@@ -45,13 +45,18 @@ def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
     return 1, cells
 
 
-def blur_where_attended(x: torch.Tensor, weights: torch.Tensor, sigma: float) -> torch.Tensor:
-    """x [B, C, h, w] blurred where the map [B, heads, L, L] says that other cells attend to it more than on average."""
-    attended = weights.mean(dim=1).sum(dim=1) > THRESHOLD
-    height, width = x.shape[-2:]
-    mask = attended.reshape(x.shape[0], 1, *grid_of(attended.shape[-1], height, width)).to(x.dtype)
+def create_blur_map(
+    x0: torch.Tensor, attn: torch.Tensor, sigma: float = 3.0, threshold: float = THRESHOLD
+) -> torch.Tensor:
+    """x0 [B, C, h, w] blurred where the map says that other cells attend to it more than on average.
+
+    attn: [B * heads, L, L], or [B, heads, L, L]. A pack replaces this function.
+    """
+    attended = attn.reshape(x0.shape[0], -1, *attn.shape[-2:]).mean(dim=1).sum(dim=1) > threshold
+    height, width = x0.shape[-2:]
+    mask = attended.reshape(x0.shape[0], 1, *grid_of(attended.shape[-1], height, width)).to(x0.dtype)
     mask = F.interpolate(mask, (height, width))
-    return gaussian_blur_2d(x, BLUR_CELLS, sigma) * mask + x * (1 - mask)
+    return gaussian_blur_2d(x0, BLUR_CELLS, sigma) * mask + x0 * (1 - mask)
 
 
 class _Recorder:
@@ -91,7 +96,7 @@ class SelfAttentionGuidance(io.ComfyNode):
             result, negative = arguments["denoised"], arguments["uncond_denoised"]
             if min(result.shape[2:]) < SMALLEST or recorder.weights is None:
                 return result
-            blurred = blur_where_attended(negative, recorder.weights, blur_sigma)
+            blurred = create_blur_map(negative, recorder.weights, blur_sigma)
             (weak,) = comfy.samplers.calc_cond_batch(
                 arguments["model"], [arguments["uncond"]], blurred + arguments["input"] - negative,
                 arguments["sigma"], arguments["model_options"],

@@ -14,10 +14,14 @@ from typing import Any
 
 import comfy.missing
 import folder_paths
+from comfy_nodes import pack_failures
+from comfy_nodes.pack_failures import PackFailure
 
 # V1 packs' web folders by pack name, and the folder of every pack that was imported
 EXTENSION_WEB_DIRS: dict[str, str] = {}
 LOADED_MODULE_DIRS: dict[str, str] = {}
+# packs and extra files that could not be imported, by module name
+FAILED: dict[str, PackFailure] = {}
 
 
 def get_module_name(module_path: str) -> str:
@@ -127,9 +131,11 @@ async def load_custom_node(module_path: str, ignore: Collection[str] = (), modul
         if await _register_extension(module, origin, ignore):
             return True
         logging.warning("Skip %s: no NODE_CLASS_MAPPINGS and no comfy_entrypoint (not a node pack?)", module_path)
-    except Exception:  # noqa: BLE001 - a broken pack must not stop the program
-        logging.warning("%s", traceback.format_exc())
-        logging.warning("Cannot import %s module for custom nodes", module_path)
+    except Exception as error:  # noqa: BLE001 - a broken pack must not stop the program
+        logging.warning("%s", traceback.format_exc(), extra={"reported": True})
+        FAILED[origin] = failure = pack_failures.explain(module_name, module_path, error)
+        told = (module_path, failure.reason, failure.remedy)
+        logging.warning("Cannot import %s module for custom nodes: %s. %s", *told, extra={"cure": failure.remedy})
     return False
 
 

@@ -5,39 +5,61 @@ from __future__ import annotations
 import asyncio
 import importlib
 import operator
+import re
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 import comfy.missing
 from comfy.missing import FeatureMissingError
 
-LINES = (Path(__file__).parent / "imported_names.txt").read_text().splitlines()[1:]
-NAMES = [(module, name) for module, _, names in (line.partition(": ") for line in LINES) for name in names.split()]
-
-NEWER, REMOVED, INSIDE = (
-    "newer than ComfyUI 0.3.64",
-    "gone before ComfyUI 0.3.64",
-    "an inner part that is built in another way here",
+NEWER, REMOVED, OTHERS, NOT_THERE = (
+    "newer than ComfyUI 0.3.64; packs look for it and do without",
+    "gone before ComfyUI 0.3.64; packs look for it and do without",
+    "of a pack's own network or object",
+    "not in ComfyUI either: packs look whether somebody put it there",
 )
-# (module, name or None for all) -> why it is absent
+# names (with what is below them) that do not resolve -> why
 ABSENT = {
-    ("comfy.sd3_clip", None): REMOVED,
-    ("comfy.nested_tensor", None): NEWER,
-    ("comfy.quant_ops", None): NEWER,
-    ("comfy.memory_management", None): NEWER,
-    ("comfy.multigpu", None): NEWER,
-    ("comfy.ldm.modules.attention", "_ATTN_PRECISION"): REMOVED,
-    ("comfy.model_patcher", "QuantizedTensor"): NEWER,
-    ("comfy.model_patcher", "low_vram_patch_estimate_vram"): NEWER,
-    ("comfy.ldm.lightricks.vae.audio_vae", "LATENT_DOWNSAMPLE_FACTOR"): NEWER,
-    ("comfy.ldm.hidream_o1.model", "IMAGE_TOKEN_ID"): NEWER,
-    ("comfy.model_patcher", "move_weight_functions"): INSIDE,
-    ("comfy.k_diffusion.sampling", "DPMSolver"): INSIDE,
-    ("comfy.k_diffusion.sampling", "PIDStepSizeController"): INSIDE,
-    ("comfy.sd1_clip", "safe_load_embed_zip"): INSIDE,
-    ("comfy_extras.nodes_easycache", "EasyCacheHolder"): INSIDE,
-    ("comfy.ldm.modules.diffusionmodules.model", "vae_attention"): INSIDE,
+    "comfy.context_windows.create_sampler_sample_wrapper": NEWER,
+    "comfy.k_diffusion.sampling.default_noise_sampler.init": NOT_THERE,
+    "comfy.k_diffusion.sampling.torch.init": NOT_THERE,
+    "comfy.latent_formats.HunyuanVideo15": NEWER,
+    "comfy.ldm.hidream_o1.model.IMAGE_TOKEN_ID": NEWER,
+    "comfy.ldm.lightricks.vae.audio_vae.LATENT_DOWNSAMPLE_FACTOR": NEWER,
+    "comfy.ldm.modules.attention._ATTN_PRECISION": REMOVED,
+    "comfy.model_base.BaseModel().diffusion_model.dtype": OTHERS,
+    "comfy.model_patcher.ModelPatcherDynamic": NEWER,
+    "comfy.model_patcher.QuantizedTensor": NEWER,
+    "comfy.model_patcher.low_vram_patch_estimate_vram": NEWER,
+    "comfy.model_patcher.ModelPatcher().model.diffusion_model": OTHERS,
+    "comfy.model_patcher.ModelPatcher().model_keys": REMOVED,
+    "comfy.model_sampling.IMG_TO_IMG_FLOW": NEWER,
+    "comfy.multigpu": NEWER,
+    "comfy.ops.linear_input_act": NEWER,
+    "comfy.quant_ops": NEWER,
+    "comfy.sample.prepare_mask": REMOVED,
+    "comfy.samplers.CFGNoisePredictor": REMOVED,
+    "comfy.samplers.KSampler.SAMPLERS.replace": NOT_THERE,
+    "comfy.samplers.KSampler.SAMPLERS.startswith": NOT_THERE,
+    "comfy.samplers.KSampler.SCHEDULERS.replace": NOT_THERE,
+    "comfy.samplers.KSampler.SCHEDULERS.startswith": NOT_THERE,
+    "comfy.samplers.calculate_sigmas_scheduler": REMOVED,
+    "comfy.samplers.cast_transformer_options": NEWER,
+    "comfy.samplers.wrap_model": REMOVED,
+    "comfy.sd.load_controlnet": REMOVED,
+    "comfy.sd3_clip": REMOVED,
+    "comfy.weight_adapter.BypassInjectionManager": NEWER,
+    "comfy_extras.nodes_custom_sampler.SamplerCustom.execute": NEWER,
+    "comfy_extras.nodes_custom_sampler.SamplerCustomAdvanced().execute": NEWER,
+    "comfy_extras.nodes_mask.ImageCompositeMasked.execute": NEWER,
+    "comfy_extras.nodes_model_advanced.ModelSamplingFlux().patch_aura": REMOVED,
+    "comfy_extras.nodes_model_advanced.rescale_zero_terminal_snr_sigmas": REMOVED,
+    "latent_preview.get_previewer.__wrapped__": NOT_THERE,
+    "nodes.VAEEncode.vae_encode_crop_pixels": REMOVED,
 }
 
 
@@ -49,26 +71,120 @@ def loaded():
     asyncio.run(nodes.init_builtin_extra_nodes())
 
 
-def imported(module, name):
-    """Whether `from module import name` works."""
+def listed() -> dict[str, list[str]]:
+    """The names by module."""
+    lines = (Path(__file__).parent / "imported_names.txt").read_text().splitlines()[2:]
+    modules = (line.partition(": ") for line in lines)
+    return {module: [entry.partition("=")[0].lstrip("+-") for entry in names.split()] for module, _, names in modules}
+
+
+def instance(kind: Any) -> Any:
+    """An object of a class, where its attributes are not all those of the class; else the class itself."""
+    import torch
+
+    from comfy.clip_vision import Output
+    from comfy.hooks import WrapperHook
+    from comfy.k_diffusion.sampling import DPMSolver
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+    from comfy.samplers import KSampler
+    from comfy.utils import ProgressBar
+
+    if kind is ModelPatcher:
+        return ModelPatcher(torch.nn.Linear(1, 1), torch.device("cpu"), torch.device("cpu"))
+    if kind is DPMSolver:
+        return DPMSolver(None)
+    if kind in (BaseModel, KSampler):
+        return SimpleNamespace(**{name: getattr(kind, name) for name in dir(kind)}, diffusion_model=torch.nn.Linear(1, 1),
+                               sigmas=torch.zeros(1))  # fmt: skip
+    if kind is Output:
+        return SimpleNamespace(penultimate_hidden_states=None)
+    if kind is ProgressBar:
+        return ProgressBar(1)
+    return WrapperHook() if kind is WrapperHook else kind
+
+
+def resolve(module: str, path: str) -> None:
+    """Raises ImportError, AttributeError or KeyError where a name is missing."""
+    value = importlib.import_module(module)
+    for part in re.findall(r"\w+|\(\)|\[[^\]]*\]", "" if path == "(module)" else path):
+        if part == "()":
+            if not isinstance(value, type):
+                return  # what a function or node returns
+            value = instance(value)
+        elif part.startswith("["):
+            if not part.startswith('["'):
+                return
+            value = value[part[2:-2]]
+        elif hasattr(value, part) or not isinstance(value, ModuleType):
+            value = getattr(value, part)
+        else:
+            value = importlib.import_module(f"{value.__name__}.{part}")
+
+
+@pytest.mark.parametrize("module", listed())
+def test_names(module: str) -> None:
+    missing, unexpected = [], []
+    for path in listed()[module]:
+        name = module if path == "(module)" else f"{module}.{path}"
+        absent = any(name == known or name.startswith((f"{known}.", f"{known}(")) for known in ABSENT)
+        if module == "server" and path.startswith("PromptServer.instance"):
+            continue  # see test_the_server_of_packs
+        try:
+            resolve(module, path)
+        except (ImportError, AttributeError, KeyError) as error:
+            missing += [] if absent else [f"{name}: {error}"]
+        else:
+            unexpected += [name] if absent else []
+    assert missing == [] and unexpected == []
+
+
+def test_the_server_of_packs() -> None:
+    """`PromptServer.instance` has what packs reach through it."""
+    from execution import PromptQueue
+    from server import PromptServer
+
+    loop = asyncio.new_event_loop()
+    before = getattr(PromptServer, "instance", None)
     try:
-        content = importlib.import_module(module)
-        if name in ("(module)", "*") or hasattr(content, name):
-            return True
-        importlib.import_module(f"{module}.{name}")
-    except ImportError:
-        return False
-    return True
+        PromptQueue(PromptServer(loop, listening=False))
+        PromptServer.instance.last_node_id = PromptServer.instance.client_id = "1"
+        PromptServer.instance.address = "127.0.0.1"
+        for path in listed()["server"]:
+            if path.startswith("PromptServer.instance"):
+                resolve("server", path)
+    finally:
+        PromptServer.instance = before
+        loop.close()
 
 
-@pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{module}.{name}" for module, name in NAMES])
-def test_names(module, name):
-    absent = (module, None) in ABSENT or (module, name) in ABSENT
-    assert imported(module, name) is not absent
+def test_the_list_is_whole() -> None:
+    names = listed()
+    assert len(names) >= 140 and sum(map(len, names.values())) >= 1500 and len(ABSENT) <= 40
+    assert not [name for name in ABSENT if not any(name.startswith(module) for module in names)]
 
 
-def test_the_list_is_whole():
-    assert len(NAMES) >= 480 and len(ABSENT) <= 20
+@pytest.mark.parametrize(
+    "name",
+    ["comfy.sd1_clip", "comfy.sdxl_clip", "comfy.clip_vision", "comfy.controlnet", "comfy.text_encoders.sd3_clip",
+     "comfy.ldm.flux.model", "comfy.ldm.modules.diffusionmodules.openaimodel", "comfy_extras.nodes_upscale_model"],
+)  # fmt: skip
+def test_modules_are_attributes_of_their_packages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after ComfyUI's start, whether or not somebody imported them, and however node packs are loaded."""
+    package, _, module = name.rpartition(".")
+    if module in vars(importlib.import_module(package)):
+        monkeypatch.delattr(importlib.import_module(package), module)
+    value = importlib.import_module(name.partition(".")[0])
+    for part in name.split(".")[1:]:
+        value = getattr(value, part)
+    assert value is sys.modules[name]
+
+
+def test_what_is_no_module_is_no_attribute() -> None:
+    import comfy.ldm
+
+    for name in ("quant_ops", "__wrapped__", "Nothing"):
+        assert not hasattr(comfy, name) and not hasattr(comfy.ldm, name)
 
 
 def test_a_missing_family_can_be_asked_for():

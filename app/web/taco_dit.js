@@ -3,6 +3,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { nameCancelledJobs } from "./cancelled_jobs.js";
+import { tellFailedPacks } from "./failed_packs.js";
 import { prepareFirstScreen } from "./first_screen.js";
 import { textsFor } from "./panel/texts.js";
 import { Panel } from "./panel/view.js";
@@ -88,9 +89,11 @@ app.registerExtension({
   name: "TACO-DiT",
   async setup() {
     addStyle();
+    const texts = textsFor(app.extensionManager.setting.get("Comfy.Locale"));
     nameCancelledJobs(app.extensionManager.setting.get("Comfy.Locale"));
-    app.extensionManager.registerSidebarTab(sidebarTab(textsFor(app.extensionManager.setting.get("Comfy.Locale"))));
+    app.extensionManager.registerSidebarTab(sidebarTab(texts));
     await prepareFirstScreen(); // before the page chooses its first workflow
+    tellFailedPacks(texts);
   },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (DISPLAYS.includes(nodeData.name)) showTextIn(nodeType);

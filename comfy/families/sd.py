@@ -17,56 +17,12 @@ from comfy.text_encoders.openclip import from_openclip, to_openclip
 NETWORK = "comfy.ldm.modules.diffusionmodules.openaimodel:UNetModel"
 ModelType = comfy.model_base.ModelType
 
-# Latent of a grey picture, which inpainting models are given where there is none.
-_BLANK = (0.8223, -0.6876, 0.6364, 0.1380)
-
 
 class UNetBase(comfy.model_base.BaseModel):
-    """A UNet; with channels for a mask and a masked picture where its file has them."""
+    """A UNet."""
 
     def __init__(self, model_config: Any, model_type: Any = ModelType.EPS, device: Any = None) -> None:
         super().__init__(model_config, model_type, device=device, unet_model=network_class(NETWORK))
-
-    def set_inpaint(self) -> None:
-        """Append the mask and the masked picture to the latent."""
-        self.concat_keys = ("mask", "masked_image")
-
-    def blank_inpaint_image_like(self, latent: torch.Tensor) -> torch.Tensor:
-        """A grey picture's latent for each of [B, 4, h, w]."""
-        return torch.ones_like(latent) * latent.new_tensor(_BLANK).view(1, -1, *(1,) * (latent.ndim - 2))
-
-    def concat_cond(self, **kwargs: Any) -> torch.Tensor | None:
-        """[B, 5, h, w] for inpainting models: the mask (1 = repaint) and the picture's latent; else None."""
-        if not self.concat_keys:
-            return None
-        noise, device = kwargs["noise"], kwargs["device"]
-        mask = kwargs.get("concat_mask", kwargs.get("denoise_mask"))
-        if mask is None:
-            parts = {"mask": torch.ones_like(noise)[:, :1], "masked_image": self.blank_inpaint_image_like(noise)}
-        else:
-            image = kwargs.get("concat_latent_image")
-            image = kwargs.get("latent_image") if image is None else self.process_latent_in(image)
-            parts = {"mask": _fitted_mask(mask, noise), "masked_image": _fitted(image, noise)}
-        return torch.cat([parts[key].to(device) for key in self.concat_keys], dim=1)
-
-
-def _fitted(image: Any, noise: torch.Tensor) -> torch.Tensor:
-    """A latent at the size and batch of `noise`. Raises ValueError without one."""
-    if image is None:
-        raise ValueError("an inpainting model was given a mask without a picture; connect InpaintModelConditioning")
-    if image.shape[1:] != noise.shape[1:]:
-        image = comfy.utils.common_upscale(image, noise.shape[-1], noise.shape[-2], "bilinear", "center")
-    return comfy.utils.resize_to_batch_size(image, noise.shape[0])
-
-
-def _fitted_mask(mask: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """A mask [B, 1, h, w] of whole numbers at the size and batch of `noise`."""
-    if mask.ndim == noise.ndim:
-        mask = mask[:, :1]
-    mask = mask.reshape(-1, 1, *mask.shape[-2:])
-    if mask.shape[-2:] != noise.shape[-2:]:
-        mask = comfy.utils.common_upscale(mask, noise.shape[-1], noise.shape[-2], "bilinear", "center")
-    return comfy.utils.resize_to_batch_size(mask.round(), noise.shape[0])
 
 
 class EditsPicture(UNetBase):
@@ -79,7 +35,7 @@ class EditsPicture(UNetBase):
     def concat_cond(self, **kwargs: Any) -> torch.Tensor:
         noise, image = kwargs["noise"], kwargs.get("concat_latent_image")
         image = torch.zeros_like(noise) if image is None else image
-        return self.process_ip2p_image_in(_fitted(image.to(kwargs["device"]), noise))
+        return self.process_ip2p_image_in(comfy.model_base.fitted_latent(image.to(kwargs["device"]), noise))
 
 
 class SD15EditModel(EditsPicture):

@@ -1,1 +1,8 @@
 """Solvers of the sampling equation, under the names that ComfyUI inherited from k-diffusion."""
+
+from typing import TYPE_CHECKING
+
+from comfy.submodules import submodules
+
+if not TYPE_CHECKING:
+    __getattr__ = submodules(__name__)

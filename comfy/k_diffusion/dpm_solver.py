@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm.auto import tqdm
@@ -11,13 +11,23 @@ from tqdm.auto import tqdm
 from comfy.k_diffusion.run import Callback, NoiseSampler, SamplingRun, get_ancestral_step
 
 
+class _Denoises(Protocol):
+    """A model: latents and a noise level to the denoised latents."""
+
+    def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """x [B, C, ...] at `sigma` -> denoised."""
+
+
 class _Step:
     """Exponential steps of order 1 to 3 that start at one x and t and share the model calls they have in common."""
 
-    def __init__(self, run: SamplingRun, x: torch.Tensor, t: float) -> None:
+    def __init__(self, run: _Denoises, x: torch.Tensor, t: float, slope: torch.Tensor | None = None) -> None:
         self.run, self.x, self.t = run, x, t
-        self.known: dict[float, torch.Tensor] = {}
-        self.slope, self.denoised = self._evaluate(x, t)
+        self.known: dict[float, torch.Tensor] = {}  # slopes by t
+        if slope is None:
+            self.slope, self.denoised = self._evaluate(x, t)
+        else:
+            self.slope = slope
 
     def _evaluate(self, x: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
         sigma = math.exp(-t)
@@ -32,22 +42,21 @@ class _Step:
             self.known[t] = self._evaluate(x, t)[0]
         return self.known[t]
 
-    def to(self, t: float, order: int, r1: float = 0.5) -> torch.Tensor:
-        """x at `t`; `r1` places the intermediate evaluation of order 2 (order 3 uses 1/3 and 2/3)."""
+    def to(self, t: float, order: int, r1: float | None = None, r2: float = 2 / 3) -> torch.Tensor:
+        """x at `t`; `r1` places the intermediate evaluation (by default half way, or a third for order 3), `r2` the second."""
         plain = self._first_order(t)
         if order == 1:
             return plain
         h = t - self.t
-        first = 1 / 3 if order == 3 else r1
+        first = r1 if r1 is not None else (1 / 3 if order == 3 else 1 / 2)
         change = self._slope_at(self.t + first * h, self._first_order(self.t + first * h)) - self.slope
         if order == 2:
             return plain - change * (math.exp(-t) / (2 * first) * math.expm1(h))
-        second = 2 / 3
-        s2 = self.t + second * h
-        curve = math.expm1(second * h) / (second * h) - 1
-        at_second = self._first_order(s2) - change * (math.exp(-s2) * (second / first) * curve)
+        s2 = self.t + r2 * h
+        curve = math.expm1(r2 * h) / (r2 * h) - 1
+        at_second = self._first_order(s2) - change * (math.exp(-s2) * (r2 / first) * curve)
         change = self._slope_at(s2, at_second) - self.slope
-        return plain - change * (math.exp(-t) / second * (math.expm1(h) / h - 1))
+        return plain - change * (math.exp(-t) / r2 * (math.expm1(h) / h - 1))
 
 
 def _ancestral(t: float, t_next: float, t_end: float, eta: float) -> tuple[float, float]:
@@ -99,25 +108,32 @@ def sample_dpm_fast(
     return x
 
 
-class _StepSizeController:
+class PIDStepSizeController:
     """PID control of the step width by the error estimate (Soederlind 2003), limited by 1 + atan(f - 1)."""
 
-    def __init__(self, h: float, p: float, i: float, d: float, order: float, safety: float) -> None:
+    def __init__(
+        self, h: float, pcoeff: float, icoeff: float, dcoeff: float, order: float = 1, accept_safety: float = 0.81,
+        eps: float = 1e-8,
+    ) -> None:  # fmt: skip
         self.h = h
-        self.exponents = ((p + i + d) / order, -(p + 2 * d) / order, d / order)
-        self.safety = safety
-        self.inverse_errors: list[float] = []
+        self.exponents = ((pcoeff + icoeff + dcoeff) / order, -(pcoeff + 2 * dcoeff) / order, dcoeff / order)
+        self.accept_safety = accept_safety
+        self.eps = eps
+        self.errs: list[float] = []  # 1 / error of this step and of the two accepted before it
 
-    def accept(self, error: float) -> bool:
-        """Judge a step by its error (1 is the tolerance) and choose the next width."""
-        inverse = 1 / (error + 1e-8)
-        self.inverse_errors = [inverse, *(self.inverse_errors[1:] or [inverse, inverse])]
-        raw = math.prod(e**k for e, k in zip(self.inverse_errors, self.exponents))
-        factor = 1 + math.atan(raw - 1)
-        accepted = factor >= self.safety
+    def limiter(self, x: float) -> float:
+        """A factor for the width near 1 as it is, a large or small one less."""
+        return 1 + math.atan(x - 1)
+
+    def propose_step(self, error: float) -> bool:
+        """Whether a step with this error (1 is the tolerance) is good enough; `h` is the width to go on with."""
+        inverse = 1 / (float(error) + self.eps)
+        self.errs = [inverse, *(self.errs[1:] or [inverse, inverse])]
+        factor = self.limiter(math.prod(e**k for e, k in zip(self.errs, self.exponents)))
+        accepted = factor >= self.accept_safety
         if accepted:
-            latest, before, _ = self.inverse_errors
-            self.inverse_errors = [latest, latest, before]
+            latest, before, _ = self.errs
+            self.errs = [latest, latest, before]
         self.h *= factor
         return accepted
 
@@ -135,7 +151,7 @@ def sample_dpm_adaptive(
         raise ValueError(f"the order of dpm_adaptive is 2 or 3, not {order}")
     run = _run(model, x, sigma_max, sigma_min, extra_args, callback, disable, noise_sampler)
     t, t_end = (-math.log(sigma) for sigma in run.levels)
-    control = _StepSizeController(h_init, pcoeff, icoeff, dcoeff, 1.5 if eta else order, accept_safety)
+    control = PIDStepSizeController(h_init, pcoeff, icoeff, dcoeff, 1.5 if eta else order, accept_safety)
     info = {"steps": 0, "nfe": 0, "n_accept": 0, "n_reject": 0}
     previous = x
     with tqdm(disable=disable) as progress:
@@ -147,7 +163,7 @@ def sample_dpm_adaptive(
             high = step.to(target, order)
             tolerance = torch.clamp(torch.maximum(low.abs(), previous.abs()) * rtol, min=atol)
             error = float(torch.linalg.norm((low - high) / tolerance)) / math.sqrt(x.numel())
-            if control.accept(error):
+            if control.propose_step(error):
                 previous, x = low, high
                 if noise:
                     x = x + run.noise(math.exp(-t), math.exp(-t_next)) * (noise * s_noise)
@@ -161,3 +177,87 @@ def sample_dpm_adaptive(
             _report(run, info["steps"] - 1, x, t, t, denoised=step.denoised, **counters)
             progress.update()
     return (x, info) if return_info else x
+
+
+class DPMSolver(torch.nn.Module):
+    """The solver's steps one by one, for packs that drive them. t is -log sigma, a tensor or number.
+
+    model: `(x, sigma [B], **extra_args) -> denoised`. Steps return (x at `t_next`, slopes known), and take slopes that an
+    earlier step from the same x and t returned. eps_callback: called after each call of the model; info_callback: after
+    each step of `dpm_solver_fast` and `dpm_solver_adaptive`, as a sampler's callback.
+    """
+
+    def __init__(
+        self, model: Any, extra_args: dict[str, Any] | None = None, eps_callback: Any = None, info_callback: Any = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.extra_args = {} if extra_args is None else extra_args
+        self.eps_callback = eps_callback
+        self.info_callback = info_callback
+
+    def t(self, sigma: torch.Tensor) -> torch.Tensor:
+        """-log sigma."""
+        return -sigma.log()
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """The noise level of t."""
+        return t.neg().exp()
+
+    def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """x [B, C, ...] at `sigma` -> denoised."""
+        denoised: torch.Tensor = self.model(x, sigma * x.new_ones([x.shape[0]]), **self.extra_args)
+        if self.eps_callback is not None:
+            self.eps_callback()
+        return denoised
+
+    def eps(
+        self, eps_cache: dict[str, torch.Tensor], key: str, x: torch.Tensor, t: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The slope (x - denoised) / sigma at t, from `eps_cache[key]` if it is there, and the cache with it."""
+        if key not in eps_cache:
+            sigma = math.exp(-float(t))
+            eps_cache = {key: (x - self.denoise(x, sigma)) / sigma, **eps_cache}
+        return eps_cache[key], eps_cache
+
+    def _step(
+        self, x: torch.Tensor, t: Any, t_next: Any, order: int, places: dict[str, float], eps_cache: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        slope, slopes = self.eps(eps_cache or {}, "eps", x, t)
+        step = _Step(self, x, float(t), slope)
+        h = float(t_next) - step.t
+        step.known = {step.t + r * h: slopes[name] for name, r in places.items() if name in slopes}
+        result = step.to(float(t_next), order, *places.values())
+        known = {name: step.known[step.t + r * h] for name, r in places.items()}
+        return result, {**slopes, **known}
+
+    def dpm_solver_1_step(self, x: torch.Tensor, t: Any, t_next: Any, eps_cache: Any = None) -> Any:
+        """A step of first order."""
+        return self._step(x, t, t_next, 1, {}, eps_cache)
+
+    def dpm_solver_2_step(self, x: torch.Tensor, t: Any, t_next: Any, r1: float = 1 / 2, eps_cache: Any = None) -> Any:
+        """A step of second order with an evaluation at the share `r1` of the way."""
+        return self._step(x, t, t_next, 2, {"eps_r1": r1}, eps_cache)
+
+    def dpm_solver_3_step(
+        self, x: torch.Tensor, t: Any, t_next: Any, r1: float = 1 / 3, r2: float = 2 / 3, eps_cache: Any = None
+    ) -> Any:
+        """A step of third order with evaluations at the shares `r1` and `r2` of the way."""
+        return self._step(x, t, t_next, 3, {"eps_r1": r1, "eps_r2": r2}, eps_cache)
+
+    def dpm_solver_fast(
+        self, x: torch.Tensor, t_start: Any, t_end: Any, nfe: int, eta: float = 0.0, s_noise: float = 1.0,
+        noise_sampler: NoiseSampler | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """`sample_dpm_fast` from t_start to t_end."""
+        ends = math.exp(-float(t_end)), math.exp(-float(t_start))
+        return sample_dpm_fast(
+            self.model, x, *ends, nfe, self.extra_args, self.info_callback, True, eta, s_noise, noise_sampler
+        )
+
+    def dpm_solver_adaptive(self, x: torch.Tensor, t_start: Any, t_end: Any, **settings: Any) -> Any:
+        """`sample_dpm_adaptive` from t_start to t_end: (x, counts of steps)."""
+        ends = math.exp(-float(t_end)), math.exp(-float(t_start))
+        return sample_dpm_adaptive(
+            self.model, x, *ends, self.extra_args, self.info_callback, True, return_info=True, **settings
+        )

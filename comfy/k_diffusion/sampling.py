@@ -17,7 +17,7 @@ from comfy.k_diffusion.cfg_pp import (
     sample_euler_ancestral_cfg_pp,
     sample_euler_cfg_pp,
 )
-from comfy.k_diffusion.dpm_solver import sample_dpm_adaptive, sample_dpm_fast
+from comfy.k_diffusion.dpm_solver import DPMSolver, PIDStepSizeController, sample_dpm_adaptive, sample_dpm_fast
 from comfy.k_diffusion.dpmpp import (
     sample_dpmpp_2m,
     sample_dpmpp_2m_sde,
@@ -74,7 +74,8 @@ from comfy.k_diffusion.schedules import (
 from comfy.k_diffusion.sde import sample_er_sde, sample_seeds_2, sample_seeds_3
 
 __all__ = [
-    "BrownianTreeNoiseSampler", "append_zero", "default_noise_sampler", "get_ancestral_step", "get_sigmas_exponential",
+    "BrownianTreeNoiseSampler", "DPMSolver", "PIDStepSizeController", "append_zero", "default_noise_sampler",
+    "get_ancestral_step", "get_sigmas_exponential",
     "get_sigmas_karras", "get_sigmas_laplace", "get_sigmas_polyexponential", "get_sigmas_vp", "half_log_snr_to_sigma",
     "offset_first_sigma_for_snr", "sample_ddpm", "sample_deis", "sample_dpm_2", "sample_dpm_2_ancestral",
     "sample_dpm_2_ancestral_RF", "sample_dpm_adaptive", "sample_dpm_fast", "sample_dpmpp_2m", "sample_dpmpp_2m_cfg_pp",

@@ -11,7 +11,9 @@ import torch
 import comfy.utils
 from comfy import supported_models_base
 from comfy.clip import CLIP
+from comfy.text_encoders.long_clipl import model_options_long_clip
 from comfy.text_encoders.openclip import from_openclip
+from comfy.text_encoders.t5_family import t5_xxl_detect
 
 StateDict = dict[str, torch.Tensor]
 
@@ -84,6 +86,15 @@ def _detect_t5(sd: StateDict) -> TEModel:
     if "encoder.block.0.layer.1.DenseReluDense.wi.weight" in sd:
         return TEModel.T5_BASE
     return TEModel.T5_XXL
+
+
+def t5xxl_detect(clip_data: list[StateDict]) -> dict[str, Any]:
+    """What `flux_clip` and `sd3_clip` want to know of the T5-XXL among some encoders' weights; {} without one."""
+    last = "encoder.block.23.layer.1.DenseReluDense."
+    for sd in clip_data:
+        if f"{last}wi_1.weight" in sd or f"{last}wi.weight" in sd:
+            return t5_xxl_detect(sd)
+    return {}
 
 
 def _detect_language_model(sd: StateDict) -> TEModel | None:
@@ -232,6 +243,8 @@ def load_text_encoder_state_dicts(
     tokenizer_data: dict[str, Any] = {
         key: sd[key] for sd in parts for key in ("spiece_model", "tekken_model") if key in sd
     }
+    for sd in parts:
+        tokenizer_data, _ = model_options_long_clip(sd, tokenizer_data, {})
     clip = CLIP(
         target,
         embedding_directory=embedding_directory,

@@ -24,7 +24,7 @@ class SD2ClipHModel(SDClipModel):
         model_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        config = (model_options or {}).get("clip_h_model_config", CLIP_H_CONFIG)
+        config = {**CLIP_H_CONFIG, **(model_options or {}).get("clip_h_model_config", {})}
         used = -1 if config["num_hidden_layers"] == 23 else -2
         super().__init__(
             device=device, dtype=dtype, layer="hidden", layer_idx=used, textmodel_json_config=CLIP_H_CONFIG,

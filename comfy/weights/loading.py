@@ -7,10 +7,12 @@ whoever replaces one of its names there replaces it for all.
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +35,16 @@ def _lineage(patcher: Any) -> Iterator[Any]:
         patcher = getattr(patcher, "parent", None)
 
 
+def _without_network(patcher: Any) -> Any:
+    """A copy of a patcher that does not keep the network, with the methods that were replaced on the object."""
+    shell = copy.copy(patcher)
+    shell.model = shell.parent = None
+    for name, value in vars(patcher).items():
+        if isinstance(value, MethodType) and value.__self__ is patcher:
+            setattr(shell, name, MethodType(value.__func__, shell))
+    return shell
+
+
 class LoadedModel:
     """A network that is on its load device, wholly or partly, and the patcher whose weights it has.
 
@@ -46,6 +58,7 @@ class LoadedModel:
         self.real_model: Any = None
         self.model_finalizer: Any = None
         self._line: list[weakref.ref[Any]] = []
+        self._undo: tuple[weakref.ref[Any], Any] | None = None  # whoever loaded it and has an unpatch_model of its own
         self._adopt(model)
 
     def _adopt(self, model: Any) -> None:
@@ -62,7 +75,26 @@ class LoadedModel:
         before = self.model
         if before is not None and before is not model:
             before.detach(unpatch_all=False)
+        self._leave_to(model)
         self._adopt(model)
+
+    def _leave_to(self, model: Any) -> None:
+        """Let a patcher of a pack, which may be gone, undo what only its own `unpatch_model` knows of."""
+        if self._undo is None or self._undo[0]() is model:
+            return
+        known, shell = self._undo
+        patcher, self._undo = known() or shell, None
+        patcher.model = model.model
+        differ = model.model.current_weight_patches_uuid != model.patches_uuid
+        patcher.unpatch_model(patcher.offload_device, unpatch_weights=differ)
+
+    def end(self) -> None:
+        """Nobody holds the patcher: where others hold the network, what a pack's patcher left in it is undone."""
+        network = self.real_model() if self.real_model is not None else None
+        if network is not None and self._undo is not None:
+            (_, shell), self._undo = self._undo, None
+            shell.model = network
+            shell.unpatch_model(shell.offload_device, unpatch_weights=True)
 
     def model_memory(self) -> int:
         """Bytes of all weights."""
@@ -86,12 +118,11 @@ class LoadedModel:
         """Bring weights to the load device, at most `lowvram_model_memory` bytes if that is not 0."""
         self.model.model_patches_to(self.device)
         self.model.model_patches_to(self.model.model_dtype())
-        self.model.patch_model(
-            device_to=self.device,
-            lowvram_model_memory=lowvram_model_memory,
-            load_weights=True,
-            force_patch_weights=force_patch_weights,
-        )
+        extra = lowvram_model_memory - self.model.loaded_size() if lowvram_model_memory > 0 else EVERYTHING
+        self.model_use_more_vram(int(extra), force_patch_weights)
+        own = getattr(self.model, "has_own", None)
+        if own is not None and own("unpatch_model"):
+            self._undo = weakref.ref(self.model), _without_network(self.model)
         self.real_model = weakref.ref(self.model.model)
         return self.model.model
 
@@ -104,8 +135,9 @@ class LoadedModel:
         partly = memory_to_free is not None and memory_to_free < self.model.loaded_size()
         if partly and self.model.partially_unload(self.model.offload_device, memory_to_free) >= memory_to_free:
             return False
+        self._leave_to(self.model)
         self.model.detach(unpatch_weights)
-        self.real_model = None
+        self.real_model = self._undo = None
         return True
 
     def model_use_more_vram(self, extra_memory: int, force_patch_weights: bool = False) -> int:
@@ -178,6 +210,7 @@ def free_memory(
     _release_held(device, memory_required)
     for entry in candidates:
         if entry.is_dead():
+            entry.end()
             current_loaded_models.remove(entry)
             continue
         missing = None
@@ -309,6 +342,7 @@ def cleanup_models_gc() -> None:
 def cleanup_models() -> None:
     """Remove dead entries from the list."""
     for entry in [m for m in current_loaded_models if m.is_dead()]:
+        entry.end()
         current_loaded_models.remove(entry)
 
 

@@ -14,6 +14,7 @@ from comfy.float import stochastic_rounding
 Patch = tuple[Any, ...]
 Calculate = Callable[..., torch.Tensor]
 """`(patches, weight, key) -> weight`; `comfy.lora.calculate_weight`, or a patcher's own method."""
+Foreign = Callable[[str, "torch.device | None"], Any]
 
 
 def string_to_seed(data: str) -> int:
@@ -75,6 +76,18 @@ class LowVramPatch:
         dtype = torch.float32 if weight.element_size() < 4 else weight.dtype
         patched = comfy.lora.calculate_weight(self.patches[self.key], weight.to(dtype), self.key, dtype)
         return patched.to(weight.dtype)
+
+
+def add_weight_function(layer: Any, name: str, function: Callable[..., torch.Tensor]) -> None:
+    """Let a layer pass its weight (`weight_function`) or bias (`bias_function`) through one more function at each use."""
+    setattr(layer, name, [*getattr(layer, name), function])
+
+
+def move_weight_functions(layer: Any, device: torch.device | None) -> int:
+    """Move what is between a layer's stored weights and the layer to a device, where it can (`move_to`); bytes moved."""
+    functions = [*getattr(layer, "weight_function", ()), *getattr(layer, "bias_function", ())]
+    movable = [function for function in functions if hasattr(function, "move_to")]
+    return 0 if device is None else sum(function.move_to(device=device) for function in movable)
 
 
 def wipe_lowvram_weight(layer: Any) -> None:

@@ -9,11 +9,12 @@ processes of a host share, and are never written to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+import comfy.lora
 import comfy.utils
 from comfy import accounting, weight_files
 
@@ -21,8 +22,11 @@ from . import quantised
 from .fetching import fetch, has_room, pairs_of
 from .patching import (
     Calculate,
+    Foreign,
     LowVramPatch,
     Patch,
+    add_weight_function,
+    move_weight_functions,
     real_value,
     same_patches,
     stored_value,
@@ -78,18 +82,18 @@ class WeightStore(WeightTable):
         budget: int | None = None,
         wrappers: Mapping[str, Sequence[Wrapper]] | None = None,
         patch_host: bool = False,
-        foreign: Callable[[str], Any] | None = None,
+        foreign: Foreign | None = None,
     ) -> None:
         """Bring the network's weights to `device`, patched.
 
         budget: bytes of weights that may be on the device, None for all. Modules beyond it keep their weights in host
             memory and patch them at each use, or, with `patch_host`, hold patched weights in host memory.
         wrappers: functions that a weight passes through at each use.
-        foreign: somebody else's `patch_weight_to_device(key)`, which sets the network's attribute itself.
+        foreign: somebody's `patch_weight_to_device(key, device or None)`, which sets the network's attribute itself.
 
         Raises WeightFileChangedError when a file that weights or patches are from has changed since it was loaded.
         """
-        self.device, self._whole = device, patch_host
+        self.device, self._whole, self._foreign = device, patch_host, foreign
         self._note_held(self.groups())
         quantised.prepare(self, device, patch_host)
         groups = self.groups()
@@ -109,7 +113,7 @@ class WeightStore(WeightTable):
         self.patched_at_use = 0
         for group in waiting:
             self._wait_in_host_memory(group, patches, calculate, device, patch_host)
-        self._wrap(groups, wrappers or {})
+        self._wrap(groups, wrappers or {}, device)
         if self._resident != resident:
             self._moved()
         self._resident, self._waiting = resident, len(waiting)
@@ -178,7 +182,7 @@ class WeightStore(WeightTable):
         patches: Mapping[str, Sequence[Patch]],
         device: torch.device,
         calculate: Calculate,
-        foreign: Callable[[str], Any] | None,
+        foreign: Foreign | None,
     ) -> None:
         changed = []
         for group in groups:
@@ -193,7 +197,7 @@ class WeightStore(WeightTable):
                 continue
             accounting.count("weights_patched")
             if foreign is not None:
-                self._patch_by(foreign, weight)
+                self._patch_by(foreign, weight, self.device)
             else:
                 base = self._pristine_value(weight, device)
                 self._write(weight, weight.part(self._patched_value(weight, wanted, base, calculate)))
@@ -272,23 +276,23 @@ class WeightStore(WeightTable):
         else:
             self._use(weight, value.detach())
 
-    def _patch_by(self, foreign: Callable[[str], Any], weight: Weight) -> None:
+    def _patch_by(self, foreign: Foreign, weight: Weight, device: torch.device | None) -> None:
         """Let somebody's own method patch a weight from its original; what it put in place is then ours to undo."""
         if weight.held is not None or weight.eight_bit is not None:
             self._patch_whole_by(foreign, weight)
             return
         if weight.patches:
-            if self.device is not None and self._must_copy(weight, self.device):
-                self._restore([weight], self.device)
+            if device is not None and self._must_copy(weight, device):
+                self._restore([weight], device)
             else:
                 self._drop(weight)
-        foreign(weight.key)
+        foreign(weight.key, device)
         made = comfy.utils.get_attr(self.model, weight.key)
         if made is not weight.current:
             weight.placed = made
             self._moved()
 
-    def _patch_whole_by(self, foreign: Callable[[str], Any], weight: Weight) -> None:
+    def _patch_whole_by(self, foreign: Foreign, weight: Weight) -> None:
         """The same where a part is held, or eight bits are: the method finds the whole original in place, and what it made
         of it is then taken."""
         assert self.device is not None
@@ -299,7 +303,7 @@ class WeightStore(WeightTable):
         )
         comfy.utils.set_attr(self.model, weight.key, whole)
         try:
-            foreign(weight.key)
+            foreign(weight.key, self.device)
             made = comfy.utils.get_attr(self.model, weight.key).detach()
         finally:
             weight.held, weight.placed, weight.pristine = held, placed, None
@@ -374,7 +378,7 @@ class WeightStore(WeightTable):
         self,
         group: Group,
         patches: Mapping[str, Sequence[Patch]],
-        calculate: Calculate | None,
+        calculate: Calculate,
         device: torch.device,
         patch_host: bool,
     ) -> None:
@@ -384,18 +388,26 @@ class WeightStore(WeightTable):
         for key in group.keys:
             weight, wanted = self.weight(key), tuple(patches.get(key, ()))
             name = key.rpartition(".")[2]
-            if wanted and patch_host and calculate is not None:
+            if wanted and patch_host:
                 if not same_patches(weight.patches, wanted):
-                    value = self._patched_value(weight, wanted, weight.source.to(device), calculate)
-                    self._use(weight, value.detach().to(weight.source.device))
-                    weight.patches = wanted
+                    self._patch_in_host_memory(weight, wanted, calculate, device)
                 continue
             self._drop(weight)
             if wanted and name in ("weight", "bias"):
-                getattr(module, f"{name}_function").append(LowVramPatch(key, {key: list(wanted)}))
+                add_weight_function(module, f"{name}_function", LowVramPatch(key, {key: list(wanted)}))
                 self.patched_at_use += 1
 
-    def _wrap(self, groups: list[Group], wrappers: Mapping[str, Sequence[Wrapper]]) -> None:
+    def _patch_in_host_memory(
+        self, weight: Weight, wanted: tuple[Patch, ...], calculate: Calculate, device: torch.device
+    ) -> None:
+        if self._foreign is not None:
+            self._patch_by(self._foreign, weight, None)
+        else:
+            value = self._patched_value(weight, wanted, weight.source.to(device), calculate)
+            self._use(weight, value.detach().to(weight.source.device))
+        weight.patches = wanted
+
+    def _wrap(self, groups: list[Group], wrappers: Mapping[str, Sequence[Wrapper]], device: torch.device) -> None:
         """Install exactly these functions between stored weights and their layers; those of other owners stay."""
         wanted = []
         for group in groups if wrappers else ():
@@ -408,13 +420,15 @@ class WeightStore(WeightTable):
                 name = f"{key.rpartition('.')[2]}_function"
                 if hasattr(group.module, name):
                     wanted += [(group.module, name, function) for function in wrappers.get(key, ())]
+        for module, _, _ in self._wrapped:
+            move_weight_functions(module, device)
         if wanted == self._wrapped:
             return
         for module, name, function in self._wrapped:
-            if function in getattr(module, name, ()):
-                getattr(module, name).remove(function)
+            setattr(module, name, [known for known in getattr(module, name, ()) if known is not function])
         for module, name, function in wanted:
-            getattr(module, name).append(function)
+            add_weight_function(module, name, function)
+            move_weight_functions(module, device)
         self._wrapped = wanted
         self._moved()
 
@@ -437,7 +451,7 @@ class WeightStore(WeightTable):
             for key in group.keys:
                 self._drop(self.weight(key))
         quantised.plain_again(self)
-        self._wrap([], {})
+        self._wrap([], {}, torch.device("cpu"))
         if self.arrangement is not None:
             self.arrangement.release()
         self._resident, self._waiting, self._stream = set(), 0, None
@@ -459,7 +473,10 @@ class WeightStore(WeightTable):
         for group in leaving:
             wanted = {key: self.weights[key].patches for key in group.keys if self.weights[key].patches}
             self._evict(group)
-            self._wait_in_host_memory(group, wanted, None, self.device, False)
+            # what a pack's own method patches, its layers do not patch at use
+            self._wait_in_host_memory(
+                group, wanted, comfy.lora.calculate_weight, self.device, self._foreign is not None
+            )
             self._resident.discard(group.path)
         if leaving:
             self._moved()

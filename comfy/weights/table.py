@@ -17,7 +17,7 @@ from comfy import weight_files
 from comfy.ldm.modules.eight_bit import eight_bit_bytes
 
 from .held import Held
-from .patching import Patch, same_patches
+from .patching import Foreign, Patch, same_patches
 from .records import Group, Weight
 from .streaming import WeightStream
 
@@ -64,6 +64,7 @@ class WeightTable:
         self._files: set[weight_files.WeightFile] = set()  # those that the network as it is placed depends on
         self._resident: set[str] = set()  # paths of modules whose weights are on the device
         self._wrapped: list[tuple[Any, str, Wrapper]] = []
+        self._foreign: Foreign | None = None  # a pack's method that patches weights, see `WeightStore.place`
         self._stream: WeightStream | None = None
         self._waiting = 0
 
@@ -73,7 +74,7 @@ class WeightTable:
         other.model = copy.deepcopy(self.model, memo)
         other.weights = copy.deepcopy(self.weights, memo)
         other.arrangement = copy.deepcopy(self.arrangement, memo)
-        other._wrapped, other._stream = [], None
+        other._wrapped, other._stream, other._foreign = [], None, None
         other.loaded_from, other._files = set(), set()  # its weights are copies
         other.layout_version = next(_versions)
         return other

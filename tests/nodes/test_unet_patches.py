@@ -101,9 +101,9 @@ def test_merged_tokens_come_back_as_means():
 def test_blur_where_others_look():
     x = torch.randn(1, 4, 12, 8)
     nobody = torch.zeros(1, 2, 24, 24)
-    torch.testing.assert_close(nodes_sag.blur_where_attended(x, nobody, 2.0), x)
+    torch.testing.assert_close(nodes_sag.create_blur_map(x, nobody, 2.0), x)
     everywhere = torch.full((1, 2, 24, 24), 1.0)
-    blurred = nodes_sag.blur_where_attended(x, everywhere, 2.0)
+    blurred = nodes_sag.create_blur_map(x, everywhere, 2.0)
     torch.testing.assert_close(blurred, nodes_sag.gaussian_blur_2d(x, 9, 2.0))
     assert blurred.std() < 0.6 * x.std()
     assert nodes_sag.grid_of(24, 12, 8) == (6, 4) and nodes_sag.grid_of(7, 1, 1) == (1, 7)

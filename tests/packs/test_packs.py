@@ -1,4 +1,4 @@
-"""Ten sample packs on real servers: what packs may do works, and is the same on one rank and on three."""
+"""Sample packs on real servers: what packs may do works, and is the same on one rank and on three."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from tests.e2e.workflows import flux, node
 
 SAMPLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "samples")
 NODES = {"SampleTell", "SamplePick", "SampleRepeat", "SampleWait", "SampleDice", "SampleSaveText", "SampleStarted",
-         "SampleCombine", "SampleReport", "SampleCounts"}  # fmt: skip
+         "SampleCombine", "SampleReport", "SampleCounts", "SampleFolders", "SampleLoadPacked", "SampleLoadPackedText",
+         "SampleMarks", "SamplePatch"}  # fmt: skip
 
 
 pytestmark = pytest.mark.timeout(90)
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.timeout(90)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A base directory with the ten packs and tiny models."""
+    """A base directory with the packs and tiny models, and no folder that the program makes."""
     folder = tmp_path_factory.mktemp("packs")
     tiny_models.write_flux(str(folder / "models"))
     shutil.copytree(SAMPLES, folder / "custom_nodes", ignore=shutil.ignore_patterns("__pycache__"))
@@ -177,11 +179,23 @@ def test_a_pack_that_cannot_be_imported_is_named_and_stops_nobody(server):
     assert "ModuleNotFoundError: No module named 'a_package_that_nobody_has'" in log
     failed = [line for line in server.log if "IMPORT FAILED" in line]
     assert len(failed) == 1 and failed[0].endswith("broken")
-    assert len([line for line in server.log if line.startswith("Cannot import")]) == 1, "told once, by rank 0"
+    (told,) = [line for line in server.log if line.startswith("Cannot import")]  # once, by rank 0
+    command = f"{sys.executable} -m pip install a_package_that_nobody_has"
+    assert "needs the package a_package_that_nobody_has, which is not installed" in told and command in told
     assert any(
         line.strip().endswith("/prestartup")
         for line in server.log[server.log.index("Prestartup times for custom nodes:") :]
     )
+
+
+def test_the_panel_names_the_package_and_the_command(server):
+    """The page does so, too: see tests/web/test_panel.py."""
+    status = server.json("/taco_dit/status")
+    (failed,) = status["failed_packs"]
+    assert failed["name"] == "broken" and failed["package"] == "a_package_that_nobody_has"
+    (event,) = [event for event in status["events"] if "a_package_that_nobody_has" in event["text"]]
+    assert event["text"].startswith("Cannot import")
+    assert f"{sys.executable} -m pip install a_package_that_nobody_has" in event["cure"]
 
 
 def test_a_patched_function_is_what_the_program_uses(servers):
@@ -197,6 +211,67 @@ def test_a_patched_function_is_what_the_program_uses(servers):
         assert int(outcome.outputs["report"]["text"][0].split()[1]) >= 1
         pictures.append(outcome.pictures())
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_plain_patched_plain_gives_the_plain_picture(servers):
+    """A model that a pack changed, and the same model without the change, in turn and from one cached loader."""
+    by_server = []
+    for server in servers:
+        pictures = {}
+        for name in ("plain", "object", "methods", "plain again"):
+            prompt = flux(seed=7, steps=2)
+            prompt["marks"] = node("SampleMarks", model=["load", 0], after=["sample", 0])
+            prompt["report"] = node("SampleReport", value=["marks", 0])
+            if not name.startswith("plain"):
+                prompt["patch"] = node("SamplePatch", model=["load", 0], how=name)
+                prompt["sample"]["inputs"]["model"] = ["patch", 0]
+            prompt["save"]["inputs"]["filename_prefix"] = name
+            outcome = server.run(prompt)
+            assert outcome.outputs["report"]["text"][0].split()[0] == str(name == "methods"), name
+            pictures[name] = outcome.pictures()
+        assert np.array_equal(pictures["plain"], pictures["plain again"])
+        assert np.array_equal(pictures["plain"], pictures["methods"])
+        assert np.abs(pictures["plain"] - pictures["object"]).max() > 3
+        by_server.append(pictures)
+    for name, picture in by_server[0].items():
+        assert np.abs(picture - by_server[1][name]).max() <= 1, name
+
+
+def test_weights_in_a_format_of_a_pack(servers):
+    """Its model and text encoders make about the picture of the files that they are packed from, on all ranks."""
+    by_server = []
+    for server in servers:
+        plain = flux(seed=3, steps=2)
+        packed = flux(seed=3, steps=2) | {
+            "packed": node("SampleLoadPacked", name="tiny_flux_dev_bfl.safetensors"),
+            "text": node("SampleLoadPackedText", clip_name1="tiny_clip_l.safetensors",
+                         clip_name2="tiny_t5xxl.safetensors"),
+            "lora": node("LoraLoaderModelOnly", model=["packed", 0], lora_name="tiny_flux_kohya.safetensors",
+                         strength_model=1.0),
+        }  # fmt: skip
+        for name in ("positive", "negative"):
+            packed[name]["inputs"]["clip"] = ["text", 0]
+        pictures = [server.pictures(plain)]
+        for model in ("packed", "lora", "packed"):
+            packed["sample"]["inputs"]["model"] = [model, 0]
+            packed["save"]["inputs"]["filename_prefix"] = f"{model}{len(pictures)}"
+            pictures.append(server.pictures(packed))
+        whole, made, with_lora, again = pictures
+        assert np.abs(whole - made).mean() < 3
+        assert np.abs(with_lora - made).max() > np.abs(whole - made).max() and np.array_equal(made, again)
+        by_server.append(pictures)
+        if server.ranks > 1:
+            plan = server.json("/taco_dit/status")["active_plan"]
+            assert plan, "the engine spreads the calls of a pack's patcher"
+    for one, three in zip(*by_server):
+        assert np.abs(one - three).max() <= 1
+
+
+def test_folders_are_there_before_packs_are(server, home):
+    outcome = server.run({"f": node("SampleFolders", where="input"), "r": node("SampleReport", value=["f", 0])})
+    assert outcome.outputs["r"]["text"][0].startswith("True True 1-1")
+    for folder in ("input", "user", "models/loras", "models/vae_approx", "models/upscale_models", "models/unet"):
+        assert os.path.isdir(os.path.join(home, folder)), folder
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,7 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     base = tmp_path_factory.mktemp(f"panel{request.param}")
     write_flux(str(base / "models"))
     shutil.copytree(os.path.join(ROOT, "tests", "e2e", "pack"), base / "custom_nodes" / "e2e_pack")
+    shutil.copytree(os.path.join(ROOT, "tests", "packs", "samples", "broken"), base / "custom_nodes" / "broken")
     with Server(str(base), ranks=request.param, flags=["--use-sage-attention"]) as server:
         server.wait_ready()
         server.request("/settings", {"Comfy.TutorialCompleted": True})
@@ -44,6 +46,13 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             browser.open(f"http://127.0.0.1:{server.port}/")
             browser.wait(READY, 60)
             yield server, browser
+
+
+def test_the_page_names_a_pack_that_does_not_load_and_what_to_run(page: tuple[Server, Browser]) -> None:
+    server, browser = page
+    browser.wait("document.body.textContent.includes('Node pack broken could not be loaded')")
+    command = f"{sys.executable} -m pip install a_package_that_nobody_has"
+    assert browser.run(f"document.body.textContent.includes({json.dumps(command)})")
 
 
 def _text(browser: Browser) -> str:

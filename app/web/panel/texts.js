@@ -42,6 +42,9 @@ const EN = {
   noEvents: "None.",
   clear: "Clear",
   cure: "What to do",
+  packFailed: (name) => `Node pack ${name} could not be loaded`,
+  packNeeds: (name, command) => `It needs the package ${name}. Run this on the server and start again: ${command}`,
+  packBroken: (reason) => `${reason}. Update the pack, or remove it; all other nodes work.`,
   onRank: (list) => (list.length === 1 ? `rank ${list[0]}` : `ranks ${list.join(", ")}`),
 };
 
@@ -85,6 +88,9 @@ const ZH = {
   noEvents: "没有。",
   clear: "清除",
   cure: "怎么办",
+  packFailed: (name) => `节点包 ${name} 无法加载`,
+  packNeeds: (name, command) => `它需要软件包 ${name}。请在服务器上运行下面的命令并重新启动：${command}`,
+  packBroken: (reason) => `${reason}。请更新或移除该节点包；其他节点都可以使用。`,
   onRank: (list) => `rank ${list.join("、")}`,
 };
 

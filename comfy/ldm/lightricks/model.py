@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import comfy.patcher_extension
 from comfy.ldm import dit
 from comfy.ldm.common_dit import rms_norm
 from comfy.ldm.flux.layers import timestep_embedding
+from comfy.ldm.lightricks.symmetric_patchifier import latent_to_pixel_coords
 from comfy.ldm.modules.attention import AttentionSpec, attention, joined_heads, meet
 from comfy.ldm.modules.mlp import FeedForward, TimestepEmbedding
 from comfy.ldm.modules.modulate import add_gated, norm_modulate
@@ -34,8 +36,8 @@ _ARGUMENTS = dit.BlockArguments(
 )
 
 
-def rotary_table(places: torch.Tensor, dim: int, heads: int, theta: float, max_pos: Sequence[float]) -> torch.Tensor:
-    """Positions [B, axes, L] -> [B, H, L, D/2, 2, 2] fp32: one angle for each pair of all heads' channels.
+def _angles(places: torch.Tensor, dim: int, theta: float, max_pos: Sequence[float]) -> torch.Tensor:
+    """Positions [B, axes, L] -> [B, L, D/2] fp32: one angle for each pair of all heads' channels.
 
     Positions are fractions of `max_pos` in -1..1, frequencies from pi/2 to pi/2 * theta. Neighbouring pairs belong to
     the axes in turn at one frequency; those that are left over come first and are not turned.
@@ -47,10 +49,34 @@ def rotary_table(places: torch.Tensor, dim: int, heads: int, theta: float, max_p
     # Numbers, not tensors: a copy from the host would break the capture of the call in a CUDA graph.
     fractions = torch.stack([places[:, axis].float() / limit * 2 - 1 for axis, limit in enumerate(max_pos)], dim=-1)
     angles = (frequencies[:, None] * fractions.unsqueeze(-2)).flatten(2)
-    angles = nn.functional.pad(angles, (dim // 2 - angles.shape[-1], 0))
+    return nn.functional.pad(angles, (dim // 2 - angles.shape[-1], 0))
+
+
+def rotary_table(places: torch.Tensor, dim: int, heads: int, theta: float, max_pos: Sequence[float]) -> torch.Tensor:
+    """Positions [B, axes, L] -> [B, H, L, D/2, 2, 2] fp32, a rotation for each pair (see `_angles`)."""
+    angles = _angles(places, dim, theta, max_pos)
     cos, sin = angles.cos(), angles.sin()
     table = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
     return table.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def precompute_freqs_cis(
+    indices_grid: torch.Tensor,
+    dim: int,
+    out_dtype: torch.dtype,
+    theta: float = 10000.0,
+    max_pos: Sequence[float] = (20, 2048, 2048),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions [B, axes, L] -> cosines and sines [B, L, dim], each twice; for packs, which hand them to blocks as `pe`."""
+    angles = _angles(indices_grid, dim, theta, max_pos).repeat_interleave(2, dim=-1)
+    return angles.cos().to(out_dtype), angles.sin().to(out_dtype)
+
+
+def apply_rotary_emb(input_tensor: torch.Tensor, freqs_cis: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """x [B, L, D] with neighbouring channels turned by what `precompute_freqs_cis` gives; for packs."""
+    cos, sin = freqs_cis
+    first, second = input_tensor.unflatten(-1, (-1, 2)).unbind(dim=-1)
+    return input_tensor * cos + torch.stack((-second, first), dim=-1).flatten(-2) * sin
 
 
 class Attention(nn.Module):
@@ -234,10 +260,9 @@ class LTXVModel(nn.Module):
 
     def places(self, sizes: Sequence[int], device: Any) -> torch.Tensor:
         """Where latents of F x h x w cells begin, in pixels and frames of the video: [1, 3, L]."""
-        axes = [torch.arange(size, device=device) * factor for size, factor in zip(sizes, self.vae_scale_factors)]
-        if self.causal_temporal_positioning:  # the first latent frame is one frame of the video
-            axes[0] = (axes[0] + 1 - self.vae_scale_factors[0]).clamp(min=0)
-        return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1).unsqueeze(0)
+        axes = [torch.arange(size, device=device) for size in sizes]
+        cells = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1).unsqueeze(0)
+        return latent_to_pixel_coords(cells, self.vae_scale_factors, self.causal_temporal_positioning)
 
     def embed(
         self,
@@ -324,9 +349,34 @@ class LTXVModel(nn.Module):
         return out.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+class LTXRopeType(str, Enum):  # noqa: UP042 - as ComfyUI has it: packs compare with str() and with names in configurations
+    """Which channels of LTX-Video's rotary embedding form pairs: neighbours, or both halves of a head (newer models)."""
+
+    INTERLEAVED = "interleaved"
+    SPLIT = "split"
+
+    @classmethod
+    def from_dict(cls, kwargs: dict[str, Any], default: LTXRopeType | None = None) -> LTXRopeType:
+        """What a configuration says under `rope_type`. Raises ValueError for an unknown one."""
+        return cls(kwargs.get("rope_type", default or cls.INTERLEAVED))
+
+
+class LTXFrequenciesPrecision(str, Enum):  # noqa: UP042 - as above
+    """In which precision newer models want the frequencies of their rotary embedding computed."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+    @classmethod
+    def from_dict(
+        cls, kwargs: dict[str, Any], default: LTXFrequenciesPrecision | None = None
+    ) -> LTXFrequenciesPrecision:
+        """What a configuration says under `frequencies_precision`. Raises ValueError for an unknown one."""
+        return cls(kwargs.get("frequencies_precision", default or cls.FLOAT32))
+
+
 _PARTS = (
-    "CrossAttention", "GuideAttentionMask", "LTXFrequenciesPrecision", "LTXRopeType", "Timesteps",
-    "_attention_with_guide_mask", "apply_rotary_emb", "generate_freq_grid_np", "interleaved_freqs_cis",
-    "precompute_freqs_cis", "split_freqs_cis",
+    "CrossAttention", "GuideAttentionMask", "Timesteps", "_attention_with_guide_mask", "generate_freq_grid_np",
+    "interleaved_freqs_cis", "split_freqs_cis",
 )  # fmt: skip
 __getattr__ = missing_names(__name__, dict.fromkeys(_PARTS, "ComfyUI's part of LTX-Video"))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import comfy.model_management
 from comfy.ldm.dit_state import Compute, DenoiserCall, Meeting, Tokens
-from comfy.ldm.modules import kernels
+from comfy.ldm.modules import attention_choice, kernels
 from comfy.ldm.modules.kernels import describe_backend, masked, scaled_dot_product, use_fused_attention
 from comfy.missing import missing_names
 
@@ -158,6 +158,31 @@ def attention_split(
     return _join_heads(torch.cat(parts, dim=2).to(v.dtype), skip_output_reshape)
 
 
+def _by_package(name: str) -> Callable[..., torch.Tensor]:
+    """An attention function on the kernels of an optional package, or on torch's where there is none or it does not fit."""
+
+    @wrap_attn
+    def call(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        mask: torch.Tensor | None = None,
+        attn_precision: torch.dtype | None = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        q, k, v = _split_heads(q, k, v, heads, skip_reshape)
+        out = kernels.run_by(attention_choice.kernel_of_package(name), q, k, v, broadcast_mask(mask))
+        return _join_heads(out, skip_output_reshape)
+
+    call.__name__ = call.__qualname__ = f"attention_{name}"
+    return call
+
+
+attention_sage = _by_package("sage")
+attention_flash = _by_package("flash")
 attention_sub_quad = attention_split
 attention_xformers = attention_pytorch
 
@@ -166,9 +191,12 @@ for _name, _function in (
     ("basic", attention_basic),
     ("split", attention_split),
     ("sub_quad", attention_sub_quad),
+    ("sage", attention_sage),
+    ("flash", attention_flash),
 ):
     _function.rows_independent = True  # type: ignore[attr-defined]
-    register_attention_function(_name, _function)
+    if attention_choice.is_installed(_name):
+        register_attention_function(_name, _function)
 
 optimized_attention: Callable[..., torch.Tensor] = attention_pytorch
 optimized_attention_masked: Callable[..., torch.Tensor] = attention_pytorch

@@ -8,6 +8,7 @@ a file until the GPU or a version changes.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -75,16 +76,33 @@ def _sage() -> Kernel | None:
     return Kernel("sage", run, lossy=True)
 
 
+_LOADERS = {"flash": _flash, "sage": _sage}
+
+
+@functools.cache
+def kernel_of_package(name: str) -> Kernel | None:
+    """The kernel of an optional package (flash, sage); None, with a warning, where it cannot be used."""
+    try:
+        found = _LOADERS[name]()
+        reason = "is not installed"
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch or GPU
+        found, reason = None, f"cannot be used: {str(error).splitlines()[0]}"
+    if found is None:
+        logging.warning("TACO-DiT: %s attention %s", name, reason)
+    return found
+
+
+def is_installed(name: str) -> bool:
+    """Whether a kernel needs no package, or one that is there."""
+    return name not in _PACKAGES or any(importlib.util.find_spec(package) for package in _PACKAGES[name])
+
+
 def available() -> dict[str, Kernel]:
     """The kernels that are installed, by name."""
     found: list[Kernel | None] = [Kernel("sdpa", F.scaled_dot_product_attention)]
     if torch.version.cuda is not None and torch.backends.cudnn.is_available():
         found.append(Kernel("cudnn", _cudnn))
-    for load in (_flash, _sage):
-        try:
-            found.append(load())
-        except (ImportError, OSError, RuntimeError) as error:  # built for another torch or GPU
-            logging.warning("TACO-DiT: an attention package cannot be used: %s", str(error).splitlines()[0])
+    found += [kernel_of_package(name) for name in _LOADERS if is_installed(name)]
     return {kernel.name: kernel for kernel in found if kernel is not None}
 
 

@@ -110,6 +110,15 @@ def run(
     return _run(q, k, v, mask, need_lse)
 
 
+def run_by(
+    kernel: Kernel | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`scaled_dot_product` on this kernel where it takes such tensors, else on the kernels in use."""
+    if kernel is None or not _fits_half_kernels(q, k, v, mask):
+        return scaled_dot_product(q, k, v, mask)
+    return kernel.run(q, *repeat_heads(q, k, v))
+
+
 def _rows_at_once(q: torch.Tensor, k: torch.Tensor, written_out: bool = False) -> int:
     """Queries that are attended at a time: on the CPU as many as take a few seconds, a multiple of torch's block.
 

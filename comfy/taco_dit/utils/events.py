@@ -42,6 +42,8 @@ _REMEDIES = (
     (r"torch\.compile failed|cannot be captured", "It runs, but slower. Install a C compiler if there is none."),
     (r"[Cc]annot import|IMPORT FAILED|did not import|no NODE_CLASS_MAPPINGS", "Install what the pack needs into .venv, "
      "or update or remove it; all other nodes work."),
+    (r"No module named '", "A node needs a package that is not installed. Install it into .venv (python -m pip install "
+     "NAME) and start again, or take the node out of the workflow."),
     (r"retrieving information for the .* node", "A pack's node cannot describe its inputs and is left out. Update the "
      "pack, or remove it."),
     (r"retrying with tiled VAE", "Nothing to do: the picture is decoded in tiles, which is slower."),
@@ -129,7 +131,10 @@ class EventLog:
 
 
 class EventHandler(logging.Handler):
-    """Puts warnings and errors of `logging` into an event log. Records marked `reported` are added elsewhere."""
+    """Puts warnings and errors of `logging` into an event log, with what to do if the record says so (`cure`).
+
+    Records marked `reported` are added elsewhere.
+    """
 
     def __init__(self, log: EventLog, rank: int) -> None:
         super().__init__(logging.WARNING)
@@ -141,6 +146,6 @@ class EventHandler(logging.Handler):
             return
         try:
             level = "error" if record.levelno >= logging.ERROR else "warning"
-            self._log.add(level, record.getMessage(), self._rank)
+            self._log.add(level, record.getMessage(), self._rank, getattr(record, "cure", None))
         except Exception:  # noqa: BLE001 - as logging does with a message it cannot format
             self.handleError(record)

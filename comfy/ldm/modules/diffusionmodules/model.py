@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,17 @@ class ResnetBlock(nn.Module):
         return x + h
 
 
+def map_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of one head over all places of maps [B, C, H, W]."""
+    rows = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (q, k, v))
+    return scaled_dot_product(*rows).squeeze(1).transpose(1, 2).reshape(v.shape)
+
+
+def vae_attention() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The attention of VAEs, for packs whose VAEs are built of the parts of this module."""
+    return map_attention
+
+
 class AttnBlock(nn.Module):
     """Attention of one head over all places of the map."""
 
@@ -53,14 +64,13 @@ class AttnBlock(nn.Module):
     def __init__(self, in_channels: int) -> None:
         super().__init__()
         self.norm = normalise(in_channels)
+        self.optimized_attention = vae_attention()
         for name in ("q", "k", "v", "proj_out"):
             setattr(self, name, ops.Conv2d(in_channels, in_channels, kernel_size=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
-        out = scaled_dot_product(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
-        return x + self.proj_out(out)
+        return x + self.proj_out(self.optimized_attention(self.q(h), self.k(h), self.v(h)))
 
 
 class Downsample(nn.Module):

@@ -31,6 +31,7 @@ __all__ = [
     "UNetModel", "Upsample", "VideoResBlock", "apply_control", "forward_timestep_embed", "timestep_embedding",
 ]  # fmt: skip
 
+ops = comfy.ops.disable_weight_init
 VideoResBlock = missing_class("VideoResBlock", "the time axis of Stable Video Diffusion's UNet")
 
 
