@@ -107,9 +107,6 @@ MODULES: dict[str, str] = {
             "lightricks.av_model",
             "lightricks.symmetric_patchifier",
             "lightricks.vae.audio_vae",
-            "lightricks.vae.causal_conv3d",
-            "lightricks.vae.causal_video_autoencoder",
-            "lightricks.vae.pixel_norm",
             "lumina.controlnet",
             "minimax.model",
         )
