@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io as byte_streams
 import math
+from io import BytesIO
 from typing import Any
 
-import av
 import torch
 
 import comfy.model_management
@@ -276,9 +275,11 @@ def compressed(image: torch.Tensor, crf: int) -> torch.Tensor:
 
     One thread encodes, so that the result does not depend on the machine's cores.
     """
+    import av
+
     height, width = (size // 2 * 2 for size in image.shape[:2])
     pixels = (image[:height, :width, :3] * 255.0).to("cpu", torch.uint8).numpy()
-    with byte_streams.BytesIO() as file:
+    with BytesIO() as file:
         with av.open(file, "w", format="mp4") as video:
             stream = video.add_stream(
                 "libx264", rate=1, options={"crf": str(crf), "preset": "veryfast", "threads": "1"}

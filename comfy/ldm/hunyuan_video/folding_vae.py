@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import comfy.ops
-from comfy.ldm.modules.attention import scaled_dot_product
+from comfy.ldm.hunyuan_video.vae import AttnBlock
 from comfy.ldm.modules.cells import cells_of, from_cells
 from comfy.ldm.modules.diffusionmodules.model import normalise
 from comfy.ldm.pace import LONG_CELLS, Pace
@@ -77,25 +77,12 @@ class ResnetBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)), cache)
 
 
-class AttnBlock(nn.Module):
-    """Attention of one head over all places of all frames."""
-
-    q: nn.Module
-    k: nn.Module
-    v: nn.Module
-    proj_out: nn.Module
-
+class _Attention(AttnBlock):
     def __init__(self, video: bool, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(video, channels)
-        for name in ("q", "k", "v", "proj_out"):
-            setattr(self, name, (ops.Conv3d if video else ops.Conv2d)(channels, channels, 1))
+        super().__init__(channels, _norm(video, channels), ops.Conv3d if video else ops.Conv2d)
 
-    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
-        h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
-        out = scaled_dot_product(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
-        return x + self.proj_out(out)
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x)
 
 
 def fold(x: torch.Tensor, time: int) -> torch.Tensor:
@@ -166,7 +153,7 @@ class _Middle(nn.Module):
     def __init__(self, video: bool, channels: int) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(video, channels)
-        self.attn_1 = AttnBlock(video, channels)
+        self.attn_1 = _Attention(video, channels)
         self.block_2 = ResnetBlock(video, channels)
 
     def parts(self) -> list[nn.Module]:

@@ -11,13 +11,12 @@ def cells_of(x: torch.Tensor, time: int, space: int) -> torch.Tensor:
 
     Rows are folded by `pixel_unshuffle`, which rows of a picture on several ranks know.
     """
-    channels = x.shape[1]
-    frames = F.pixel_unshuffle(x.transpose(1, 2), space)
-    cells = frames.unflatten(2, (channels, space, space)).unflatten(1, (-1, time))
+    frames = F.pixel_unshuffle(x.transpose(1, 2).flatten(0, 1), space)
+    cells = frames.unflatten(1, (x.shape[1], space, space)).unflatten(0, (x.shape[0], -1, time))
     return cells.permute(0, 3, 2, 4, 5, 1, 6, 7)
 
 
 def from_cells(cells: torch.Tensor) -> torch.Tensor:
     """The reverse of `cells_of`: [B, C, t, s, s, T, H, W] -> [B, C, T * t, H * s, W * s]."""
-    frames = cells.permute(0, 5, 2, 1, 3, 4, 6, 7).flatten(3, 5).flatten(1, 2)
-    return F.pixel_shuffle(frames, cells.shape[3]).transpose(1, 2)
+    frames = cells.permute(0, 5, 2, 1, 3, 4, 6, 7).flatten(3, 5).flatten(0, 2)
+    return F.pixel_shuffle(frames, cells.shape[3]).unflatten(0, (cells.shape[0], -1)).transpose(1, 2)

@@ -31,9 +31,10 @@ class _Window:
         self.reach = dilation * (kernel - 1) + 1
         self.stride, self.padding, self.rows = stride, padding, rows
         height = (rows.rows + 2 * padding - self.reach) // stride + 1
-        # The output j belongs to the rank of the input row j * stride, about the middle of its window.
-        ends = [min(-(-end // stride), height) for end in rows.starts()]
-        ends[-1] = height
+        # An output belongs to the rank of the input row in the middle of its window.
+        middle = (self.reach - 1) // 2 - padding
+        ends = [min(max(-((middle - end) // stride), 0), height) for end in rows.starts()]
+        ends[0], ends[-1] = 0, height
         self.made = [(a, max(a, b)) for a, b in zip(ends, ends[1:])]
         self.out = Layout(rows.axis, tuple(b - a for a, b in self.made))
 

@@ -55,7 +55,7 @@ class _Context:
 
     def noise(self, x: torch.Tensor) -> torch.Tensor:
         """The same noise [H, W] for all frames and channels. It is drawn on the host: ranks and runs agree."""
-        return torch.randn(x.shape[-2:], generator=self._noise).to(x)
+        return torch.randn(x.shape[-2:], generator=self._noise).to(x.device, x.dtype)
 
 
 class _ChannelNorm(nn.Module):
