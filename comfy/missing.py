@@ -113,7 +113,6 @@ MODULES: dict[str, str] = {
     },
     "comfy.ldm.modules.distributions.distributions": "the VAE's distribution",
     "comfy.ldm.modules.sub_quadratic_attention": "sub-quadratic attention",
-    "comfy.audio_encoders.audio_encoders": "audio encoders",
     "cuda_malloc": "the choice of CUDA's allocator by program",
     "comfy.diffusers_convert": "the conversion of diffusers' UNets",
     "comfy.k_diffusion.utils": "k-diffusion's training tools",
