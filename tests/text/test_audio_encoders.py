@@ -57,9 +57,7 @@ def test_a_layer_is_that_of_torch(first):
     layer.load_state_dict(random_weights({key: tuple(v.shape) for key, v in layer.state_dict().items()}, 2))
     theirs = torch.nn.TransformerEncoderLayer(128, 2, 96, 0.0, F.gelu, batch_first=True, norm_first=first).eval()
     own = layer.state_dict()
-    parts = {
-        kind: torch.cat([own[f"attention.{name}_proj.{kind}"] for name in "qkv"]) for kind in ("weight", "bias")
-    }
+    parts = {kind: torch.cat([own[f"attention.{name}_proj.{kind}"] for name in "qkv"]) for kind in ("weight", "bias")}
     pairs = {
         "self_attn.out_proj": "attention.out_proj", "linear1": "feed_forward.intermediate_dense",
         "linear2": "feed_forward.output_dense", "norm1": "layer_norm", "norm2": "final_layer_norm",
