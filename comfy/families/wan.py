@@ -328,6 +328,10 @@ class WAN22AnimateConfig(WAN21T2V):
     unet_config = {"image_model": "wan2.1", "model_type": "animate"}
     model = WAN22Animate
 
+    def process_unet_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Without the filters of the face's encoder, which are constants."""
+        return {key: value for key, value in state_dict.items() if not key.endswith(".kernel")}
+
 
 class WAN22T2V(WAN21T2V):
     """Wan 2.2 5B, from text and from a picture."""
