@@ -13,7 +13,7 @@ import comfy.model_patcher
 import comfy.utils
 from comfy import accounting, image_vae, video_vae, weight_files
 from comfy.ldm.models.autoencoder import convert_diffusers_vae
-from comfy.taco_dit.core.spread import rows_over, spread_pictures, spread_rounds
+from comfy.taco_dit.core.spread import is_spread, rows_over, spread_pictures, spread_rounds
 
 _FALLBACK_PIXELS = 512  # side of a tile when memory did not suffice for the whole
 
@@ -138,7 +138,8 @@ class VAE:
             logging.warning("Ran out of memory when regular VAE decoding, retrying with tiled VAE decoding.")
         if pictures is None:  # outside the handler, whose traceback keeps the failed tensors
             tile = _FALLBACK_PIXELS // self.upscale_ratio
-            pictures = self._decode_tiled(samples_in, tile, tile, tile // 4)
+            each = self._tiles_together(samples_in, pixels)
+            pictures = self._decode_tiled(samples_in, tile, tile, tile // 4, each)
         self.patcher.weight_store.check_files()
         return pictures.movedim(1, -1)
 
@@ -151,7 +152,13 @@ class VAE:
     def _decode_batch(self, latents: torch.Tensor) -> torch.Tensor:
         return self.process_output(self.first_stage_model.decode(latents.to(self.device, self.vae_dtype)).float())
 
-    def _decode_tiled(self, samples: torch.Tensor, tile_x: int, tile_y: int, overlap: int) -> torch.Tensor:
+    def _tiles_together(self, batch: torch.Tensor, pixels: int) -> Any:
+        """How tiles are worked on after an out-of-memory: by all ranks if all had it, else by this one alone."""
+        return spread_rounds if is_spread(batch, self.first_stage_model, pixels) else map
+
+    def _decode_tiled(
+        self, samples: torch.Tensor, tile_x: int, tile_y: int, overlap: int, each: Any = spread_rounds
+    ) -> torch.Tensor:
         """The mean of three tilings, so that no seam is at the same place in all of them."""
 
         def decode(tile: torch.Tensor) -> torch.Tensor:
@@ -163,7 +170,7 @@ class VAE:
             comfy.utils.tiled_scale(
                 samples, decode, width, height, overlap, upscale_amount=self.upscale_ratio,
                 out_channels=self.output_channels, output_device=self.output_device, pbar=bar,
-                each=spread_rounds,
+                each=each,
             )
             for width, height in tilings
         ]  # fmt: skip
@@ -225,7 +232,8 @@ class VAE:
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE encoding, retrying with tiled VAE encoding.")
         if latents is None:  # outside the handler, as above
-            latents = self._encode_tiled(pixels, _FALLBACK_PIXELS, _FALLBACK_PIXELS, 64)
+            tile, each = _FALLBACK_PIXELS, self._tiles_together(pixels, size)
+            latents = self._encode_tiled(pixels, tile, tile, 64, each)
         self.patcher.weight_store.check_files()
         return latents
 
@@ -233,7 +241,9 @@ class VAE:
         inputs = self.process_input(pixels.to(self.device)).to(self.vae_dtype)
         return self.first_stage_model.encode(inputs).float()
 
-    def _encode_tiled(self, pixels: torch.Tensor, tile_x: int, tile_y: int, overlap: int) -> torch.Tensor:
+    def _encode_tiled(
+        self, pixels: torch.Tensor, tile_x: int, tile_y: int, overlap: int, each: Any = spread_rounds
+    ) -> torch.Tensor:
         def encode(tile: torch.Tensor) -> torch.Tensor:
             return self.first_stage_model.encode(self.process_input(tile).to(self.device, self.vae_dtype)).float()
 
@@ -243,7 +253,7 @@ class VAE:
             comfy.utils.tiled_scale(
                 pixels, encode, width, height, overlap, upscale_amount=1 / self.downscale_ratio,
                 out_channels=self.latent_channels, output_device=self.output_device, pbar=bar,
-                each=spread_rounds,
+                each=each,
             )
             for width, height in tilings
         ]  # fmt: skip

@@ -16,7 +16,7 @@ import comfy.model_management as model_management
 import comfy.utils
 from comfy.missing import FeatureMissingError
 from comfy.model_detection import metadata_config
-from comfy.taco_dit.core.spread import is_spread, rows_over, spread_pictures, spread_rounds
+from comfy.taco_dit.core.spread import rows_over, spread_pictures, spread_rounds
 
 Bytes = Callable[[Sequence[int]], float]
 Each = Callable[..., Iterable[torch.Tensor]]
@@ -174,10 +174,6 @@ class VideoCoder:
         except model_management.OOM_EXCEPTION:
             return None  # what is done then is outside the handler, whose traceback keeps the failed tensors
 
-    def _tiles_together(self, batch: torch.Tensor, pixels: int) -> Each:
-        """How tiles are worked on after an out-of-memory: by all ranks if all had it, else by this one alone."""
-        return spread_rounds if is_spread(batch, self.vae.first_stage_model, pixels) else map
-
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
         """Latents [B, C, t, h, w] -> [B, T, H, W, 3] in 0..1; in tiles when memory does not suffice.
 
@@ -192,7 +188,7 @@ class VideoCoder:
         if made is None:
             logging.warning("Ran out of memory when regular VAE decoding, retrying with tiled VAE decoding.")
             tile = _FALLBACK_PIXELS // kind.space
-            each = self._tiles_together(samples, pixels)
+            each = vae._tiles_together(samples, pixels)
             video = self._decode_in_tiles(samples, (9999, tile, tile), (1, tile // 4, tile // 4), each)
         else:
             video = vae.process_output(made)
@@ -267,7 +263,7 @@ class VideoCoder:
         latents = self._each(video, self._encoded, kind.space, size)
         if latents is None:
             logging.warning("Ran out of memory when regular VAE encoding, retrying with tiled VAE encoding.")
-            tile, each = _FALLBACK_PIXELS, self._tiles_together(video, size)
+            tile, each = _FALLBACK_PIXELS, vae._tiles_together(video, size)
             latents = self._encode_in_tiles(video, (9999, tile, tile), (1, tile // 4, tile // 4), each)
         vae.patcher.weight_store.check_files()
         return latents

@@ -12,6 +12,8 @@ from einops import rearrange
 from comfy.ldm.hunyuan_video import folding_vae
 from comfy.ldm.lightricks.vae import causal_video_autoencoder as ltx
 from comfy.vae import VAE
+from tests.tiny_families import TINY
+from tests.tiny_models import random_weights
 from tests.tiny_vaes import folding_config, ltx_config, network
 
 LTX = ["ltx 0.9.0", "ltx 0.9.1", "ltx 0.9.5"]
@@ -191,3 +193,20 @@ def test_the_noise_that_decoders_with_a_time_expect():
     close(vae.decode(latent), (want.movedim(1, -1) / 2 + 0.5).clamp(0, 1))
     other = vae.first_stage_model.decode(latent, 0.5)
     assert not torch.allclose(other, vae.first_stage_model.decode(latent, 0.05), atol=1e-3)
+
+
+@pytest.mark.parametrize("family, kind", [("ltxv", "ltx 0.9.1"), ("hunyuan_image", "hunyuan image")])
+def test_whole_checkpoints_bring_their_vae(family, kind):
+    """From a latent of the model's size to pictures, through nodes."""
+    import comfy.sd
+    import nodes
+
+    weights = {f"model.diffusion_model.{k}": v for k, v in random_weights(TINY[family].shapes(), 1).items()}
+    weights |= {f"vae.{key}": value for key, value in network(kind).state_dict().items()}
+    model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(weights)
+    assert clip is None and vae is not None and vae.latent_channels in (4, 16)
+    shape = (1, vae.latent_channels, 2, 2, 3) if vae.video else (1, vae.latent_channels, 4, 6)
+    (pictures,) = nodes.VAEDecode().decode(vae, {"samples": draw(*shape)})
+    assert pictures.shape == ((9, 64, 96, 3) if vae.video else (1, 16, 24, 3))
+    (latent,) = nodes.VAEEncode().encode(vae, pictures)
+    assert latent["samples"].shape == shape

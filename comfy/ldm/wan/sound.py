@@ -140,6 +140,7 @@ class FramePacker(nn.Module):
         """Latents [B, 16, F, h, w] -> tokens [B, n, C] and their rotary table [1, n, 1, D/2, 2, 2]."""
         total = sum(_BUCKETS)
         latent = latent[:, :, -total:]
+        height, width = latent.shape[3:]
         latent = F.pad(latent, (0, 0, 0, 0, total - latent.shape[2], 0))
         tokens, tables, end = [], [], total
         for frames, name in zip(_BUCKETS, ("proj", "proj_2x", "proj_4x")):
@@ -147,7 +148,7 @@ class FramePacker(nn.Module):
             patches = getattr(self, name)(latent[:, :, start:end])
             tables.append(
                 network.rope_encode(
-                    patches.shape[2], *latent.shape[3:], t_start=start - total, steps_h=patches.shape[3],
+                    patches.shape[2], height, width, t_start=start - total, steps_h=patches.shape[3],
                     steps_w=patches.shape[4], device=latent.device,
                 )
             )  # fmt: skip
@@ -194,8 +195,9 @@ class WanModel_S2V(WanModel):  # noqa: N801 (ComfyUI's name)
             padded = pad_to_patch_size(reference.to(x), self.patch_size)
             tokens.append(super().patches(padded).flatten(2).transpose(1, 2) + kinds[1])
             start = max(30, x.shape[2] + 9)
-            tables.append(self.rope_encode(*padded.shape[2:], t_start=start, device=x.device))
-            rows.append(padded.shape[2])
+            frames, height, width = padded.shape[2:]
+            tables.append(self.rope_encode(frames, height, width, t_start=start, device=x.device))
+            rows.append(frames)
         if before is not None:
             packed, table = self.frame_packer(before.to(x), self)
             tokens.append(packed + kinds[2])
@@ -203,7 +205,7 @@ class WanModel_S2V(WanModel):  # noqa: N801 (ComfyUI's name)
             rows.append(3)
         return tokens, tables, rows
 
-    def embed(  # type: ignore[override]
+    def embed(
         self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, clip_fea: torch.Tensor | None = None,
         freqs: torch.Tensor | None = None, transformer_options: dict[str, Any] | None = None, **kwargs: Any,
     ) -> dit.DiTState:  # fmt: skip
@@ -213,7 +215,8 @@ class WanModel_S2V(WanModel):  # noqa: N801 (ComfyUI's name)
         kinds = comfy.ops.cast_to_input(self.trainable_cond_mask.weight, x)
         video = self.patches(x, **kwargs).flatten(2).transpose(1, 2) + kinds[0]
         if freqs is None:
-            freqs = self.rope_encode(*x.shape[2:], device=x.device, transformer_options=transformer_options)
+            frames, height, width = x.shape[2:]
+            freqs = self.rope_encode(frames, height, width, device=x.device, transformer_options=transformer_options)
         tokens, tables, rows = self._after(x, kinds, **kwargs)
         # Times are by latent frame; what comes after the video is at time 0. The video before has half as many tokens a row.
         times = t.unsqueeze(1).expand(-1, x.shape[2]) if t.ndim == 1 else t
@@ -275,6 +278,8 @@ class _WithLayer(nn.Module):
 
 class AudioProjModel(nn.Module):
     """States of sound around each latent frame [B, F, 8, 5, 1280] -> tokens [B, F, n, C]."""
+
+    audio_proj_glob_3: _WithLayer
 
     def __init__(self, states: int, inner: int, dim: int, tokens: int, place: dict[str, Any], operations: Any) -> None:
         super().__init__()
@@ -393,12 +398,13 @@ class HumoWanModel(WanModel):
         if reference is not None:
             padded = pad_to_patch_size(reference.to(x), self.patch_size)
             tokens = torch.cat((state.streams["img"], self.patches(padded).flatten(2).transpose(1, 2)), dim=1)
-            table = self.rope_encode(*padded.shape[2:], t_start=frames, device=x.device)
+            more, height, width = padded.shape[2:]
+            table = self.rope_encode(more, height, width, t_start=frames, device=x.device)
             freqs = torch.cat((state.tokenwise["pe"].value, table), dim=1)
             sample = state.sample
             state = block_state(tokens, sample["vec"], freqs, sample["txt"], sample["context_img_len"])
             state = state.replace(sample={**state.sample, "time": sample["time"]})
-            frames += padded.shape[2]
+            frames += more
         states = kwargs.get("audio_embed")
         if states is None:
             return state
