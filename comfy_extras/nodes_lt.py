@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from typing import Any
 
 import torch
@@ -40,21 +41,6 @@ def prompts() -> list[Any]:
 
 def prompt_outputs() -> list[Any]:
     return [io.Conditioning.Output(display_name=name) for name in ("positive", "negative")]
-
-
-def get_keyframe_idxs(cond: Any) -> tuple[torch.Tensor | None, int]:
-    """(places of the guides' cells [B, 3, n] or None, frames of guides) of a conditioning."""
-    places = next((f["keyframe_idxs"] for _, f in cond if f.get("keyframe_idxs") is not None), None)
-    return (None, 0) if places is None else (places, torch.unique(places[:, 0]).numel())
-
-
-def get_noise_mask(latent: dict[str, Any]) -> torch.Tensor:
-    """A latent's mask, a copy; without one, ones [B, 1, F, 1, 1]."""
-    mask = latent.get("noise_mask")
-    if mask is not None:
-        return mask.clone()
-    samples = latent["samples"]
-    return torch.ones((samples.shape[0], 1, samples.shape[2], 1, 1), dtype=torch.float32, device=samples.device)
 
 
 class EmptyLTXVLatentVideo(io.ComfyNode):
@@ -111,6 +97,138 @@ class LTXVConditioning(io.ComfyNode):
         return io.NodeOutput(*(node_helpers.conditioning_set_values(c, values) for c in (positive, negative)))
 
     append = execute
+
+
+def get_noise_mask(latent: dict[str, Any]) -> torch.Tensor:
+    """A copy of a latent's mask [B, 1, F, 1 or h, 1 or w] of what is to be made: everything without one."""
+    if latent.get("noise_mask") is not None:
+        mask: torch.Tensor = latent["noise_mask"].clone()
+        return mask
+    samples = latent["samples"]
+    return torch.ones((samples.shape[0], 1, samples.shape[2], 1, 1), device=samples.device)
+
+
+def get_keyframe_idxs(cond: Any) -> tuple[torch.Tensor | None, int]:
+    """Where tokens of guides are, [B, 3, n], and how many latent frames they are."""
+    places = next((fields["keyframe_idxs"] for _, fields in cond if fields.get("keyframe_idxs") is not None), None)
+    return places, 0 if places is None else torch.unique(places[:, 0]).numel()
+
+
+def guide_places(guide: torch.Tensor, first: int, ratios: tuple[int, int, int]) -> torch.Tensor:
+    """Where a guide's latent cells [B, C, f, h, w] begin in the video, in frames and pixels: [B, 3, f * h * w].
+
+    first: the frame of the video at which it begins. ratios: (frames, rows, columns) a cell.
+    """
+    axes = [torch.arange(size, device=guide.device) * ratio for size, ratio in zip(guide.shape[2:], ratios)]
+    if first == 0 or guide.shape[2] == 1:  # the first latent frame is a single frame of the video
+        axes[0] = (axes[0] + 1 - ratios[0]).clamp(min=0)
+    axes[0] = axes[0] + first
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+    return places.unsqueeze(0).repeat(guide.shape[0], 1, 1)
+
+
+def _with_places(cond: Any, places: torch.Tensor) -> Any:
+    before, _ = get_keyframe_idxs(cond)
+    joined = places if before is None else torch.cat((before, places), dim=2)
+    return node_helpers.conditioning_set_values(cond, {"keyframe_idxs": joined})
+
+
+class LTXVAddGuide(io.ComfyNode):
+    NUM_PREFIX_FRAMES = 2  # latent frames of a guide that are put beside the video; later ones replace the video's
+
+    @classmethod
+    def define_schema(cls):
+        image = io.Image.Input(
+            "image", tooltip="A picture that the video follows, or a video, which is cut to 1, 9, 17, ... frames."
+        )
+        frame = io.Int.Input(
+            "frame_idx", default=0, min=-9999, max=9999,
+            tooltip="The frame at which it begins; below 0 counted from the end. A video of 9 frames or more begins at "
+            "frame 0, 1, 9, 17, ...: other frames are rounded down to these.",
+        )  # fmt: skip
+        inputs = [*prompts(), io.Vae.Input("vae"), io.Latent.Input("latent"), image, frame, share("strength", 1.0)]
+        outputs = [*prompt_outputs(), io.Latent.Output(display_name="latent")]
+        return io.Schema(node_id=cls.__name__, category="conditioning/video_models", inputs=inputs, outputs=outputs)
+
+    @classmethod
+    def execute(
+        cls, positive: Any, negative: Any, vae: Any, latent: dict[str, Any], image: torch.Tensor, frame_idx: int,
+        strength: float,
+    ):  # fmt: skip
+        """The guide's first latent frames are tokens beside the video, at their place in it; others replace the video's.
+
+        Raises ValueError when the guide is longer than the video.
+        """
+        need_vae(vae)
+        samples, mask = latent["samples"], get_noise_mask(latent)
+        ratios, length = vae.downscale_index_formula, samples.shape[2]
+        frames, guide = cls.encode(vae, samples.shape[-1], samples.shape[-2], image, ratios)
+        first, start = cls.get_latent_index(positive, length, frames.shape[0], frame_idx, ratios)
+        if start + guide.shape[2] > length:
+            own = length - get_keyframe_idxs(positive)[1]
+            raise ValueError(
+                f"a guide of {frames.shape[0]} frames at frame {first} ends after the video, which has "
+                f"{(own - 1) * ratios[0] + 1}; let it begin earlier, or give fewer frames"
+            )
+        beside, within = guide[:, :, : cls.NUM_PREFIX_FRAMES], guide[:, :, cls.NUM_PREFIX_FRAMES :]
+        mask[:, :, start : start + beside.shape[2]] = 1.0
+        if within.shape[2]:
+            samples, mask = cls.replace_latent_frames(samples, mask, within, start + beside.shape[2], strength)
+        positive, negative, samples, mask = cls.append_keyframe(
+            positive, negative, first, samples, mask, beside, strength, ratios
+        )
+        return io.NodeOutput(positive, negative, {"samples": samples, "noise_mask": mask})
+
+    generate = execute
+
+    # Packs subclass this node, and call these.
+
+    @classmethod
+    def encode(
+        cls, vae: Any, latent_width: int, latent_height: int, images: torch.Tensor, scale_factors: tuple[int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures [F, H, W, 3] cut to 1, 9, 17, ... frames and scaled to a latent's size, and their latent."""
+        step, rows, columns = scale_factors
+        frames = images[: (images.shape[0] - 1) // step * step + 1]
+        pixels = scaled(frames, latent_width * columns, latent_height * rows, "bilinear", "disabled")[..., :3]
+        return pixels, vae.encode(pixels)
+
+    @classmethod
+    def get_latent_index(
+        cls, cond: Any, latent_length: int, guide_length: int, frame_idx: int, scale_factors: tuple[int, int, int]
+    ) -> tuple[int, int]:
+        """(frame, latent frame) at which a guide of `guide_length` frames begins; `latent_length` counts guides' frames too."""
+        step = scale_factors[0]
+        length = latent_length - get_keyframe_idxs(cond)[1]
+        first = frame_idx if frame_idx >= 0 else max((length - 1) * step + 1 + frame_idx, 0)
+        if guide_length > 1 and first:
+            first = (first - 1) // step * step + 1
+        return first, (first + step - 1) // step
+
+    @classmethod
+    def append_keyframe(
+        cls, positive: Any, negative: Any, frame_idx: int, latent_image: torch.Tensor, noise_mask: torch.Tensor,
+        guiding_latent: torch.Tensor, strength: float, scale_factors: tuple[int, int, int],
+    ) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """A guide's latent [B, C, f, h, w] beside the video, and its places in both conditionings."""
+        places = guide_places(guiding_latent, frame_idx, scale_factors)
+        positive, negative = (_with_places(cond, places) for cond in (positive, negative))
+        shape = (noise_mask.shape[0], 1, guiding_latent.shape[2], *noise_mask.shape[3:])
+        guide = guiding_latent.to(latent_image).expand(latent_image.shape[0], -1, -1, -1, -1)
+        mask = torch.cat((noise_mask, noise_mask.new_full(shape, 1.0 - strength)), dim=2)
+        return positive, negative, torch.cat((latent_image, guide), dim=2), mask
+
+    @classmethod
+    def replace_latent_frames(
+        cls, latent_image: torch.Tensor, noise_mask: torch.Tensor, guiding_latent: torch.Tensor, latent_idx: int,
+        strength: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """A guide's latent in the place of the video's frames from `latent_idx` on; copies."""
+        latent_image, noise_mask = latent_image.clone(), noise_mask.clone()
+        span = slice(latent_idx, latent_idx + guiding_latent.shape[2])
+        latent_image[:, :, span] = guiding_latent
+        noise_mask[:, :, span] = 1.0 - strength
+        return latent_image, noise_mask
 
 
 class LTXVCropGuides(io.ComfyNode):
@@ -193,8 +311,55 @@ class LTXVScheduler(io.ComfyNode):
     get_sigmas = execute
 
 
+def compressed(image: torch.Tensor, crf: int) -> torch.Tensor:
+    """A picture [H, W, 3] in 0..1 as a video of one frame keeps it, with even sides. crf: x264's loss, 0 (none) to 51.
+
+    One thread encodes, so that the result does not depend on the machine's cores.
+    """
+    import av
+
+    height, width = (size // 2 * 2 for size in image.shape[:2])
+    pixels = (image[:height, :width, :3] * 255.0).to("cpu", torch.uint8).numpy()
+    with BytesIO() as file:
+        with av.open(file, "w", format="mp4") as video:
+            stream = video.add_stream(
+                "libx264", rate=1, options={"crf": str(crf), "preset": "veryfast", "threads": "1"}
+            )
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
+            video.mux(stream.encode(frame))
+            video.mux(stream.encode())
+        file.seek(0)
+        with av.open(file) as video:
+            kept = next(video.decode(video=0)).to_ndarray(format="rgb24")
+    return torch.from_numpy(kept).to(image) / 255.0
+
+
+class LTXVPreprocess(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        loss = io.Int.Input(
+            "img_compression", default=35, min=0, max=100, tooltip="How much is lost: the model was trained on videos."
+        )
+        inputs, outputs = [io.Image.Input("image"), loss], [io.Image.Output(display_name="output_image")]
+        return io.Schema(node_id=cls.__name__, category="image", inputs=inputs, outputs=outputs)
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, img_compression: int):
+        """Each picture compressed as a frame of a video; at 0 they stay as they are."""
+        if img_compression == 0:
+            return io.NodeOutput(image)
+        return io.NodeOutput(torch.stack([compressed(one, img_compression) for one in image]))
+
+    preprocess = execute
+
+
 comfy_entrypoint = extension(
-    EmptyLTXVLatentVideo, LTXVImgToVideo, ModelSamplingLTXV, LTXVConditioning, LTXVScheduler, LTXVCropGuides
-)
-_GUIDES = ("LTXVAddGuide", "LTXVPreprocess", "SymmetricPatchifier", "_append_guide_attention_entry")
-__getattr__ = missing_names(__name__, dict.fromkeys(_GUIDES, "guides of LTX-Video, which need its VAE,"))
+    EmptyLTXVLatentVideo, LTXVImgToVideo, ModelSamplingLTXV, LTXVConditioning, LTXVScheduler, LTXVAddGuide,
+    LTXVPreprocess, LTXVCropGuides,
+)  # fmt: skip
+_MISSING = {
+    "_append_guide_attention_entry": "attention of guides by strength (LTX-2)",
+    "SymmetricPatchifier": "cutting LTX-Video's latents outside of its network",
+}
+__getattr__ = missing_names(__name__, _MISSING)

@@ -59,38 +59,6 @@ class PixelSpace(nn.Module):
         return z
 
 
-@dataclass(frozen=True)
-class ImageNetwork:
-    """The network of an image VAE's file.
-
-    `factor`: pixels per latent cell and side. `dtype`: in which it must compute, None for the device's usual one.
-    `activations`: memory it needs per pixel, compared with AutoencoderKL.
-    """
-
-    make: Callable[[], nn.Module]
-    latent_channels: int
-    out_channels: int
-    factor: int
-    dtype: torch.dtype | None = None
-    activations: float = 1.0
-
-
-def image_network(sd: StateDict) -> ImageNetwork:
-    """The network for an image VAE's weights. Raises ValueError when the keys are those of none."""
-    if "pixel_space_vae" in sd:
-        return ImageNetwork(PixelSpace, 3, 3, 1, torch.float32, 0.02)
-    if "taesd_decoder.1.weight" in sd:
-        channels = sd["taesd_decoder.1.weight"].shape[1]
-        return ImageNetwork(lambda: TAESD(latent_channels=channels), channels, 3, 8, activations=0.15)
-    ddconfig, embed_dim = config_from_state_dict(sd)
-    return ImageNetwork(
-        lambda: AutoencoderKL(ddconfig, embed_dim),
-        embed_dim or ddconfig["z_channels"],
-        ddconfig["out_ch"],
-        2 ** (len(ddconfig["ch_mult"]) - 1),
-    )
-
-
 def config_from_state_dict(sd: StateDict) -> tuple[dict[str, Any], int | None]:
     """(`ddconfig`, size of the quantised latent or None) of an image VAE's weights.
 
