@@ -359,12 +359,14 @@ def _sizes(network: Any) -> Sizes:
 def _splits() -> dict[str, Split]:
     """Everything in a block, in whole heads; queries' and keys' norms need the sum of squares of all of them."""
     out = {}
-    for attention in ("self_attn", "cross_attn"):
-        for name in ("q", "k", "v", "k_img", "v_img"):
-            out[f"*blocks.*.{attention}.{name}"] = Split("column", ("heads",))
-        out[f"*blocks.*.{attention}.o"] = Split("row", ("heads",))
-    out["*blocks.*.ffn.0"] = Split("column", ("mlp",))
-    out["*blocks.*.ffn.2"] = Split("row", ("mlp",))
+    for block, stream in (("blocks.*", "img"), ("vace_blocks.*", "vace")):
+        for attention in ("self_attn", "cross_attn"):
+            for name in ("q", "k", "v", "k_img", "v_img"):
+                tokens = (stream,) if name == "q" or attention == "self_attn" else ()  # every rank has the prompt
+                out[f"{block}.{attention}.{name}"] = Split("column", ("heads",), tokens)
+            out[f"{block}.{attention}.o"] = Split("row", ("heads",), (stream,))
+        out[f"{block}.ffn.0"] = Split("column", ("mlp",), (stream,))
+        out[f"{block}.ffn.2"] = Split("row", ("mlp",), (stream,))
     out["vace_blocks.*.before_proj"] = Split("whole")
     out["vace_blocks.*.after_proj"] = Split("whole")
     return out
@@ -387,4 +389,5 @@ FAMILY = Family(
     from_diffusers=from_diffusers,
     splits=_splits(),
     sizes=_sizes,
+    sizes_from_tensors=True,
 )
