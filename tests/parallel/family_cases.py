@@ -128,6 +128,8 @@ class Run:
         degrees = dict(part.split() for part in self.plan.split(" x ") if part != "one rank")
         layout = dict(part.split() for part in self.layout.split(" x ") if part != "whole")
         parallel = {f"{kind}_degree": int(degrees.get(kind, 1)) for kind in ("ring", "ulysses")}
+        if "spatial" in degrees:
+            parallel["spatial_parallel_degree"] = int(degrees["spatial"])
         for kind in ("tensor", "pipeline"):
             if kind in layout:
                 parallel |= {f"{kind}_parallel": True, f"{kind}_parallel_degree": int(layout[kind])}

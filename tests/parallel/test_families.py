@@ -30,9 +30,18 @@ RUNS = {
         Run(GUIDED, "one rank", "tensor 2", DITS),
         Run("replaced block", "one rank", "tensor 2", DITS),
         Run("areas", "one rank", "pipeline 2", STAGED),
+        *(Run(case, "spatial 2", "whole", tuple(UNETS)) for case in family_cases.CASES),
     ],
-    3: [Run(GUIDED, "ulysses 3"), Run("areas", "one rank", "tensor 3", WITH_AREAS)],
-    4: [Run(GUIDED, "cfg 2 x ulysses 2"), Run(GUIDED, "cfg 2", "tensor 2", DITS)],
+    3: [
+        Run(GUIDED, "ulysses 3"),
+        Run("areas", "one rank", "tensor 3", WITH_AREAS),
+        Run("replaced block", "spatial 3", "whole", tuple(UNETS)),
+    ],
+    4: [
+        Run(GUIDED, "cfg 2 x ulysses 2"),
+        Run(GUIDED, "cfg 2", "tensor 2", DITS),
+        Run(GUIDED, "cfg 2 x spatial 2", "whole", tuple(UNETS)),
+    ],
 }
 # UNets have their rows dealt and their cells whole: where others share tokens, their ranks repeat the call.
 AS_UNET = {

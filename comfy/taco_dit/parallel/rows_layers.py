@@ -219,7 +219,8 @@ def _resized(func: Any, args: Any, kwargs: Any) -> Any:
     local, rows_here = picture.local, picture.local.shape[picture.rows.axis]
     repeated = torch.arange(stop - start) * rows_here // (stop - start)
     if (stop - start) % rows_here or not torch.equal(mine, repeated):
-        local = picture.plan.compute(torch.index_select, local, picture.rows.axis, mine.to(local.device))
+        places = picture.plan.on_device(tuple(mine.tolist()))
+        local = picture.plan.compute(torch.index_select, local, picture.rows.axis, places)
     local = picture.plan.compute(func, local, sizes, None, given["mode"])
     return picture.with_local(local, out)
 
@@ -322,6 +323,26 @@ def _product(func: Any, args: Any, kwargs: Any) -> Any:
     return left.with_local(local, left.rows.moved(local.ndim - 2))
 
 
+def _own_attention(func: Any, args: Any, kwargs: Any) -> Any:
+    """Our attention on one process, by whichever kernel it takes: `scaled_dot_product(q, k, v, mask)`."""
+    q, k, v, mask = args
+    if not isinstance(q, RowsTensor) or q.rows.axis != q.ndim - 2 or kwargs:
+        return NotImplemented
+    k, v = _keys_and_values(k, v)
+    mask = _rows_of_mask(mask, q)
+    if not q.local.numel():
+        return q.with_local(q.local.new_empty([*q.local.shape[:-1], v.shape[-1]]))
+    return q.with_local(q.plan.compute(func, q.local, k, v, mask))
+
+
+def _rows_of_mask(mask: Any, q: RowsTensor) -> Any:
+    """The part of a mask [.., Lq or 1, Lk] for this rank's queries."""
+    mask = whole(mask)
+    if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
+        mask = q.plan.part(mask, q.rows.moved(-2))
+    return mask
+
+
 def _attention(func: Any, args: Any, kwargs: Any) -> Any:
     """Queries stay; keys and values come from all ranks, in one message where they are alike."""
     given = _arguments("query key value attn_mask dropout_p is_causal", args, kwargs, attn_mask=None)
@@ -330,9 +351,7 @@ def _attention(func: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(q, RowsTensor) or q.rows.axis != q.ndim - 2 or not usual:
         return NotImplemented
     k, v = _keys_and_values(k, v)
-    mask = whole(mask)
-    if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
-        mask = q.plan.part(mask, q.rows.moved(-2))
+    mask = _rows_of_mask(mask, q)
     options = {name: given[name] for name in ("scale", "enable_gqa") if name in given}
     if not q.local.numel():
         return q.with_local(q.local.new_empty([*q.local.shape[:-1], v.shape[-1]]))
@@ -370,4 +389,5 @@ register(_over_last_axes, "layer_norm rms_norm")
 register(_linear, "linear")
 register(_product, "matmul __matmul__ bmm")
 register(_attention, "scaled_dot_product_attention")
+register(_own_attention, "scaled_dot_product")
 register(_cudnn_attention, "_scaled_dot_product_cudnn_attention")
