@@ -6,6 +6,7 @@ Frames are a batch of pictures [T, H, W, 3], or [B, T, H, W, 3]; latents are [B,
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import comfy.model_management as model_management
 import comfy.utils
 from comfy.missing import FeatureMissingError
-from comfy.taco_dit.core.spread import spread_rounds
+from comfy.taco_dit.core.spread import rows_over, spread_pictures, spread_rounds
 
 Bytes = Callable[[Sequence[int]], float]
 Each = Callable[..., Iterable[torch.Tensor]]
@@ -124,11 +125,12 @@ class VideoCoder:
         """
         samples = self._checked(samples)
         vae = self.vae
-        vae._load(vae.memory_used_decode(samples.shape, vae.vae_dtype))
+        frames, (height, width) = self.kind.frames(samples.shape[2]), samples.shape[3:]
+        pixels = frames * height * width * self.kind.space**2
+        vae._load(vae.memory_used_decode(samples.shape, vae.vae_dtype) / rows_over(samples.shape[0], pixels))
         video = None
         try:
-            parts = [self._decoded(sample).to(vae.output_device) for sample in samples.split(1)]
-            video = vae.process_output(torch.cat(parts))
+            video = vae.process_output(self._coded(samples, self._decoded, pixels))
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE decoding, retrying with tiled VAE decoding.")
         if video is None:  # outside the handler, whose traceback keeps the failed tensors
@@ -136,6 +138,18 @@ class VideoCoder:
             video = self._decode_in_tiles(samples, (9999, tile, tile), (1, tile // 4, tile // 4))
         vae.patcher.weight_store.check_files()
         return video.movedim(1, -1)
+
+    def _coded(
+        self, videos: torch.Tensor, code: Callable[[torch.Tensor], torch.Tensor], pixels: int, unit: int = 1
+    ) -> torch.Tensor:
+        """`code` of each video or latent, which are dealt over ranks whole or by rows; arguments as of `spread_pictures`."""
+        vae = self.vae
+
+        def one_by_one(some: torch.Tensor) -> torch.Tensor:
+            return torch.cat([code(one).to(vae.output_device) for one in some.split(1)])
+
+        done = spread_pictures(videos, one_by_one, vae.first_stage_model, code, vae.device, pixels, unit)
+        return done.to(vae.output_device)
 
     def _checked(self, samples: torch.Tensor) -> torch.Tensor:
         if samples.ndim == 4:
@@ -193,10 +207,11 @@ class VideoCoder:
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Frames [T, H, W, 3] in 0..1 -> latent [1, C, t, h, w]; in tiles when memory does not suffice."""
         vae, video = self.vae, self._video(pixels)
-        vae._load(vae.memory_used_encode(video.shape, vae.vae_dtype))
+        size = math.prod(video.shape[2:])
+        vae._load(vae.memory_used_encode(video.shape, vae.vae_dtype) / rows_over(video.shape[0], size))
         latents = None
         try:
-            latents = torch.cat([self._encoded(part).to(vae.output_device) for part in video.split(1)])
+            latents = self._coded(video, self._encoded, size, self.kind.space)
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE encoding, retrying with tiled VAE encoding.")
         if latents is None:  # outside the handler, as above

@@ -26,6 +26,8 @@ from comfy.taco_dit.parallel.rows_tensor import RowsTensor, whole
 from comfy.taco_dit.parallel.spatial_parallel import RowsPlan, run_by_rows
 from tests import tiny_models
 
+from .unet_cases import unets, videos
+
 CPU = torch.device("cpu")
 SIZES = [(1, 9, 7), (2, 5, 6), (1, 4, 5), (1, 3, 4), (1, 2, 3), (2, 1, 2)]  # pictures, rows and columns of latents
 
@@ -320,6 +322,12 @@ def video_in_tiles(vae):
     return video, vae.encode_tiled(video[0], tile_x=32, tile_y=32, overlap=16, tile_t=5, overlap_t=1)
 
 
+def video_at_once(vae):
+    """A video decoded, and encoded again."""
+    video = vae.decode(draw(1, 6, 2, 5, 3))
+    return video, vae.encode(video[0])
+
+
 def out_of_memory(manager, vae):
     """One rank runs out of memory: all decode in tiles. (deviation from tiles, whether it happened here, calls of tiles)"""
     latent = draw(1, 16, 9, 7)
@@ -369,7 +377,7 @@ def prompts(manager):
     vae = VAE(sd=dict(tiny_vae()))
     one = through_nodes(vae)
     videos = video_vae()
-    video = video_in_tiles(videos)
+    video, whole_video = video_in_tiles(videos), video_at_once(videos)
     lockstep = RankLockstep(manager)
     lockstep.join({"rank": manager.rank, "device": "cpu", "host": "here", "pid": None})
     comfy.model_management.set_interrupt_check(lockstep.interrupt_check)
@@ -389,6 +397,9 @@ def prompts(manager):
         with counted(spread, "spread") as dealt:
             again = video_in_tiles(videos)
         found["video"] = [deviation(*pair) for pair in zip(video, again)], len(dealt)
+        with counted(spatial_parallel, "run_by_rows") as by_rows:
+            again = video_at_once(videos)
+        found["whole video"] = [deviation(*pair) for pair in zip(whole_video, again)], len(by_rows)
         found["memory"] = out_of_memory(manager, vae), spread_without_memory(manager)
         off = TacoConfig(parallel=ParallelConfig(spatial_parallel=False))
         runtime.activate(runtime.Runtime(off, manager, lockstep, engine))
@@ -413,5 +424,6 @@ def everything(manager):
     with torch.inference_mode():
         return {
             "operations": operations(group), "networks": networks(group), "replaced": replaced_parts(group),
-            "memory": memory(group), "said": sorted(rows_tensor._said), "prompts": prompts(manager),
+            "memory": memory(group), "said": sorted(rows_tensor._said), "unets": unets(group),
+            "videos": videos(group), "prompts": prompts(manager),
         }  # fmt: skip

@@ -17,7 +17,7 @@ from .spatial_cases import OPERATIONS, SIZES, everything
 
 WHOLE = {  # what the cases use that needs whole pictures; attention only of a picture of one row
     "__getitem__", "__setitem__", "all", "conv2d", "fft_fft2", "interpolate", "max", "mean", "pad",
-    "scaled_dot_product_attention",
+    "scaled_dot_product",
 }  # fmt: skip
 
 
@@ -42,6 +42,18 @@ def test_the_vae_equals_one_rank(found):
     for networks in each(found, "networks"):
         assert len(networks) == 2 * len(SIZES) + 1
         assert not {key: value for key, value in networks.items() if not value < 1e-5}
+
+
+def test_a_unet_equals_one_rank_with_what_packs_patch(found):
+    for unets in each(found, "unets"):
+        assert len(unets) == 3 * 11 - 1
+        assert not {key: value for key, value in unets.items() if not value < 1e-5}
+
+
+def test_video_vaes_equal_one_rank_and_need_no_whole_pictures(found):
+    for videos, said in each(found, "videos"):
+        assert len(videos) == 12 and not said
+        assert not {key: value for key, value in videos.items() if not value < 1e-10}
 
 
 def test_what_packs_replace_stays_right_and_is_told(found):
@@ -72,6 +84,8 @@ def test_tiles_of_videos_are_dealt_over_ranks(found):
     for prompts in each(found, "prompts"):
         deviations, dealt = prompts["video"]
         assert max(deviations) < 1e-5 and dealt > 3
+        deviations, by_rows = prompts["whole video"]
+        assert max(deviations) < 1e-5 and by_rows == 2
 
 
 def test_out_of_memory_on_one_rank_makes_all_decode_in_tiles(found):

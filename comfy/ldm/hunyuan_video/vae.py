@@ -66,9 +66,11 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
-        out = scaled_dot_product(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
-        return x + self.proj_out(out)
+        # Rows before frames: so the places of some rows are a run of tokens, and the order makes no difference.
+        places = [conv(h).transpose(2, 3) for conv in (self.q, self.k, self.v)]
+        q, k, v = (part.flatten(2).transpose(1, 2).unsqueeze(1) for part in places)
+        out = scaled_dot_product(q, k, v).squeeze(1).transpose(1, 2).reshape(places[0].shape)
+        return x + self.proj_out(out.transpose(2, 3))
 
 
 class Downsample(nn.Module):

@@ -41,7 +41,7 @@ from .config_manager import ConfigError, OptimizationConfig, ParallelConfig, Tac
 from .distributed_manager import TACODiTDistributedManager
 from .layout import Layout, Placement
 from .machine_profile import MachineProfile, assumed
-from .network_cost import NetworkCost, of_network
+from .network_cost import EIGHT_BIT_RATES, NetworkCost, of_network
 from .plan import ParallelDims, Plan, Workload, choose_plan
 from .rows import can_cut, can_deal_rows, collect_rows, foreign_parts, replaced_parts, rows_of
 
@@ -65,7 +65,9 @@ class TACODiTExecutionEngine:
         self._unsaid: RunStatistics | None = None
         self.total_calls = 0
         self._plan: Plan | None = None
-        self._streamed: float | None = None  # bytes of weights that come from host memory in each call of this run
+        # Of this run: bytes of weights that come from host memory in each call, how fast linears multiply, reused calls.
+        self._streamed: float | None = None
+        self._linear_rate, self._reused = 1.0, 0.0
         self._started = 0.0
         self._layout: tuple[Layout, str] = (Layout(), "")
         self._token_plans: dict[Any, SharedPicture] = {}
@@ -215,7 +217,12 @@ class TACODiTExecutionEngine:
         if self._streamed is None:  # the most of all ranks, so that all choose the same plan
             offloaded = layout.placement is Placement.OFFLOADED
             mine = max(0.0, costs.weight_bytes - model.model_loaded_weight_memory) if offloaded else 0.0
-            self._streamed = max(self.lockstep.gather("streamed weights", mine))
+            rate = EIGHT_BIT_RATES.get(store_of(model).multiplies_in or "", 1.0)
+            found = self.lockstep.gather("costs of this network", (mine, rate, self._reused))
+            self._streamed = max(streamed for streamed, _, _ in found)
+            self._linear_rate = min(rate for _, rate, _ in found)
+            self._reused = min(reused for _, _, reused in found)
+        costs = dataclasses.replace(costs, linear_rate=self._linear_rate, reused=self._reused)
         streaming = Placement.OFFLOADED if self._streamed else Placement.WHOLE
         if {layout.placement, streaming} <= {Placement.OFFLOADED, Placement.WHOLE}:
             layout = dataclasses.replace(layout, placement=streaming)
@@ -310,6 +317,7 @@ class TACODiTExecutionEngine:
         self.pipelines.begin_run()
         self.clock.restart()
         if self.step_cache is not None:
+            self._reused = self.step_cache.expected_share()
             self.step_cache.begin_run()
         self._plan = None
         self._streamed = None

@@ -24,6 +24,13 @@ def _each_axis(value: Any, axes: int) -> list[int]:
     return [int(value)] * axes if isinstance(value, int) else [int(v) for v in value] * (axes // len(value))
 
 
+def _by_entries(picture: Any) -> Any:
+    """The same tensor with each entry of its axis of rows as a row: cells that were put together to a picture again."""
+    if not isinstance(picture, RowsTensor) or picture.rows.unit == 1:
+        return picture
+    return picture.with_local(picture.local, picture.rows.of_entries())
+
+
 class _Window:
     """A window that slides over rows: which outputs each rank makes, and which input rows it needs for them."""
 
@@ -31,9 +38,10 @@ class _Window:
         self.reach = dilation * (kernel - 1) + 1
         self.stride, self.padding, self.rows = stride, padding, rows
         height = (rows.rows + 2 * padding - self.reach) // stride + 1
-        # The output j belongs to the rank of the input row j * stride, about the middle of its window.
-        ends = [min(-(-end // stride), height) for end in rows.starts()]
-        ends[-1] = height
+        # The output j belongs to the rank of the row in the middle of its window, so pictures do not wander over the ranks.
+        middle = self.reach // 2 - padding
+        ends = [min(max(0, -(-(end - middle) // stride)), height) for end in rows.starts()]
+        ends[0], ends[-1] = 0, height
         self.made = [(a, max(a, b)) for a, b in zip(ends, ends[1:])]
         self.out = Layout(rows.axis, tuple(b - a for a, b in self.made))
 
@@ -53,7 +61,7 @@ def _convolution(axes: int) -> Handler:
 
     def handler(func: Any, args: Any, kwargs: Any) -> Any:
         given = _arguments(names, args, kwargs, bias=None, stride=1, padding=0, dilation=1, groups=1)
-        picture, weight = given["input"], given["weight"]
+        picture, weight = _by_entries(given["input"]), given["weight"]
         learned = weight, given["bias"]
         place = picture.rows.axis - picture.ndim + axes if isinstance(picture, RowsTensor) else -1
         unusual = isinstance(given["padding"], str) or isinstance(weight, RowsTensor)
@@ -137,7 +145,7 @@ def _pooling(axes: int) -> Handler:
 
     def handler(func: Any, args: Any, kwargs: Any) -> Any:
         given = _arguments("input kernel_size stride padding", args[:4], kwargs, stride=None, padding=0)
-        picture = given["input"]
+        picture = _by_entries(given["input"])
         place = picture.rows.axis - picture.ndim + axes
         plain = len(args) <= 4 and set(kwargs) <= {"input", "kernel_size", "stride", "padding"}
         kernel, padding = _each_axis(given["kernel_size"], axes), _each_axis(given["padding"], axes)
@@ -156,25 +164,27 @@ def _pooling(axes: int) -> Handler:
 
 
 def _padded(func: Any, args: Any, kwargs: Any) -> Any:
-    """Constants around the picture; those above the first row go to the first rank, those below the last to the last."""
+    """Constants or copies around the picture; those above the first row go to the rank that has it, below the last alike."""
     given = _arguments("input pad mode value", args, kwargs, mode="constant", value=None)
-    picture, pads = given["input"], list(given["pad"])
+    picture, pads = _by_entries(given["input"]), list(given["pad"])
     rows = picture.rows
     place = 2 * (picture.ndim - 1 - rows.axis)
     above, below = pads[place : place + 2] if place < len(pads) else (0, 0)
-    if (above or below) and (given["mode"] != "constant" or min(above, below) < 0 or rows.unit != 1):
+    known = given["mode"] in ("constant", "replicate") and rows.rows > 0
+    if (above or below) and (not known or min(above, below) < 0):
         return NotImplemented
     counts = list(rows.counts)
-    counts[0] += above
-    counts[-1] += below
+    holders = [rank for rank, count in enumerate(counts) if count] or [0]
+    counts[holders[0]] += above
+    counts[holders[-1]] += below
     if place < len(pads):
-        mine = above if picture.plan.index == 0 else 0, below if picture.plan.index == picture.plan.size - 1 else 0
-        pads[place : place + 2] = mine
+        index = picture.plan.index
+        pads[place : place + 2] = above if index == holders[0] else 0, below if index == holders[-1] else 0
     if not picture.local.numel() and given["mode"] != "constant":
         shape = [*picture.local.shape]
         for axis, total in zip(range(picture.ndim - 1, -1, -1), (a + b for a, b in zip(pads[::2], pads[1::2]))):
             shape[axis] += total
-        return picture.with_local(picture.local.new_empty(shape))
+        return picture.with_local(picture.local.new_empty(shape), Layout(rows.axis, tuple(counts), rows.unit))
     local = picture.plan.compute(func, picture.local, pads, given["mode"], given["value"])
     return picture.with_local(local, Layout(rows.axis, tuple(counts), rows.unit))
 
@@ -183,7 +193,7 @@ def _resized(func: Any, args: Any, kwargs: Any) -> Any:
     """Nearest neighbours: each rank makes the rows that are copies of its own."""
     names = "input size scale_factor mode"
     given = _arguments(names, args, kwargs, size=None, scale_factor=None, mode="nearest")
-    picture = given["input"]
+    picture = _by_entries(given["input"])
     axes = picture.ndim - 2
     place = picture.rows.axis - 2
     known = set(given) <= {*names.split(), "recompute_scale_factor", "align_corners", "antialias"}

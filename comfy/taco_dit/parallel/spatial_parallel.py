@@ -66,12 +66,12 @@ class SpatialPlan:
         return functools.partial(self._call, network)
 
     def _call(
-        self, network: Any, x: torch.Tensor, timestep: torch.Tensor, transformer_options: Any = None, **arguments: Any
+        self, network: Any, x: torch.Tensor, *arguments: Any, transformer_options: Any = None, **named: Any
     ) -> torch.Tensor:
         self._rows.out_of_memory = False
         options = _for_whole_pictures(transformer_options or {})
         picture = self._rows.deal(x, unit=network.row_unit)
-        out: torch.Tensor = whole(network(picture, timestep, transformer_options=options, **arguments))
+        out: torch.Tensor = whole(network(picture, *arguments, transformer_options=options, **named))
         if not captures(self._rows.device):
             self._rows.finish()
         return out
