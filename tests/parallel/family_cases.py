@@ -120,9 +120,6 @@ class Run:
     layout: str = "whole"
     families: tuple[str, ...] = tuple(ALL)
 
-    def __str__(self):
-        return f"{self.case}, {self.plan}, {self.layout}"
-
     def configuration(self):
         """Of the program: the layout, and the degrees of sequence parallelism."""
         degrees = dict(part.split() for part in self.plan.split(" x ") if part != "one rank")
@@ -136,24 +133,26 @@ class Run:
         return {"parallel": parallel}
 
 
-def compare(manager, run, wanted):
-    """{family: (plan, layout, deviation from one rank)} of a run; wanted: what `serial` gave for its case, by family."""
+def compare(manager, runs, wanted):
+    """{(run, family): (plan, layout, deviation from one rank)}; wanted: what `serial` gave, by (family, case)."""
     from comfy.taco_dit import runtime
     from comfy.taco_dit.core.config_manager import parse_config, validate_for
     from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
     from comfy.taco_dit.core.lockstep import RankLockstep
 
     lockstep, found = RankLockstep(manager), {}
-    config = validate_for(parse_config(run.configuration(), "test"), manager.world_size)
-    engine = TACODiTExecutionEngine(config, manager, lockstep)
-    runtime.activate(runtime.Runtime(config, manager, lockstep, engine))
-    lockstep.begin("families")
-    change, arguments = CASES[run.case]
-    for family in run.families:
-        parallel = draw(change(load(family), family), ALL[family], **arguments)
-        deviation = ((parallel - wanted[family]).abs().max() / wanted[family].abs().max()).item()
-        found[family] = engine.last_run.plan, engine.last_run.layout, deviation
-    lockstep.end()
+    for place, run in enumerate(runs):
+        config = validate_for(parse_config(run.configuration(), "test"), manager.world_size)
+        engine = TACODiTExecutionEngine(config, manager, lockstep)
+        runtime.activate(runtime.Runtime(config, manager, lockstep, engine))
+        lockstep.begin(f"run {place}")
+        change, arguments = CASES[run.case]
+        for family in run.families:
+            parallel = draw(change(load(family), family), ALL[family], **arguments)
+            serial = wanted[family, run.case]
+            deviation = ((parallel - serial).abs().max() / serial.abs().max()).item()
+            found[run, family] = engine.last_run.plan, engine.last_run.layout, deviation
+        lockstep.end()
     return found
 
 

@@ -43,7 +43,7 @@ from .layout import Layout, Placement
 from .machine_profile import MachineProfile, assumed
 from .network_cost import EIGHT_BIT_RATES, NetworkCost, of_network
 from .plan import ParallelDims, Plan, Workload, choose_plan
-from .rows import can_cut, can_deal_rows, collect_rows, foreign_parts, replaced_parts, rows_of
+from .rows import all_layers_are_ours, can_cut, can_deal_rows, collect_rows, foreign_parts, replaced_parts, rows_of
 
 SharedPicture = UlyssesPlan | TensorPlan | SpatialPlan
 """How ranks share a picture: its tokens, or its rows."""
@@ -68,6 +68,7 @@ class TACODiTExecutionEngine:
         # Of this run: bytes of weights that come from host memory in each call, how fast linears multiply, reused calls.
         self._streamed: float | None = None
         self._linear_rate, self._reused = 1.0, 0.0
+        self._all_ours: bool | None = None
         self._started = 0.0
         self._layout: tuple[Layout, str] = (Layout(), "")
         self._token_plans: dict[Any, SharedPicture] = {}
@@ -112,8 +113,16 @@ class TACODiTExecutionEngine:
             hidden_size=hidden,
             rows_split=not foreign and can_cut(batches),
             tokens_split=hasattr(network, "block_list"),
-            picture_rows=largest.x.shape[-2] if can_deal_rows(network, batches, model_options) else 0,
+            picture_rows=largest.x.shape[-2] if self._may_deal_rows(network, batches, model_options) else 0,
         )
+
+    def _may_deal_rows(self, network: Any, batches: list[Any], model_options: dict[str, Any]) -> bool:
+        """Whether the rows of pictures may be on different ranks; its layers are looked at once a run."""
+        if self.manager.world_size == 1 or not can_deal_rows(network, batches, model_options):
+            return False
+        if self._all_ours is None:
+            self._all_ours = all_layers_are_ours(network)
+        return self._all_ours
 
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
@@ -320,7 +329,7 @@ class TACODiTExecutionEngine:
             self._reused = self.step_cache.expected_share()
             self.step_cache.begin_run()
         self._plan = None
-        self._streamed = None
+        self._streamed = self._all_ours = None
         self._started = time.perf_counter()
 
     def end_run(self) -> RunStatistics:

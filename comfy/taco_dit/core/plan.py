@@ -205,8 +205,8 @@ def _choose(
 def _best(times: dict[ParallelDims, Estimate], work: Workload, config: ParallelConfig) -> ParallelDims:
     def order(dims: ParallelDims) -> tuple[float, ...]:
         time = times[dims].total
-        asked = config.ring_degree is not None or config.spatial_parallel_degree is not None
-        if (dims.ring_degree > 1 and dims.sequence_degree <= work.heads or dims.spatial_degree > 1) and not asked:
+        ring = dims.ring_degree > 1 and config.ring_degree is None and dims.sequence_degree <= work.heads
+        if ring or (dims.spatial_degree > 1 and config.spatial_parallel_degree is None):
             time = max(time * _GAIN, time + _SECOND_MS)
         return round(time, 6), dims.ring_degree, dims.ulysses_degree, dims.data_degree
 

@@ -109,10 +109,10 @@ def has_foreign_code(network: Any, batches: Sequence[DenoiserBatch], model_optio
 
 
 def can_deal_rows(network: Any, batches: Sequence[DenoiserBatch], model_options: dict[str, Any]) -> bool:
-    """Whether a network can be called with rows of pictures (`row_unit`).
+    """Whether a network of which all layers are ours can be called with rows of pictures (`row_unit`).
 
     Patches and replacements can be given whole pictures; what runs around or instead of our own layers cannot, and may not
-    know what it is given. Parts that are compiled, hooked or not ours take tensors of torch's own.
+    know what it is given.
     """
     if not getattr(network, "row_unit", 0) or replaced_parts(network):
         return False
@@ -125,9 +125,12 @@ def can_deal_rows(network: Any, batches: Sequence[DenoiserBatch], model_options:
     ):
         return False
     functions = (attention.optimized_attention, attention.optimized_attention_masked)
-    return all(function is attention.attention_pytorch for function in functions) and all(
-        map(_is_ours, network.modules())
-    )
+    return all(function is attention.attention_pytorch for function in functions)
+
+
+def all_layers_are_ours(network: Any) -> bool:
+    """Whether no part of a network is compiled, hooked or foreign, and so takes tensors of torch's own only."""
+    return all(map(_is_ours, network.modules()))
 
 
 def _is_ours(module: Any) -> bool:
