@@ -197,7 +197,7 @@ class LTXVAddGuide(io.ComfyNode):
     def get_latent_index(
         cls, cond: Any, latent_length: int, guide_length: int, frame_idx: int, scale_factors: tuple[int, int, int]
     ) -> tuple[int, int]:
-        """(frame, latent frame) at which a guide of `guide_length` frames begins; `latent_length` counts guides' frames too."""
+        """(frame, latent frame) at which a guide of `guide_length` frames begins. `latent_length` counts guides too."""
         step = scale_factors[0]
         length = latent_length - get_keyframe_idxs(cond)[1]
         first = frame_idx if frame_idx >= 0 else max((length - 1) * step + 1 + frame_idx, 0)

@@ -142,10 +142,15 @@ def _sizes(network: Any) -> Sizes:
 
 
 def _splits() -> dict[str, Split]:
-    column, row = Split("column", ("heads",)), Split("row", ("heads",))
-    out = {f"*_layers.*.attn.w?{name}": column for name in "qkv"} | {"*_layers.*.attn.w?o": row}
-    out |= {f"*_layers.*.mlp*.{name}": Split("column", ("mlp",)) for name in ("c_fc1", "c_fc2")}
-    return {**out, "*_layers.*.mlp*.c_proj": Split("row", ("mlp",)), "*_layers.*.mod*.1": Split("whole")}
+    out = {"*_layers.*.mod*.1": Split("gathered")}
+    double, single = "double_layers.*", "single_layers.*"
+    kinds = ((double, "w1", "mlpC", ("txt",)), (double, "w2", "mlpX", ("img",)), (single, "w1", "mlp", None))
+    for block, weights, mlp, tokens in kinds:
+        out |= {f"{block}.attn.{weights}{name}": Split("column", ("heads",), tokens) for name in "qkv"}
+        out[f"{block}.attn.{weights}o"] = Split("row", ("heads",), tokens)
+        out |= {f"{block}.{mlp}.{name}": Split("column", ("mlp",), tokens) for name in ("c_fc1", "c_fc2")}
+        out[f"{block}.{mlp}.c_proj"] = Split("row", ("mlp",), tokens)
+    return out
 
 
 FAMILY = Family(
@@ -158,4 +163,6 @@ FAMILY = Family(
     lora_keys=_lora_keys,
     splits=_splits(),
     sizes=_sizes,
+    sizes_from_tensors=True,
+    full_precision=("*_layers.*.mod*.1",),
 )

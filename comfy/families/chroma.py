@@ -124,4 +124,5 @@ FAMILY = Family(
     clip_type="CHROMA",
     splits={name: split for name, split in flux.FAMILY.splits.items() if ".mod" not in name and "_mod." not in name},
     sizes=flux.FAMILY.sizes,
+    sizes_from_tensors=True,
 )

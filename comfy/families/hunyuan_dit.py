@@ -140,7 +140,7 @@ FAMILY = Family(
         "blocks.*.attn1.Wqkv": Split("column", ("heads", "heads", "heads")),
         "blocks.*.attn1.out_proj": Split("row", ("heads",)),
         "blocks.*.attn2.q_proj": Split("column", ("heads",)),
-        "blocks.*.attn2.kv_proj": Split("column", ("heads", "heads")),
+        "blocks.*.attn2.kv_proj": Split("column", ("heads", "heads"), ()),  # every rank has the prompt
         "blocks.*.attn2.out_proj": Split("row", ("heads",)),
         "blocks.*.mlp.fc1": Split("column", ("mlp",)),
         "blocks.*.mlp.fc2": Split("row", ("mlp",)),
@@ -148,4 +148,6 @@ FAMILY = Family(
         "blocks.*.skip_linear": Split("whole"),
     },
     sizes=_sizes,
+    sizes_from_tensors=True,
+    full_precision=("blocks.*.default_modulation.1",),
 )

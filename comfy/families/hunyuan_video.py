@@ -378,4 +378,6 @@ FAMILY = Family(
     # the blocks are Flux's
     splits=flux.FAMILY.splits,
     sizes=flux.FAMILY.sizes,
+    sizes_from_tensors=True,
+    full_precision=flux.FAMILY.full_precision,
 )

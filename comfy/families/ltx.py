@@ -131,7 +131,8 @@ def _splits() -> dict[str, Split]:
     out = {}
     for attention in ("attn1", "attn2"):
         for name in ("to_q", "to_k", "to_v"):
-            out[f"{block}{attention}.{name}"] = Split("column", ("heads",))
+            tokens = ("img",) if name == "to_q" or attention == "attn1" else ()  # every rank has the prompt
+            out[f"{block}{attention}.{name}"] = Split("column", ("heads",), tokens)
         out[f"{block}{attention}.to_out.0"] = Split("row", ("heads",))
     out[f"{block}ff.net.0.proj"] = Split("column", ("mlp",))
     out[f"{block}ff.net.2"] = Split("row", ("mlp",))
@@ -147,4 +148,5 @@ FAMILY = Family(
     from_diffusers=from_diffusers,
     splits=_splits(),
     sizes=_sizes,
+    sizes_from_tensors=True,
 )

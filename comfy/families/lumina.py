@@ -108,17 +108,19 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
 def _sizes(network: Any) -> Sizes:
     head = network.hidden_size // network.num_heads
     mlp = network.layers[0].feed_forward.w1.out_features
-    return {"heads": (network.hidden_size, head), "kv": (network.kv_heads * head, head), "mlp": (mlp, 1)}
+    group = network.hidden_size // network.kv_heads  # query heads with their key head
+    return {"heads": (network.hidden_size, group), "kv": (network.kv_heads * head, head), "mlp": (mlp, 1)}
 
 
 def _splits() -> dict[str, Split]:
     out = {}
-    for blocks in ("noise_refiner", "layers"):
-        out[f"{blocks}.*.attention.qkv"] = Split("column", ("heads", "kv", "kv"))
-        out[f"{blocks}.*.attention.out"] = Split("row", ("heads",))
-        out[f"{blocks}.*.feed_forward.w1"] = out[f"{blocks}.*.feed_forward.w3"] = Split("column", ("mlp",))
-        out[f"{blocks}.*.feed_forward.w2"] = Split("row", ("mlp",))
-        out[f"{blocks}.*.adaLN_modulation.1"] = Split("whole")
+    for blocks, tokens in (("noise_refiner", ("img",)), ("layers", None)):
+        out[f"{blocks}.*.attention.qkv"] = Split("column", ("heads", "kv", "kv"), tokens)
+        out[f"{blocks}.*.attention.out"] = Split("row", ("heads",), tokens)
+        for name in ("w1", "w3"):
+            out[f"{blocks}.*.feed_forward.{name}"] = Split("column", ("mlp",), tokens)
+        out[f"{blocks}.*.feed_forward.w2"] = Split("row", ("mlp",), tokens)
+        out[f"{blocks}.*.adaLN_modulation.1"] = Split("gathered")
     return out
 
 
@@ -131,4 +133,6 @@ FAMILY = Family(
     clip_type="LUMINA2",
     splits=_splits(),
     sizes=_sizes,
+    sizes_from_tensors=True,
+    full_precision=("*.adaLN_modulation.1",),
 )

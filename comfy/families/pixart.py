@@ -183,10 +183,11 @@ FAMILY = Family(
         "blocks.*.attn.qkv": Split("column", ("heads", "heads", "heads")),
         "blocks.*.attn.proj": Split("row", ("heads",)),
         "blocks.*.cross_attn.q_linear": Split("column", ("heads",)),
-        "blocks.*.cross_attn.kv_linear": Split("column", ("heads", "heads")),
+        "blocks.*.cross_attn.kv_linear": Split("column", ("heads", "heads"), ()),  # every rank has the prompt
         "blocks.*.cross_attn.proj": Split("row", ("heads",)),
         "blocks.*.mlp.fc1": Split("column", ("mlp",)),
         "blocks.*.mlp.fc2": Split("row", ("mlp",)),
     },
     sizes=_sizes,
+    sizes_from_tensors=True,
 )

@@ -129,18 +129,19 @@ def _sizes(network: Any) -> Sizes:
     return {"heads": (dim, dim // network.num_heads), "mlp": (4 * dim, 1)}
 
 
+_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
 def _splits() -> dict[str, Split]:
-    """Attention in whole heads, MLPs in columns then rows; modulations are the same on every rank."""
+    """Attention in whole heads, MLPs in columns then rows; modulations have large weights and small outputs."""
     block = "transformer_blocks.*."
-    out = {}
-    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
-        out[f"{block}attn.{name}"] = Split("column", ("heads",))
-    for name in ("to_out.0", "to_add_out"):
-        out[f"{block}attn.{name}"] = Split("row", ("heads",))
-    for stream in ("img", "txt"):
-        out[f"{block}{stream}_mlp.net.0.proj"] = Split("column", ("mlp",))
-        out[f"{block}{stream}_mlp.net.2"] = Split("row", ("mlp",))
-        out[f"{block}{stream}_mod.1"] = Split("whole")
+    out: dict[str, Split] = {}
+    for stream, added, project in (("img", ("to_q", "to_k", "to_v"), "to_out.0"), ("txt", _TEXT, "to_add_out")):
+        out |= {f"{block}attn.{name}": Split("column", ("heads",), (stream,)) for name in added}
+        out[f"{block}attn.{project}"] = Split("row", ("heads",), (stream,))
+        out[f"{block}{stream}_mlp.net.0.proj"] = Split("column", ("mlp",), (stream,))
+        out[f"{block}{stream}_mlp.net.2"] = Split("row", ("mlp",), (stream,))
+        out[f"{block}{stream}_mod.1"] = Split("gathered")
     return out
 
 
@@ -153,4 +154,6 @@ FAMILY = Family(
     lora_keys=lora_keys,
     splits=_splits(),
     sizes=_sizes,
+    sizes_from_tensors=True,
+    full_precision=("transformer_blocks.*_mod.1",),
 )

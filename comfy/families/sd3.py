@@ -167,14 +167,14 @@ def _sizes(network: Any) -> Sizes:
 
 def _splits() -> dict[str, Split]:
     out = {}
-    for half in ("context_block", "x_block"):
+    for half, stream in (("context_block", "txt"), ("x_block", "img")):
         block = f"joint_blocks.*.{half}"
         for attention in ("attn", "attn2"):
-            out[f"{block}.{attention}.qkv"] = Split("column", ("heads", "heads", "heads"))
-            out[f"{block}.{attention}.proj"] = Split("row", ("heads",))
-        out[f"{block}.mlp.fc1"] = Split("column", ("mlp",))
-        out[f"{block}.mlp.fc2"] = Split("row", ("mlp",))
-        out[f"{block}.adaLN_modulation.1"] = Split("whole")
+            out[f"{block}.{attention}.qkv"] = Split("column", ("heads", "heads", "heads"), (stream,))
+            out[f"{block}.{attention}.proj"] = Split("row", ("heads",), (stream,))
+        out[f"{block}.mlp.fc1"] = Split("column", ("mlp",), (stream,))
+        out[f"{block}.mlp.fc2"] = Split("row", ("mlp",), (stream,))
+        out[f"{block}.adaLN_modulation.1"] = Split("gathered")
     return out
 
 
@@ -189,4 +189,6 @@ FAMILY = Family(
     clip_type="SD3",
     splits=_splits(),
     sizes=_sizes,
+    sizes_from_tensors=True,
+    full_precision=("joint_blocks.*.adaLN_modulation.1",),
 )

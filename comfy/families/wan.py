@@ -432,18 +432,20 @@ def _sizes(network: Any) -> Sizes:
 def _splits() -> dict[str, Split]:
     """Everything in a block, in whole heads; queries' and keys' norms need the sum of squares of all of them."""
     out = {}
-    for attention in ("self_attn", "cross_attn"):
-        for name in ("q", "k", "v", "k_img", "v_img"):
-            out[f"*blocks.*.{attention}.{name}"] = Split("column", ("heads",))
-        out[f"*blocks.*.{attention}.o"] = Split("row", ("heads",))
-    out["*blocks.*.ffn.0"] = Split("column", ("mlp",))
-    out["*blocks.*.ffn.2"] = Split("row", ("mlp",))
+    for block, stream in (("blocks.*", "img"), ("vace_blocks.*", "vace")):
+        for attention in ("self_attn", "cross_attn"):
+            for name in ("q", "k", "v", "k_img", "v_img"):
+                tokens = (stream,) if name == "q" or attention == "self_attn" else ()  # every rank has the prompt
+                out[f"{block}.{attention}.{name}"] = Split("column", ("heads",), tokens)
+            out[f"{block}.{attention}.o"] = Split("row", ("heads",), (stream,))
+        out[f"{block}.ffn.0"] = Split("column", ("mlp",), (stream,))
+        out[f"{block}.ffn.2"] = Split("row", ("mlp",), (stream,))
     for name in ("audio_injector.injector.*", "blocks.*.audio_cross_attn_wrapper.audio_cross_attn"):
-        out |= {f"{name}.{layer}": Split("column", ("heads",)) for layer in "qkv"}
-        out[f"{name}.o"] = Split("row", ("heads",))
-    out["face_adapter.fuser_blocks.*.linear1_q"] = Split("column", ("heads",))
-    out["face_adapter.fuser_blocks.*.linear1_kv"] = Split("column", ("heads", "heads"))
-    out["face_adapter.fuser_blocks.*.linear2"] = Split("row", ("heads",))
+        out |= {f"{name}.{layer}": Split("column", ("heads",), ("img",) if layer == "q" else ()) for layer in "qkv"}
+        out[f"{name}.o"] = Split("row", ("heads",), ("img",))
+    out["face_adapter.fuser_blocks.*.linear1_q"] = Split("column", ("heads",), ("img",))
+    out["face_adapter.fuser_blocks.*.linear1_kv"] = Split("column", ("heads", "heads"), ())
+    out["face_adapter.fuser_blocks.*.linear2"] = Split("row", ("heads",), ("img",))
     out["vace_blocks.*.before_proj"] = Split("whole")
     out["vace_blocks.*.after_proj"] = Split("whole")
     return out
@@ -477,4 +479,5 @@ FAMILY = Family(
     from_diffusers=from_diffusers,
     splits=_splits(),
     sizes=_sizes,
+    sizes_from_tensors=True,
 )

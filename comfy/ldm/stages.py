@@ -13,7 +13,16 @@ import torch
 
 _compiled: dict[Any, Callable[..., Any]] = {}
 _uncompilable: set[Any] = set()
+_left_out: list[tuple[type, str]] = []
 _compile_stages: contextvars.ContextVar[bool] = contextvars.ContextVar("compile_stages", default=False)
+
+
+def leave_out(kind: type, *methods: str) -> None:
+    """Keep methods that stages call, and that communicate, out of compiled stages.
+
+    It is done when the first stage is compiled: torch's compiler takes 70 MB of memory.
+    """
+    _left_out.extend((kind, method) for method in methods)
 
 
 @contextlib.contextmanager
@@ -39,6 +48,9 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         if not _compile_stages.get() or function in _uncompilable:
             return function(*args, **kwargs)
         if function not in _compiled:
+            while _left_out:
+                kind, method = _left_out.pop()
+                setattr(kind, method, torch.compiler.disable(getattr(kind, method)))
             # Streams, batch sizes, patch kinds and models of several sizes share one function.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
             _compiled[function] = torch.compile(function)

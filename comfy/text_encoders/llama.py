@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from comfy.clip_model import ACTIVATIONS, LayerCollector, merge_heads, padding_bias, split_heads
+from comfy.families.base import Sizes, Split
 
 
 class RMSNorm(torch.nn.Module):
@@ -68,9 +69,11 @@ class _Attention(torch.nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config["rms_norm_eps"], add_one, dtype, device)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        q = split_heads(self.q_proj(x), self.heads)
-        k = split_heads(self.k_proj(x), self.kv_heads)
-        v = split_heads(self.v_proj(x), self.kv_heads)
+        """x [B, L, C] -> [B, L, C], by as many heads as the linears return."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if q.shape[-1] == 0:  # fewer key heads than ranks that share them
+            return self.o_proj(q)
+        q, k, v = (split_heads(t, t.shape[-1] // self.head_dim) for t in (q, k, v))
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         q, k = rotate(q, *tables), rotate(k, *tables)
@@ -138,7 +141,29 @@ class _Stack(torch.nn.Module):
 
 
 class LanguageModel(torch.nn.Module):
-    """The network; interface of `comfy.clip_model`, without pooling."""
+    """The network; interface of `comfy.clip_model`, without pooling.
+
+    splits: how its linears are cut where ranks share them, as in a family's record; sizes: those that the splits name.
+    """
+
+    splits = {
+        "model.layers.*.self_attn.q_proj": Split("column", ("heads",), tokens=()),
+        "model.layers.*.self_attn.[kv]_proj": Split("column", ("keys",), tokens=()),
+        "model.layers.*.self_attn.o_proj": Split("row", ("heads",), tokens=()),
+        "model.layers.*.mlp.gate_proj": Split("column", ("inner",), tokens=()),
+        "model.layers.*.mlp.up_proj": Split("column", ("inner",), tokens=()),
+        "model.layers.*.mlp.down_proj": Split("row", ("inner",), tokens=()),
+    }
+
+    def sizes(self) -> Sizes:
+        """Query heads with the key head that they share, key heads, and hidden channels of the feed-forward layers."""
+        heads, keys, size = (self.config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+        group = heads // keys * size
+        return {
+            "heads": (heads * size, group),
+            "keys": (keys * size, size),
+            "inner": (self.config["intermediate_size"], 1),
+        }
 
     def __init__(self, config_dict: dict[str, Any], dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from comfy.taco_dit.core.degrees import ParallelDims, Workload
 from comfy.taco_dit.core.layout import Layout, Placement
 from comfy.taco_dit.core.layout_choice import KEYS, weigh_layouts
 from comfy.taco_dit.core.machine_profile import DeviceRates, Link, MachineProfile, assumed, rate_at
-from comfy.taco_dit.core.network_cost import KNOWN, of_network, transformer
+from comfy.taco_dit.core.network_cost import EIGHT_BIT_RATES, KNOWN, of_network, transformer
 from comfy.taco_dit.core.plan import Plan, choose_plan
 from tests.made_up.network import Pebble
 
@@ -228,3 +228,54 @@ def test_rates_between_and_beyond_measured_sizes():
         MachineProfile(machine(2).devices, (), 1.0, 1.0)
     with pytest.raises(ValueError, match="GPU 'h101' is not known; known: h200, h100"):
         hardware.profile(["h101"])
+
+
+SDXL = dataclasses.replace(
+    KNOWN["flux-dev"][0], name="SDXL", hidden=320, heads=5, head_size=64, blocks=16, linear_flops=2 * 2.57e9 / 16,
+    once_bytes=0, weight_bytes=5.1e9, unet=True, row_layers=115, attentions=70, keys=70 * 2 * 1200,
+)  # fmt: skip
+CELLS = Workload(1, 1, 128 * 128 + 77, 5, 320, tokens_split=False, picture_rows=128)
+
+
+def unet(profile: MachineProfile, config: ParallelConfig | None = None, **changes: object) -> Plan:
+    work = dataclasses.replace(CELLS, **changes)
+    return choose_plan(config or ParallelConfig(), work, len(profile.devices), profile=profile, network=SDXL)
+
+
+def test_rows_of_a_unet_are_shared_where_it_gains():
+    assert unet(machine(2)).dims.describe() == "spatial 2"
+    assert unet(machine(3), conds=2).dims.describe() == "spatial 3"
+    assert unet(machine(2), conds=2).dims.describe() == "cfg 2"
+    assert unet(machine(4), conds=2).dims.describe() == "cfg 2 x spatial 2"
+    assert "128 rows of a picture on 3 ranks" in unet(machine(3), conds=2).reason
+    slow = unet(machine(2, link="pcie3"))
+    assert slow.dims.describe() == "replicas 2" and "exchanging would take longer" in slow.reason
+    assert unet(machine(2), tokens=32 * 32 + 77, picture_rows=32).dims.describe() == "replicas 2"
+    assert unet(machine(2), picture_rows=0).dims.describe() == "replicas 2", "a pack needs whole pictures"
+    assert unet(machine(2), ParallelConfig(spatial_parallel=False)).dims.describe() == "replicas 2"
+    fixed = ParallelConfig(spatial_parallel_degree=2)
+    assert unet(machine(2, link="pcie3"), fixed).dims.describe() == "spatial 2"
+    assert unet(machine(4), fixed).dims.spatial_degree == 2
+    assert unet(machine(2), ParallelConfig(spatial_parallel_degree=1)).dims.describe() == "replicas 2"
+
+
+def test_linears_in_eight_bits_and_step_caches_are_known():
+    profile = machine(1, "h200")
+
+    def predicted(**changes: float) -> float:
+        network = dataclasses.replace(FLUX, **changes)
+        return estimate(network, WORK, ParallelDims(), profile).total
+
+    assert predicted(linear_rate=EIGHT_BIT_RATES["fp8"]) == pytest.approx(90.2, rel=0.15)  # docs/benchmarks.md
+    assert predicted(linear_rate=EIGHT_BIT_RATES["int8"]) == pytest.approx(206.9, rel=0.15)
+    assert predicted(reused=0.5) == pytest.approx(predicted() * (1 - 0.5 * 56 / 57))
+
+
+def test_norms_over_all_heads_cost_a_sum():
+    network = dataclasses.replace(KNOWN["wan-14b"][0])
+    work, layout = Workload(1, 1, 32760, 40, 5120), Layout(tensor_degree=2)
+    plain, summed = (
+        estimate(dataclasses.replace(network, norms=n), work, ParallelDims(), machine(2), layout).exchange
+        for n in (0, 160)
+    )
+    assert 0 < summed - plain < 0.1 * plain

@@ -91,3 +91,18 @@ def test_rotated_norms() -> None:
         ]
         exact = apply_rope(*normed, table)
     assert all(close(value, wanted) for value, wanted in zip(rotated, exact))
+
+
+def test_norms_over_heads_that_other_ranks_have_too() -> None:
+    """Some heads with the mean squares of all give what all heads together give for them."""
+    from comfy.ldm.modules.norm_rope import norm_together_and_rotate
+
+    x, scale = draw(2, 77, 24 * 128), draw(24 * 128)
+    table = torch.randn(1, 1, 77, 64, 2, 2, device="cuda")
+    means = x.float().square().mean(dim=-1, keepdim=True)
+    with torch.inference_mode():
+        whole = norm_together_and_rotate(x, scale, table, 128)
+        for first, last in ((0, 7), (7, 24)):
+            part = slice(first * 128, last * 128)
+            mine = norm_together_and_rotate(x[..., part].contiguous(), scale[part], table, 128, means=means)
+            assert close(mine, whole[:, first:last].float())

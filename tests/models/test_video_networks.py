@@ -100,7 +100,7 @@ def test_ltx_takes_a_time_for_each_token():
 @pytest.mark.parametrize("table_heads", [1, 3])
 def test_norm_over_all_heads_and_rotation(table_heads):
     x, scale, table = noise(2, 5, 24), noise(24, seed=1), noise(1, table_heads, 5, 4, 2, 2, seed=2)
-    got = norm_rope.norm_together_and_rotate(x, scale, table, 3)
+    got = norm_rope.norm_together_and_rotate(x, scale, table, x.shape[-1] // 3)
     normed = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * scale
     pairs = normed.reshape(2, 5, 3, 4, 2).permute(0, 2, 1, 3, 4)
     close(got, torch.einsum("bhlpij,bhlpj->bhlpi", table.expand(2, 3, 5, 4, 2, 2), pairs).flatten(-2))

@@ -26,6 +26,8 @@ from comfy.taco_dit.parallel.rows_tensor import RowsTensor, whole
 from comfy.taco_dit.parallel.spatial_parallel import RowsPlan, run_by_rows
 from tests import tiny_models, tiny_vaes
 
+from .unet_cases import unets, videos
+
 CPU = torch.device("cpu")
 SIZES = [(1, 9, 7), (2, 5, 6), (1, 4, 5), (1, 3, 4), (1, 2, 3), (2, 1, 2)]  # pictures, rows and columns of latents
 
@@ -437,5 +439,6 @@ def everything(manager):
     with torch.inference_mode():
         return {
             "operations": operations(group), "networks": networks(group), "replaced": replaced_parts(group),
-            "memory": memory(group), "said": sorted(rows_tensor._said), "prompts": prompts(manager),
+            "memory": memory(group), "said": sorted(rows_tensor._said), "unets": unets(group),
+            "videos": videos(group), "prompts": prompts(manager),
         }  # fmt: skip

@@ -18,7 +18,7 @@ from .spatial_cases import OPERATIONS, SIZES, everything
 
 WHOLE = {  # what the cases use that needs whole pictures; attention only of a picture of one row
     "__getitem__", "__setitem__", "all", "conv2d", "fft_fft2", "interpolate", "max", "mean", "pad",
-    "scaled_dot_product_attention",
+    "scaled_dot_product",
 }  # fmt: skip
 
 
@@ -43,6 +43,18 @@ def test_the_vae_equals_one_rank(found):
     for networks in each(found, "networks"):
         assert len(networks) == 2 * len(SIZES) + 1 + 2 * len(KINDS)
         assert not {key: value for key, value in networks.items() if not value < 1e-5}
+
+
+def test_a_unet_equals_one_rank_with_what_packs_patch(found):
+    for unets in each(found, "unets"):
+        assert len(unets) == 3 * 11 - 1
+        assert not {key: value for key, value in unets.items() if not value < 1e-5}
+
+
+def test_video_vaes_equal_one_rank_and_need_no_whole_pictures(found):
+    for videos, said in each(found, "videos"):
+        assert len(videos) == 12 and not said
+        assert not {key: value for key, value in videos.items() if not value < 1e-10}
 
 
 def test_what_packs_replace_stays_right_and_is_told(found):

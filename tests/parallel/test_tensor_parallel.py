@@ -9,7 +9,7 @@ from comfy.ldm import dit
 
 from .arranged_cases import arranged
 from .ranks import run_ranks
-from .tensor_cases import call_for, cut
+from .tensor_cases import call_for, cut, language_models
 from .test_flux_tokens import CASES, SHAPES
 from .test_made_up_family import cases, draw, load
 from .tiny import inputs, tiny_flux
@@ -174,6 +174,14 @@ def test_text_encoders_share_their_linears_and_bytes_held_by_three_ranks():
         assert deviation < 1e-5 and held <= whole / 3 + whole / 10
         deviation, held, whole = found["sharded"]["text_encoder"]
         assert deviation == 0 and held == whole
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_language_models_share_their_linears(world):
+    """Query heads go with their key heads; of two key heads a third rank has none."""
+    for found in run_ranks(world, language_models):
+        for kind, (deviation, held) in found.items():
+            assert deviation < 1e-5 and held < 0.7, (kind, deviation, held)
 
 
 def test_sharded_flux_with_what_custom_nodes_do():

@@ -66,13 +66,13 @@ class SingleAttention(nn.Module):
         operations: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.head_dim = n_heads, dim // n_heads
         for name in "qkvo":
             setattr(self, f"w1{name}", operations.Linear(dim, dim, bias=False, dtype=dtype, device=device))
 
     def pre_attention(self, x: torch.Tensor, which: int = 1) -> tuple[torch.Tensor, ...]:
         """x [B, L, C] -> q, k, v [B, H, L, D] by the weights w1 or w2."""
-        q, k, v = (heads_of(getattr(self, f"w{which}{name}")(x), 1, self.n_heads)[0] for name in "qkv")
+        q, k, v = (heads_of(getattr(self, f"w{which}{name}")(x), 1, self.head_dim)[0] for name in "qkv")
         return *(F.layer_norm(t, t.shape[-1:], eps=NORM_EPS) for t in (q, k)), v
 
 
@@ -142,11 +142,12 @@ class MMDiTBlock(nn.Module):
         txt, img, vec = state.streams["txt"], state.streams["img"], state.sample["vec"]
         txt_mods, img_mods = _mods(self.modC, vec, call), _mods(self.modX, vec, call)
         parts = zip(self._into_attention(1, txt, txt_mods), self._into_attention(2, img, img_mods))
-        meeting = meet(AttentionSpec(self.attn.n_heads, state.tokens("txt", "img"), layer=call.layer), call)
-        meeting.send(*(joined_tokens(*pair) for pair in parts))
+        q, k, v = (joined_tokens(*pair) for pair in parts)
+        meeting = meet(AttentionSpec(q.shape[1], state.tokens("txt", "img"), layer=call.layer), call)
+        meeting.send(q, k, v)
         meeting.attend()
         meeting.send_back()
-        txt_out, img_out = joined_heads(meeting.result()).split([txt.shape[1], img.shape[1]], dim=1)
+        txt_out, img_out = joined_heads(meeting.result()).split(state.inside("txt", "img"), dim=1)
         return state.replace(
             streams={
                 "txt": self._after_attention(1, txt, txt_out, txt_mods),
@@ -194,8 +195,9 @@ class DiTBlock(nn.Module):
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall) -> dit.DiTState:
         """The block on all streams of a state as one sequence."""
         x, mods = state.joint(), _mods(self.modCX, state.sample["vec"], call)
-        meeting = meet(AttentionSpec(self.attn.n_heads, state.tokens(), layer=call.layer), call)
-        meeting.send(*self._into_attention(x, mods))
+        q, k, v = self._into_attention(x, mods)
+        meeting = meet(AttentionSpec(q.shape[1], state.tokens(), layer=call.layer), call)
+        meeting.send(q, k, v)
         meeting.attend()
         meeting.send_back()
         return state.with_joint(self._after_attention(x, joined_heads(meeting.result()), mods))

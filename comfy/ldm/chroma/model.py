@@ -113,7 +113,7 @@ class Chroma(Flux):
         pe = self.pe_embedder(torch.cat((values["txt_ids"], values["img_ids"]), dim=1))
         return dit.DiTState(
             streams={"txt": values["txt"], "img": values["img"]},
-            tokenwise={"pe": dit.TokenAxis(pe, ("txt", "img"), 2)},
+            tokenwise={"pe": dit.TokenAxis(pe, ("txt", "img"), 2, inside=True)},
             sample={"attn_mask": attn_mask, **self._modulations(rows)},
         )
 

@@ -284,7 +284,7 @@ class HunyuanVideo(nn.Module):
         pe = self.pe_embedder(torch.cat((ids, ids.new_zeros((1, txt.shape[1], ids.shape[-1]))), dim=1))
         if mask is not None:
             mask = nn.functional.pad(mask.to(img), (img.shape[1], txt.shape[1] - mask.shape[1])).unsqueeze(1)
-        tokenwise = {"pe": dit.TokenAxis(pe, ("img", "txt"), 2)}
+        tokenwise = {"pe": dit.TokenAxis(pe, ("img", "txt"), 2, inside=True)}
         sample: dict[str, Any] = {"vec": vec, "attn_mask": mask}
         if vec.ndim == 3:
             frame = cells // (x.shape[2] // self.patch_size[0])

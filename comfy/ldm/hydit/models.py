@@ -59,9 +59,9 @@ class _Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()
         place = {"dtype": dtype, "device": device}
-        self.num_heads = num_heads
-        self.q_norm = operations.LayerNorm(dim // num_heads, eps=1e-6, **place)
-        self.k_norm = operations.LayerNorm(dim // num_heads, eps=1e-6, **place)
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.q_norm = operations.LayerNorm(self.head_dim, eps=1e-6, **place)
+        self.k_norm = operations.LayerNorm(self.head_dim, eps=1e-6, **place)
         self.out_proj = operations.Linear(dim, dim, **place)
 
 
@@ -83,7 +83,7 @@ class CrossAttention(_Attention):
 
     def keys_values(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Text [B, L, in] -> k and v [B, H, L, D]."""
-        k, v = heads_of(self.kv_proj(text), 2, self.num_heads)
+        k, v = heads_of(self.kv_proj(text), 2, self.head_dim)
         return self.k_norm(k).to(v), v
 
 
@@ -122,7 +122,7 @@ class HunYuanDiTBlock(nn.Module):
     def _into_attention(self, x: torch.Tensor, shift: torch.Tensor, pe: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x [B, L, C] -> q, k, v [B, H, L, D], q and k rotated."""
         attn = self.attn1
-        q, k, v = heads_of(attn.Wqkv(self.norm1(x) + shift), 3, attn.num_heads)
+        q, k, v = heads_of(attn.Wqkv(self.norm1(x) + shift), 3, attn.head_dim)
         return (*apply_rope(attn.q_norm(q).to(v), attn.k_norm(k).to(v), pe), v)
 
     @dit.stage
@@ -131,7 +131,7 @@ class HunYuanDiTBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """x [B, L, C] with the self-attention's output added, and its rotated queries of the text [B, H, L, D]."""
         x = x + self.attn1.out_proj(out)
-        (q,) = heads_of(self.attn2.q_proj(self.norm3(x)), 1, self.attn2.num_heads)
+        (q,) = heads_of(self.attn2.q_proj(self.norm3(x)), 1, self.attn2.head_dim)
         return x, apply_rope1(self.attn2.q_norm(q).to(x), pe)
 
     @dit.stage
@@ -145,15 +145,16 @@ class HunYuanDiTBlock(nn.Module):
         x, txt, pe = state.streams["img"], state.sample["txt"], state.local("pe")
         if self.skip_linear is not None:
             x = self._mixed(x, state.local(dit.SKIP))
-        heads, image = self.attn1.num_heads, state.tokens("img")
+        image = state.tokens("img")
         shift = self.default_modulation(state.sample["vec"]).unsqueeze(1)
-        meeting = meet(AttentionSpec(heads, image, layer=call.layer), call)
-        meeting.send(*self._into_attention(x, shift, pe))
+        q, k, v = self._into_attention(x, shift, pe)
+        meeting = meet(AttentionSpec(q.shape[1], image, layer=call.layer), call)
+        meeting.send(q, k, v)
         k, v = self.attn2.keys_values(txt)
         meeting.attend()
         meeting.send_back()
         x, q = self._to_text(x, joined_heads(meeting.result()), pe)
-        out = attention(q, k, v, AttentionSpec(heads, image, dit.Tokens((txt.shape[1],))), call)
+        out = attention(q, k, v, AttentionSpec(q.shape[1], image, dit.Tokens((txt.shape[1],))), call)
         return state.with_stream("img", self._mlp(x, out))
 
     def forward(
@@ -172,7 +173,7 @@ class HunYuanDiTBlock(nn.Module):
         if self.skip_linear is not None and skip is None:
             raise ValueError("this HunyuanDiT block mixes in the tokens of an earlier block; call it with skip=")
         call = dit.call_of(transformer_options)
-        axes = {"pe": dit.TokenAxis(freq_cis_img, ("img",), 2)}
+        axes = {"pe": dit.TokenAxis(freq_cis_img, ("img",), 2, inside=True)}
         if skip is not None:
             axes[dit.SKIP] = dit.TokenAxis(skip, ("img",), 1)
         state = dit.DiTState({"img": x}, axes, {"txt": text_states, "vec": c})
@@ -200,7 +201,7 @@ class AttentionPool(nn.Module):
         x = torch.cat((x.mean(dim=1, keepdim=True), x), dim=1)
         x = x + comfy.ops.cast_to(self.positional_embedding, dtype=x.dtype, device=x.device)[: x.shape[1]]
         tokens = (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))
-        q, k, v = (heads_of(t, 1, _POOLER_HEADS)[0] for t in tokens)
+        q, k, v = (heads_of(t, 1, t.shape[-1] // _POOLER_HEADS)[0] for t in tokens)
         return self.c_proj(joined_heads(scaled_dot_product(q, k, v)).squeeze(1))
 
 
@@ -302,7 +303,7 @@ class HunYuanDiT(nn.Module):
         rows, cols = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         table = picture_rope(rows, cols, self.hidden_size // self.num_heads, x.device)
         vec = self.t_embedder(t, dtype=x.dtype) + self._told(t5, sizes, style)
-        axes = {"pe": dit.TokenAxis(table, ("img",), 2)}
+        axes = {"pe": dit.TokenAxis(table, ("img",), 2, inside=True)}
         return dit.DiTState({"img": self.x_embedder(x)}, axes, {"txt": text, "vec": vec})
 
     def block_list(self) -> tuple[dit.Block, ...]:

@@ -20,6 +20,7 @@ from comfy.ldm.common_dit import rms_norm
 from comfy.ldm.flux.layers import timestep_embedding
 from comfy.ldm.lightricks.symmetric_patchifier import latent_to_pixel_coords
 from comfy.ldm.modules.attention import AttentionSpec, attention, joined_heads, meet
+from comfy.ldm.modules.linear_cut import mean_squares, of_outputs
 from comfy.ldm.modules.mlp import FeedForward, TimestepEmbedding
 from comfy.ldm.modules.modulate import add_gated, norm_modulate
 from comfy.ldm.modules.norm_rope import norm_together_and_rotate
@@ -87,7 +88,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         inner = heads * dim_head
-        self.heads = heads
+        self.heads, self.dim_head = heads, dim_head
         for name in ("q_norm", "k_norm"):
             setattr(self, name, operations.RMSNorm(inner, eps=_QK_EPS, **place))
         self.to_q = operations.Linear(dim, inner, **place)
@@ -95,18 +96,21 @@ class Attention(nn.Module):
         self.to_v = operations.Linear(context_dim, inner, **place)
         self.to_out = nn.ModuleList([operations.Linear(inner, dim, **place), nn.Identity()])
 
-    def _normed(self, norm: Any, x: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
-        weight = comfy.ops.cast_to_input(norm.weight, x, copy=False)
-        return norm_together_and_rotate(x, weight, table, self.heads, _QK_EPS)
+    def normed(self, x: torch.Tensor, names: str, table: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Queries ("q"), keys ("k") or both ("qk") of x [B, L, C], normed and rotated by `table`: [B, H, L, D] each."""
+        linears = [getattr(self, f"to_{name}") for name in names]
+        outputs, out = [linear(x) for linear in linears], []
+        table = None if table is None else of_outputs(linears[0], table, dim=1)
+        for name, linear, output, mean in zip(names, linears, outputs, mean_squares(linears[0], outputs)):
+            weight = comfy.ops.cast_to_input(getattr(self, f"{name}_norm").weight, output, copy=False)
+            scale = of_outputs(linear, weight)
+            out.append(norm_together_and_rotate(output, scale, table, self.dim_head, _QK_EPS, mean))
+        return out
 
-    def queries(self, x: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+    def values(self, x: torch.Tensor) -> torch.Tensor:
         """[B, L, C] -> [B, H, L, D]."""
-        return self._normed(self.q_norm, self.to_q(x), table)
-
-    def keys_values(self, x: torch.Tensor, table: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, L, C] -> keys and values [B, H, L, D]."""
-        v = self.to_v(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return self._normed(self.k_norm, self.to_k(x), table), v
+        out = self.to_v(x)
+        return out.unflatten(-1, (out.shape[-1] // self.dim_head, self.dim_head)).transpose(1, 2)
 
 
 @dit.own_block
@@ -129,7 +133,7 @@ class BasicTransformerBlock(nn.Module):
         self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, table: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         normed = rms_norm(x, eps=_EPS) * (1 + scale) + shift
-        return (self.attn1.queries(normed, table), *self.attn1.keys_values(normed, table))
+        return (*self.attn1.normed(normed, "qk", table), self.attn1.values(normed))
 
     @dit.stage
     def _after_attention(
@@ -137,7 +141,8 @@ class BasicTransformerBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x with the self-attention's output, and the queries of the attention to text."""
         x = add_gated(x, self.attn1.to_out[0](out), gate)
-        return x, self.attn2.queries(x)
+        (q,) = self.attn2.normed(x, "q")
+        return x, q
 
     @dit.stage
     def _mlp(
@@ -152,14 +157,15 @@ class BasicTransformerBlock(nn.Module):
         vec = by_token(state, "vec").unflatten(-1, (6, -1))
         table = comfy.ops.cast_to_input(self.scale_shift_table, x, copy=False)
         shift, scale, gate, *mlp = (table + vec).unbind(dim=2)
-        heads, image = self.attn1.heads, state.tokens("img")
-        meeting = meet(AttentionSpec(heads, image, layer=call.layer), call)
-        meeting.send(*self._into_attention(x, shift, scale, state.local("pe")))
-        k, v = self.attn2.keys_values(txt)  # while tokens are exchanged
+        image = state.tokens("img")
+        q, k, v = self._into_attention(x, shift, scale, state.local("pe"))
+        meeting = meet(AttentionSpec(q.shape[1], image, layer=call.layer), call)
+        meeting.send(q, k, v)
+        (k,), v = self.attn2.normed(txt, "k"), self.attn2.values(txt)  # while tokens are exchanged
         meeting.attend()
         meeting.send_back()
         x, q = self._after_attention(x, joined_heads(meeting.result()), gate)
-        spec = AttentionSpec(heads, image, dit.Tokens((txt.shape[1],)), mask=state.sample["mask"])
+        spec = AttentionSpec(q.shape[1], image, dit.Tokens((txt.shape[1],)), mask=state.sample["mask"])
         return state.with_stream("img", self._mlp(x, attention(q, k, v, spec, call), *mlp))
 
     def forward(
@@ -180,7 +186,7 @@ class BasicTransformerBlock(nn.Module):
 
 def _state(x: torch.Tensor, pe: torch.Tensor, times: dict[str, torch.Tensor], sample: dict[str, Any]) -> dit.DiTState:
     """A whole state; `times` [B, n, ..] have one row for all tokens or one for each."""
-    tokenwise = {"pe": dit.TokenAxis(pe, ("img",), 2)}
+    tokenwise = {"pe": dit.TokenAxis(pe, ("img",), 2, inside=True)}
     for name, value in times.items():
         if value.shape[1] > 1:
             tokenwise[name] = dit.TokenAxis(value, ("img",), 1)

@@ -20,6 +20,7 @@ from comfy.ldm.flux.layers import EmbedND
 from comfy.ldm.flux.math import apply_rope1
 from comfy.ldm.modules.attention import AttentionSpec, joined_heads, meet
 from comfy.ldm.modules.embedders import TimestepEmbedder, to_patches, to_picture
+from comfy.ldm.modules.linear_cut import outputs_here
 from comfy.ldm.modules.modulate import norm_modulate
 
 __all__ = ["FeedForward", "JointAttention", "JointTransformerBlock", "NextDiT"]
@@ -48,6 +49,7 @@ class JointAttention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
         self.head_dim = dim // n_heads
+        self._ends = (self.n_heads, self.n_heads + self.n_kv_heads)  # of queries and of keys, in whole heads
         rows = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         self.qkv = operations.Linear(dim, rows, bias=False, **place)
         self.out = operations.Linear(n_heads * self.head_dim, dim, bias=False, **place)
@@ -56,8 +58,10 @@ class JointAttention(nn.Module):
 
     def pre_attention(self, x: torch.Tensor, pe: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x [B, L, C], table [B or 1, 1, L, D/2, 2, 2] -> q [B, H, L, D], k and v [B, KV, L, D]."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
+        qkv = self.qkv(x)
+        heads = qkv.unflatten(-1, (qkv.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
+        ends = [outputs_here(self.qkv, n * self.head_dim) // self.head_dim for n in self._ends]
+        q, k, v = heads.tensor_split(ends, dim=1)
         return apply_rope1(self.q_norm(q).to(v), pe), apply_rope1(self.k_norm(k).to(v), pe), v
 
 
@@ -131,13 +135,12 @@ class JointTransformerBlock(nn.Module):
         """The block on its streams of a state."""
         whole = self.streams == tuple(state.streams)
         x = state.joint() if whole else state.streams[self.streams[0]]
-        mods, heads = self._mods(state.sample.get("vec"), call), self.attention
+        mods = self._mods(state.sample.get("vec"), call)
         mask = state.sample.get("mask") if whole else None
-        spec = AttentionSpec(
-            heads.n_heads, state.tokens(*self.streams), mask=mask, kv_heads=heads.n_kv_heads, layer=call.layer
-        )
+        q, k, v = self._into_attention(x, mods[0], state.local(self.pe))
+        spec = AttentionSpec(q.shape[1], state.tokens(*self.streams), mask=mask, kv_heads=k.shape[1], layer=call.layer)
         meeting = meet(spec, call)
-        meeting.send(*self._into_attention(x, mods[0], state.local(self.pe)))
+        meeting.send(q, k, v)
         meeting.attend()
         meeting.send_back()
         x = self._after_attention(x, joined_heads(meeting.result()), mods)
@@ -155,7 +158,7 @@ class JointTransformerBlock(nn.Module):
         call = dit.call_of(transformer_options)
         state = dit.DiTState(
             dict(zip(self.streams, (x, x[:, :0]))),
-            {self.pe: dit.TokenAxis(freqs_cis, self.streams, 2)},
+            {self.pe: dit.TokenAxis(freqs_cis, self.streams, 2, inside=True)},
             {"vec": adaln_input, "mask": x_mask},
         )
         return self.forward_state(state.shard(call.plan), call).whole(*self.streams)
@@ -257,8 +260,8 @@ class NextDiT(nn.Module):
         return dit.DiTState(
             streams={"txt": refined.streams["txt"], "img": img},
             tokenwise={
-                "pe": dit.TokenAxis(pe, ("txt", "img"), 2),
-                "img_pe": dit.TokenAxis(pe[:, :, text:], ("img",), 2),
+                "pe": dit.TokenAxis(pe, ("txt", "img"), 2, inside=True),
+                "img_pe": dit.TokenAxis(pe[:, :, text:], ("img",), 2, inside=True),
             },
             sample={"vec": self.t_embedder(1.0 - timesteps, dtype=x.dtype), "mask": keys},
         )

@@ -13,6 +13,7 @@ from torch import nn
 
 from comfy.ldm.flux.layers import timestep_embedding
 from comfy.ldm.modules.fused import computes_directly, gelu_linear
+from comfy.ldm.modules.linear_cut import entered
 
 __all__ = [
     "Mlp", "PatchEmbed", "TimestepEmbedder", "heads_of", "timestep_embedding", "to_patches", "to_picture", "waves_1d",
@@ -73,13 +74,13 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.approximate == "tanh" and computes_directly(self.fc1, x):
-            return self.fc2(gelu_linear(x, self.fc1.weight, self.fc1.bias))
+            return self.fc2(gelu_linear(entered(self.fc1, x), self.fc1.weight, self.fc1.bias))
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
-def heads_of(x: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
-    """[B, L, parts * H * D] -> `parts` views [B, H, L, D]."""
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+def heads_of(x: torch.Tensor, parts: int, size: int) -> tuple[torch.Tensor, ...]:
+    """[B, L, parts * H * D] -> `parts` views [B, H, L, D] of as many heads of D = `size` as there are here."""
+    return x.unflatten(-1, (parts, x.shape[-1] // (parts * size), size)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def to_patches(x: torch.Tensor, patch: int, channels_first: bool = True) -> torch.Tensor:

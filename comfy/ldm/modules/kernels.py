@@ -88,7 +88,10 @@ def repeat_heads(q: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor,
 def scaled_dot_product(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`run` without log-sum-exp."""
+    """`run` without log-sum-exp. Tensors that carry how they are spread over processes compute it in their own way."""
+    if torch.overrides.has_torch_function((q, k, v)):
+        found: torch.Tensor = torch.overrides.handle_torch_function(scaled_dot_product, (q, k, v), q, k, v, mask)
+        return found
     return run(q, k, v, mask)[0]
 
 

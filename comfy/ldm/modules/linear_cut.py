@@ -6,6 +6,7 @@ multiplies by its weight passes what goes in through `entered` and what comes ou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -26,6 +27,12 @@ class LinearCut(Protocol):
 
     def here(self, first: int) -> int:
         """How many of the first `first` outputs are here; `first` is where a fused part begins."""
+
+    def of_outputs(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """Of `values`, whose axis `dim` has one entry for every n of all outputs: those of the outputs that are here."""
+
+    def mean_squares(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Of each [.., out'] the mean of the squares of all outputs [.., 1] fp32; None where all are here."""
 
 
 def cut_of(linear: nn.Module) -> LinearCut | None:
@@ -50,3 +57,18 @@ def outputs_here(linear: nn.Module, first: int) -> int:
     """How many of a linear's first `first` outputs are here."""
     cut = cut_of(linear)
     return first if cut is None else cut.here(first)
+
+
+def of_outputs(linear: nn.Module, values: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Of `values`, whose axis `dim` has one entry for every n of a linear's outputs: those of the outputs that are here."""
+    cut = cut_of(linear)
+    return values if cut is None else cut.of_outputs(values, dim)
+
+
+def mean_squares(linear: nn.Module, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """For norms over all outputs of linears that are cut alike: of each [.., out'] the mean of the squares of all outputs.
+
+    [.., 1] in fp32, summed over the processes that have the others; None where all are here. `linear`: one of them.
+    """
+    cut = cut_of(linear)
+    return [None] * len(outputs) if cut is None else cut.mean_squares(outputs)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from comfy.ldm.modules.fused import computes_directly, gelu_linear
+from comfy.ldm.modules.linear_cut import entered
 
 
 class _GELU(nn.Module):
@@ -19,7 +20,7 @@ class _GELU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if computes_directly(self.proj, x):
-            return gelu_linear(x, self.proj.weight, self.proj.bias)
+            return gelu_linear(entered(self.proj, x), self.proj.weight, self.proj.bias)
         return nn.functional.gelu(self.proj(x), approximate="tanh")
 
 

@@ -28,9 +28,9 @@ def _kernel() -> Any:
 
     @triton.jit(do_not_specialize=["tokens", "heads"])  # a new number of tokens needs no new code
     def norm_rotate(  # type: ignore[no-untyped-def]  # Triton gives annotations a meaning of its own
-        source, scale, table, target, tokens, heads, source_batch, source_token, target_batch, target_token,
+        source, scale, table, means, target, tokens, heads, source_batch, source_token, target_batch, target_token,
         table_batch, table_token, table_head, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
-        BY_HEAD: tl.constexpr,
+        GIVEN: tl.constexpr, BY_HEAD: tl.constexpr,
     ):  # fmt: skip
         # One program: one token, BLOCK heads (all of them if TOGETHER). Rows are [heads, SIZE] at stride SIZE.
         token, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -40,7 +40,10 @@ def _kernel() -> Any:
         start = source + batch.to(tl.int64) * source_batch + token.to(tl.int64) * source_token
         x = tl.load(start + rows * SIZE + cols, mask=inside, other=0.0).to(tl.float32)
         if TOGETHER:
-            mean_square = tl.sum(tl.sum(x * x, axis=1), axis=0) / (heads * SIZE)
+            if GIVEN:
+                mean_square = tl.load(means + batch.to(tl.int64) * tokens + token)
+            else:
+                mean_square = tl.sum(tl.sum(x * x, axis=1), axis=0) / (heads * SIZE)
             factor = tl.load(scale + rows * SIZE + cols, mask=inside, other=0.0).to(tl.float32)
         else:
             mean_square = tl.sum(x * x, axis=1)[:, None] / SIZE
@@ -61,21 +64,24 @@ def _kernel() -> Any:
 
 
 def _norm_rotate(
-    x: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, eps: float, together: bool = False
-) -> torch.Tensor:
+    x: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, eps: float, together: bool = False,
+    means: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """x [B, L, H, D] (rows of a token contiguous), table [B or 1, H or 1, L, D/2, 2, 2] -> [B, L, H, D].
 
-    scale: [D], or [H*D] with `together`.
+    scale: [D], or [H*D] with `together`, where the mean squares of tokens may be given: means [B, L, 1] fp32.
     """
     batch, tokens, heads, size = x.shape
     out = torch.empty((batch, tokens, heads, size), dtype=x.dtype, device=x.device)
     block = 1 << (heads - 1).bit_length()
     block = block if together else min(_HEADS_PER_PROGRAM, block)
-    table = table.contiguous()
+    table, given = table.contiguous(), means is not None
+    means = table if means is None else means.contiguous()  # the kernel reads them only if they are GIVEN
     _kernel()[(tokens, -(-heads // block), batch)](
-        x, scale, table, out, tokens, heads, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
+        x, scale, table, means, out, tokens, heads, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
         table.stride(0) if table.shape[0] > 1 else 0, table.stride(2), table.stride(1) if table.shape[1] > 1 else 0, eps,
-        SIZE=size, BLOCK=block, TOGETHER=together, BY_HEAD=table.shape[1] > 1, num_warps=8 if together else 4,
+        SIZE=size, BLOCK=block, TOGETHER=together, GIVEN=given, BY_HEAD=table.shape[1] > 1,
+        num_warps=8 if together else 4,
     )  # fmt: skip
     return out
 
@@ -129,17 +135,23 @@ def rotated(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def norm_together_and_rotate(
-    x: torch.Tensor, scale: torch.Tensor, table: torch.Tensor | None, heads: int, eps: float = 1e-6
-) -> torch.Tensor:
-    """RMS norm over all heads of a token, then the rotation of each head: x [B, L, H*D] -> [B, H, L, D].
+    x: torch.Tensor, scale: torch.Tensor, table: torch.Tensor | None, size: int, eps: float = 1e-6,
+    means: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """RMS norm over all heads of a token, then the rotation of each head of D = `size`: x [B, L, H*D] -> [B, H, L, D].
 
-    scale [H*D]; table [B or 1, H or 1, L, D/2, 2, 2] fp32, None for no rotation. The result is a view of token-major
-    memory. On GPUs in half precision sums and rotation are in fp32 and rounded once.
+    scale [H*D]; table [B or 1, H or 1, L, D/2, 2, 2] fp32, None for no rotation. means [B, L, 1] fp32: the mean squares
+    of tokens of which x has only some heads. The result is a view of token-major memory. On GPUs in half precision sums
+    and rotation are in fp32 and rounded once.
     """
-    size = x.shape[-1] // heads
+    heads = (x.shape[-1] // size, size)
     if table is not None and x.shape[-1] <= _LARGEST_TOKEN and x.stride(-1) == 1 and _fits(x, size, table):
-        return _norm_rotate(x.unflatten(-1, (heads, size)), scale, table, eps, together=True).transpose(1, 2)
-    normed = rms_norm(x, scale, eps).unflatten(-1, (heads, size)).transpose(1, 2)
+        return _norm_rotate(x.unflatten(-1, heads), scale, table, eps, together=True, means=means).transpose(1, 2)
+    if means is None:
+        normed = rms_norm(x, scale, eps)
+    else:
+        normed = (x.float() * torch.rsqrt(means + eps) * scale.float()).to(x.dtype)
+    normed = normed.unflatten(-1, heads).transpose(1, 2)
     return normed if table is None else rotated(normed, table)
 
 

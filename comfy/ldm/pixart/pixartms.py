@@ -29,7 +29,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = operations.Linear(dim, 3 * dim, dtype=dtype, device=device)
         self.proj = operations.Linear(dim, dim, dtype=dtype, device=device)
 
@@ -39,7 +39,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, dtype: Any, device: Any, operations: Any) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.q_linear = operations.Linear(dim, dim, dtype=dtype, device=device)
         self.kv_linear = operations.Linear(dim, 2 * dim, dtype=dtype, device=device)
         self.proj = operations.Linear(dim, dim, dtype=dtype, device=device)
@@ -64,13 +64,13 @@ class PixArtMSBlock(nn.Module):
     @dit.stage
     def _into_attention(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x [B, L, C] -> q, k, v [B, H, L, D]."""
-        return heads_of(self.attn.qkv(norm_modulate(x, scale, shift)), 3, self.attn.num_heads)
+        return heads_of(self.attn.qkv(norm_modulate(x, scale, shift)), 3, self.attn.head_dim)
 
     @dit.stage
     def _to_text(self, x: torch.Tensor, out: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [B, L, C] with the self-attention's output added, and its queries of the text [B, H, L, D]."""
         x = add_gated(x, self.attn.proj(out), gate)
-        (q,) = heads_of(self.cross_attn.q_linear(x), 1, self.cross_attn.num_heads)
+        (q,) = heads_of(self.cross_attn.q_linear(x), 1, self.cross_attn.head_dim)
         return x, q
 
     @dit.stage
@@ -85,14 +85,15 @@ class PixArtMSBlock(nn.Module):
         x, txt, vec = state.streams["img"], state.sample["txt"], state.sample["vec"]
         table = comfy.ops.cast_to(self.scale_shift_table, dtype=x.dtype, device=x.device)
         shift, scale, gate, *mods = (table + vec.unflatten(-1, (6, -1))).chunk(6, dim=1)
-        heads, image = self.attn.num_heads, state.tokens("img")
-        meeting = meet(AttentionSpec(heads, image, layer=call.layer), call)
-        meeting.send(*self._into_attention(x, shift, scale))
-        k, v = heads_of(self.cross_attn.kv_linear(txt), 2, heads)
+        image = state.tokens("img")
+        q, k, v = self._into_attention(x, shift, scale)
+        meeting = meet(AttentionSpec(q.shape[1], image, layer=call.layer), call)
+        meeting.send(q, k, v)
+        k, v = heads_of(self.cross_attn.kv_linear(txt), 2, self.cross_attn.head_dim)
         meeting.attend()
         meeting.send_back()
         x, q = self._to_text(x, joined_heads(meeting.result()), gate)
-        out = attention(q, k, v, AttentionSpec(heads, image, dit.Tokens((txt.shape[1],))), call)
+        out = attention(q, k, v, AttentionSpec(q.shape[1], image, dit.Tokens((txt.shape[1],))), call)
         return state.with_stream("img", self._mlp(x, out, tuple(mods)))
 
     def forward(

@@ -41,7 +41,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int, place: dict[str, Any], operations: Any) -> None:
         super().__init__()
         inner = heads * head_dim
-        self.heads = heads
+        self.heads, self.head_dim = heads, head_dim
         for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
             setattr(self, name, operations.Linear(dim, inner, **place))
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
@@ -51,7 +51,9 @@ class Attention(nn.Module):
 
     def heads_of(self, names: Sequence[str], x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k, v [B, H, L, D] of a stream [B, L, C]; `names` of its three linears and two norms."""
-        q, k, v = (getattr(self, name)(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in names[:3])
+        outputs = [getattr(self, name)(x) for name in names[:3]]
+        heads = (outputs[0].shape[-1] // self.head_dim, self.head_dim)
+        q, k, v = (output.unflatten(-1, heads).transpose(1, 2) for output in outputs)
         q_scale, k_scale = (comfy.ops.cast_to_input(getattr(self, name).weight, x, copy=False) for name in names[3:])
         return (*norm_by_head_and_rotate(q, k, q_scale, k_scale, table, _EPS), v)
 
@@ -110,17 +112,17 @@ class QwenImageTransformerBlock(nn.Module):
 
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall) -> dit.DiTState:
         """The block on the streams `txt` and `img`."""
-        txt, img = state.streams["txt"], state.streams["img"]
-        sizes = [txt.shape[1], img.shape[1]]
+        sizes = state.inside("txt", "img")
         mods = {stream: self._modulations(stream, state, call) for stream in ("txt", "img")}
         tables = state.local("pe").transpose(1, 2).split(sizes, dim=2)
         parts = [
             self._into_attention(names, x, *mods[stream][:2], table)
             for names, (stream, x), table in zip((_TEXT, _IMAGE), state.streams.items(), tables)
         ]
-        spec = AttentionSpec(self.num_heads, state.tokens(), mask=state.sample["mask"], layer=call.layer)
+        q, k, v = (joined_tokens(*pair) for pair in zip(*parts))
+        spec = AttentionSpec(q.shape[1], state.tokens(), mask=state.sample["mask"], layer=call.layer)
         meeting = meet(spec, call)
-        meeting.send(*(joined_tokens(*pair) for pair in zip(*parts)))
+        meeting.send(q, k, v)
         meeting.attend()
         meeting.send_back()
         outs = joined_heads(meeting.result()).split(sizes, dim=1)
@@ -158,7 +160,7 @@ def _state(
     rows: torch.Tensor | None,
 ) -> dit.DiTState:  # fmt: skip
     """The whole state of the blocks; arguments as of `QwenImageTransformerBlock.forward`."""
-    tokenwise = {"pe": dit.TokenAxis(pe, ("txt", "img"), 1)}
+    tokenwise = {"pe": dit.TokenAxis(pe, ("txt", "img"), 1, inside=True)}
     if rows is not None:
         tokenwise["img_rows"] = dit.TokenAxis(rows, ("img",), 0)
     return dit.DiTState(streams, tokenwise, {"vec": vec, "mask": mask})

@@ -168,7 +168,7 @@ class FaceBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, place: dict[str, Any], operations: Any) -> None:
         super().__init__()
-        self.heads_num = heads
+        self.heads_num, self.head_size = heads, dim // heads
         self.linear1_kv = operations.Linear(dim, 2 * dim, **place)
         self.linear1_q = operations.Linear(dim, dim, **place)
         self.linear2 = operations.Linear(dim, dim, **place)
@@ -177,9 +177,9 @@ class FaceBlock(nn.Module):
 
     def _added(self, x: torch.Tensor, faces: torch.Tensor, state: dit.DiTState, call: dit.DenoiserCall) -> torch.Tensor:
         x, faces = (F.layer_norm(part, part.shape[-1:], eps=1e-6) for part in (x, faces))
-        k, v = (heads_of(part, self.heads_num) for part in self.linear1_kv(faces).chunk(2, dim=-1))
-        q = heads_of(self.linear1_q(x), self.heads_num)
-        return self.linear2(attend(self.q_norm(q), self.k_norm(k), v, self.heads_num, state, call))
+        k, v = (heads_of(part, self.head_size) for part in self.linear1_kv(faces).chunk(2, dim=-1))
+        q = heads_of(self.linear1_q(x), self.head_size)
+        return self.linear2(attend(self.q_norm(q), self.k_norm(k), v, q.shape[1], state, call))
 
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall) -> dit.DiTState:
         """The stream `img` with what the faces add."""

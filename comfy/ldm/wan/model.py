@@ -18,6 +18,7 @@ from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.ldm.flux.layers import EmbedND, timestep_embedding
 from comfy.ldm.modules.attention import AttentionSpec, attention, joined_heads, meet
 from comfy.ldm.modules.fused import mlp_gelu
+from comfy.ldm.modules.linear_cut import mean_squares, of_outputs
 from comfy.ldm.modules.modulate import add_gated, norm_modulate, spread_rows
 from comfy.ldm.modules.norm_rope import norm_together_and_rotate
 
@@ -31,9 +32,9 @@ ARGUMENTS = dit.BlockArguments(
 )
 
 
-def heads_of(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, L, H*D] -> [B, H, L, D]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def heads_of(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[B, L, H*D] -> [B, H, L, D], of as many heads of D = `size` as there are here."""
+    return x.unflatten(-1, (x.shape[-1] // size, size)).transpose(1, 2)
 
 
 def sinusoidal_embedding_1d(dim: int, position: torch.Tensor) -> torch.Tensor:
@@ -67,20 +68,23 @@ class WanSelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float, place: dict[str, Any], operations: Any):
         super().__init__()
-        self.num_heads, self.eps = num_heads, eps
+        self.num_heads, self.head_dim, self.eps = num_heads, dim // num_heads, eps
         for name in "qkvo":
             setattr(self, name, operations.Linear(dim, dim, **place))
         for name in ("norm_q", "norm_k"):
             setattr(self, name, operations.RMSNorm(dim, eps=eps, **place) if qk_norm else nn.Identity())
 
-    def normed(self, norm: nn.Module, x: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
-        """Queries or keys [B, L, H*D] normed, split into heads [B, H, L, D] and rotated by `table`."""
-        weight = getattr(norm, "weight", None)
-        if weight is None:
-            weight = x.new_ones(x.shape[-1])
-        return norm_together_and_rotate(
-            x, comfy.ops.cast_to_input(weight, x, copy=False), table, self.num_heads, self.eps
-        )
+    def normed(self, x: torch.Tensor, *names: str, table: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """What the linears `names` make of x [B, L, C], normed, split into heads [B, H, L, D] and rotated by `table`."""
+        linears = [getattr(self, name) for name in names]
+        outputs, out = [linear(x) for linear in linears], []
+        for name, linear, output, mean in zip(names, linears, outputs, mean_squares(linears[0], outputs)):
+            weight = getattr(getattr(self, f"norm_{name}"), "weight", None)
+            if weight is None:
+                weight = output.new_ones(self.num_heads * self.head_dim)
+            scale = of_outputs(linear, comfy.ops.cast_to_input(weight, output, copy=False))
+            out.append(norm_together_and_rotate(output, scale, table, self.head_dim, self.eps, mean))
+        return out
 
 
 class WanT2VCrossAttention(WanSelfAttention):
@@ -88,7 +92,8 @@ class WanT2VCrossAttention(WanSelfAttention):
 
     def keys(self, context: torch.Tensor, img_len: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [B, H, n, D] of each part of `context` [B, n, C] that is attended to by itself."""
-        return [(self.normed(self.norm_k, self.k(context)), heads_of(self.v(context), self.num_heads))]
+        (k,) = self.normed(context, "k")
+        return [(k, heads_of(self.v(context), self.head_dim))]
 
 
 class WanI2VCrossAttention(WanT2VCrossAttention):
@@ -103,8 +108,8 @@ class WanI2VCrossAttention(WanT2VCrossAttention):
     def keys(self, context: torch.Tensor, img_len: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         # Without picture tokens (None) ComfyUI's slices are all of the text on both sides: it is attended to twice.
         picture, text = context[:, :img_len], context[:, img_len:]
-        k = self.normed(self.norm_k_img, self.k_img(picture))
-        return [*super().keys(text, None), (k, heads_of(self.v_img(picture), self.num_heads))]
+        (k,) = self.normed(picture, "k_img")
+        return [*super().keys(text, None), (k, heads_of(self.v_img(picture), self.head_dim))]
 
 
 @dit.own_block
@@ -138,8 +143,8 @@ class WanAttentionBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attn = self.self_attn
         normed = norm_modulate(x, scale, shift, self.eps)
-        q, k = attn.normed(attn.norm_q, attn.q(normed), table), attn.normed(attn.norm_k, attn.k(normed), table)
-        return q, k, heads_of(attn.v(normed), self.num_heads)
+        q, k = attn.normed(normed, "q", "k", table=table)
+        return q, k, heads_of(attn.v(normed), attn.head_dim)
 
     @dit.stage
     def _after_attention(
@@ -147,8 +152,8 @@ class WanAttentionBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x with the self-attention's output [B, L, C], and the queries [B, H, L, D] of the attention to text."""
         x = add_gated(x, self.self_attn.o(out), gate)
-        cross = self.cross_attn
-        return x, cross.normed(cross.norm_q, cross.q(self.norm3(x)))
+        (q,) = self.cross_attn.normed(self.norm3(x), "q")
+        return x, q
 
     def _feed(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return add_gated(x, mlp_gelu(self.ffn, norm_modulate(x, scale, shift, self.eps)), gate)
@@ -172,15 +177,16 @@ class WanAttentionBlock(nn.Module):
         vec = comfy.ops.cast_to_input(self.modulation, x, copy=False).unsqueeze(0) + state.sample["vec"]
         shift, scale, gate, *mlp = (spread_rows(part, rows) for part in vec.unbind(dim=2))
         image, context = state.tokens("img"), state.sample["txt"]
-        meeting = meet(AttentionSpec(self.num_heads, image, layer=call.layer), call)
-        meeting.send(*self._into_attention(x, shift, scale, state.local("pe").transpose(1, 2)))
+        q, k, v = self._into_attention(x, shift, scale, state.local("pe").transpose(1, 2))
+        meeting = meet(AttentionSpec(q.shape[1], image, layer=call.layer), call)
+        meeting.send(q, k, v)
         keys = self.cross_attn.keys(context, state.sample["context_img_len"])  # while tokens are exchanged
         meeting.attend()
         meeting.send_back()
         x, q = self._after_attention(x, joined_heads(meeting.result()), gate)
         out = None
         for k, v in keys:
-            spec = AttentionSpec(self.num_heads, image, dit.Tokens((k.shape[2],)))
+            spec = AttentionSpec(q.shape[1], image, dit.Tokens((k.shape[2],)))
             part = attention(q, k, v, spec, call)
             out = part if out is None else out + part
         assert out is not None
@@ -209,7 +215,7 @@ def block_state(
     x: torch.Tensor, e: torch.Tensor, freqs: torch.Tensor, context: torch.Tensor, context_img_len: int | None
 ) -> dit.DiTState:
     """The whole state of the blocks; arguments as of `WanAttentionBlock.forward`."""
-    tokenwise = {"pe": dit.TokenAxis(freqs, ("img",), 1)}
+    tokenwise = {"pe": dit.TokenAxis(freqs, ("img",), 1, inside=True)}
     if e.shape[1] > 1:
         tokenwise["rows"] = dit.TokenAxis(token_rows(e.shape[1], x.shape[1], x.device), ("img",), 0)
     sample = {"txt": context, "vec": e, "context_img_len": context_img_len}

@@ -84,9 +84,9 @@ class SoundAttention(WanT2VCrossAttention):
         x = state.streams["img"]
         rows = state.sample["frame_modulation"][:, self.number]
         shift, scale = (spread_rows(part, state.local("frame")) for part in rows.chunk(2, dim=-1))
-        q = self.normed(self.norm_q, self.q(norm_modulate(x, scale, shift, _ADAPTIVE_EPS)))
+        (q,) = self.normed(norm_modulate(x, scale, shift, _ADAPTIVE_EPS), "q")
         ((k, v),) = self.keys(state.sample["frame_tokens"], None)
-        return state.with_stream("img", add_reached(x, self.o(attend(q, k, v, self.num_heads, state, call)), state))
+        return state.with_stream("img", add_reached(x, self.o(attend(q, k, v, q.shape[1], state, call)), state))
 
     def forward(
         self,
@@ -342,9 +342,9 @@ class WanAttentionBlockAudio(WanAttentionBlock):
             return super()._rest(x, out, mlp, state, call)
         x = x + self.cross_attn.o(out)
         attn = self.audio_cross_attn_wrapper.audio_cross_attn
-        q = attn.normed(attn.norm_q, attn.q(self.audio_cross_attn_wrapper.norm1_audio(x)))
+        (q,) = attn.normed(self.audio_cross_attn_wrapper.norm1_audio(x), "q")
         ((k, v),) = attn.keys(state.sample["frame_tokens"], None)
-        return self._feed(x + attn.o(attend(q, k, v, self.num_heads, state, call)), *mlp)
+        return self._feed(x + attn.o(attend(q, k, v, q.shape[1], state, call)), *mlp)
 
     def forward(  # type: ignore[override]
         self,

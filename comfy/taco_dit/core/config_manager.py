@@ -41,6 +41,7 @@ class ParallelConfig:
     data_parallel: bool = True
     data_parallel_degree: int | None = None
     spatial_parallel: bool = True
+    spatial_parallel_degree: int | None = None
     exchange: str = "collective"
 
 
@@ -336,6 +337,7 @@ def validate_for(config: TacoConfig, world_size: int) -> TacoConfig:
         "ulysses_degree": parallel.ulysses_degree,
         "ring_degree": parallel.ring_degree,
         "data_parallel_degree": parallel.data_parallel_degree,
+        "spatial_parallel_degree": parallel.spatial_parallel_degree,
     }
     for name, degree in fixed.items():
         if degree is not None and world_size % degree:

@@ -4,8 +4,8 @@ Computing: matrix products and attention at the rate of their size, passes over 
 never less than launching its kernels takes. Communication: bytes over the slowest links, and a latency for each
 collective. Formulas, for N tokens of h channels in bf16, one block, per rank: Ulysses over n ranks sends 8 N/n h (n-1)/n
 bytes in two exchanges; a ring passes 4 N/n h bytes n - 1 times; tensor parallelism gathers and reduce-scatters 2 N h (n-1)/n
-bytes each for every sum; sharded weights gather the block's bytes. (Jacobs et al. 2023; Liu et al.
-2023; Korthikanti et al. 2022.)
+bytes each for every sum; sharded weights gather the block's bytes; rows of pictures send halos and gather keys and values.
+(Jacobs et al. 2023; Liu et al. 2023; Korthikanti et al. 2022.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from .degrees import ParallelDims, Workload
 from .layout import Layout, Placement
 from .machine_profile import MachineProfile, rate_at
-from .network_cost import NetworkCost
+from .network_cost import UNET_SHARE, NetworkCost
 
 # Calibration, by FLUX.1-dev's step on one H100 and H200 (docs/benchmarks.md).
 SUSTAINED = 0.9
@@ -75,9 +75,9 @@ def _compute(
     network: NetworkCost, work: Workload, dims: ParallelDims, tensor: int, rows: int, profile: MachineProfile
 ) -> float:
     """Milliseconds of all blocks on the slowest device, whatever their number of stages."""
-    tokens = math.ceil(work.tokens / dims.sequence_degree)
+    tokens = math.ceil(work.tokens / dims.picture_degree)
     heads = math.ceil(network.heads / (dims.ulysses_degree * tensor))
-    queries = math.ceil(work.tokens / dims.ring_degree)
+    queries = math.ceil(work.tokens / (dims.ring_degree * dims.spatial_degree))
     attention = 4 * rows * heads * network.head_size * queries * work.tokens * network.blocks
     passes = rows * tokens * network.hidden * 2 * _PASSES * network.blocks + network.once_bytes / dims.sequence_degree
     if dims.ring_degree > 1:
@@ -86,6 +86,7 @@ def _compute(
     slowest = 0.0
     for device in profile.devices:
         linear = rows * tokens * network.linear_flops / tensor / rate_at(device.matrix, rows * tokens)
+        linear /= network.linear_rate
         met = attention / rate_at(device.attention, rows * heads * queries)
         slowest = max(slowest, (linear + met) / 1e9 + passes / device.memory_gbs / 1e6)
     return max(slowest / SUSTAINED, network.blocks * _KERNELS * profile.launch_us / 1e3)
@@ -109,6 +110,24 @@ def _token_exchange(network: NetworkCost, work: Workload, dims: ParallelDims, la
     return slowest * network.blocks
 
 
+def _spatial_exchange(network: NetworkCost, work: Workload, dims: ParallelDims, rows: int,
+                      profile: MachineProfile) -> float:  # fmt: skip
+    """Milliseconds of halos, statistics, keys and values of a UNet, on the slowest group."""
+    if dims.spatial_degree == 1:
+        return 0.0
+    cells = rows * work.tokens * UNET_SHARE
+    halo = 4 * rows * math.sqrt(work.tokens * UNET_SHARE) * network.hidden * 2
+    slowest = 0.0
+    for copy in range(0, dims.world_size, dims.spatial_degree):
+        group = dims.token_group(copy)
+        spent = network.row_layers * profile.all_to_all_ms(group, halo)
+        if network.attentions:
+            one = profile.all_gather_ms(group, cells * network.keys / network.attentions * 2)
+            spent += network.attentions * one
+        slowest = max(slowest, spent)
+    return slowest
+
+
 def _row_gather(work: Workload, dims: ParallelDims, layout: Layout, profile: MachineProfile) -> float:
     if dims.cfg_degree * dims.data_degree == 1:
         return 0.0
@@ -118,12 +137,13 @@ def _row_gather(work: Workload, dims: ParallelDims, layout: Layout, profile: Mac
 
 def _tensor_exchange(network: NetworkCost, work: Workload, dims: ParallelDims, layout: Layout, rows: int,
                      profile: MachineProfile) -> float:  # fmt: skip
-    """A gather before and a reduce-scatter after what is summed, for every sum of every block."""
+    """A gather before and a reduce-scatter after what is summed, for every sum of every block; sums of squares of norms."""
     if layout.tensor_degree == 1:
         return 0.0
     tokens = math.ceil(work.tokens / dims.sequence_degree)
-    one = profile.all_gather_ms(range(layout.tensor_degree), rows * tokens * network.hidden * 2)
-    return 2 * one * network.sums
+    group = range(layout.tensor_degree)
+    one = profile.all_gather_ms(group, rows * tokens * network.hidden * 2)
+    return 2 * one * network.sums + network.norms * profile.all_gather_ms(group, rows * tokens * 4)
 
 
 def _gathered_weights(network: NetworkCost, ranks: int, profile: MachineProfile) -> float:
@@ -151,6 +171,9 @@ def estimate(
     compute = _compute(network, work, dims, layout.tensor_degree, batch, profile)
     exchange = _token_exchange(network, work, dims, layout, batch, profile)
     exchange += _tensor_exchange(network, work, dims, layout, batch, profile)
+    exchange += _spatial_exchange(network, work, dims, batch, profile)
+    computed = 1 - network.reused * (1 - 1 / network.blocks)
+    compute, exchange = computed * compute, computed * exchange
     waiting = 0.0
     if stages > 1:
         longest = max(stop - start for start, stop in layout.pipeline_stages) / network.blocks
@@ -186,5 +209,5 @@ def memory(network: NetworkCost, work: Workload, dims: ParallelDims, layout: Lay
     if layout.placement is Placement.SHARDED:
         weights = weights / dims.world_size + 2 * network.block_bytes  # the block at work and the one that comes
     rows = 1 if len(layout.pipeline_stages) > 1 else rows_of_rank(dims, work)
-    tokens = math.ceil(work.tokens / dims.sequence_degree)
+    tokens = math.ceil(work.tokens / dims.picture_degree)
     return Memory(weights, _ALIVE * rows * tokens * network.hidden * 2)

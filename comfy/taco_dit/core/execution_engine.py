@@ -29,6 +29,7 @@ from comfy.taco_dit.parallel.exchange import CollectiveExchange
 from comfy.taco_dit.parallel.pipeline_parallel import Pipelines, StagePipeline
 from comfy.taco_dit.parallel.ring_parallel import native_plan
 from comfy.taco_dit.parallel.sequence_parallel import UlyssesPlan
+from comfy.taco_dit.parallel.spatial_parallel import SpatialPlan
 from comfy.taco_dit.parallel.tensor_parallel import TensorPlan
 from comfy.taco_dit.utils.performance_monitor import Clock, RunStatistics
 from comfy.weights.store import store_of
@@ -40,10 +41,13 @@ from .config_manager import ConfigError, OptimizationConfig, ParallelConfig, Tac
 from .distributed_manager import TACODiTDistributedManager
 from .layout import Layout, Placement
 from .machine_profile import MachineProfile, assumed
-from .network_cost import NetworkCost, of_network
+from .network_cost import EIGHT_BIT_RATES, NetworkCost, of_network
 from .plan import ParallelDims, Plan, Workload, choose_plan
-from .rows import can_cut, collect_rows, foreign_parts, replaced_parts, rows_of
+from .rows import all_layers_are_ours, can_cut, can_deal_rows, collect_rows, foreign_parts, replaced_parts, rows_of
 from .transports import Transports, entries_of_call
+
+SharedPicture = UlyssesPlan | TensorPlan | SpatialPlan
+"""How ranks share a picture: its tokens, or its rows."""
 
 
 class TACODiTExecutionEngine:
@@ -62,10 +66,13 @@ class TACODiTExecutionEngine:
         self._unsaid: RunStatistics | None = None
         self.total_calls = 0
         self._plan: Plan | None = None
-        self._streamed: float | None = None  # bytes of weights that come from host memory in each call of this run
+        # Of this run: bytes of weights that come from host memory in each call, how fast linears multiply, reused calls.
+        self._streamed: float | None = None
+        self._linear_rate, self._reused = 1.0, 0.0
+        self._all_ours: bool | None = None
         self._started = 0.0
         self._layout: tuple[Layout, str] = (Layout(), "")
-        self._token_plans: dict[Any, UlyssesPlan | TensorPlan] = {}
+        self._token_plans: dict[Any, SharedPicture] = {}
         self._warned: set[str] = set()
         self.profile: MachineProfile = assumed(manager.world_size)
         self.records_file: str | None = None  # where predicted and measured times are kept
@@ -109,7 +116,16 @@ class TACODiTExecutionEngine:
             hidden_size=hidden,
             rows_split=not foreign and can_cut(batches),
             tokens_split=hasattr(network, "block_list"),
+            picture_rows=largest.x.shape[-2] if self._may_deal_rows(network, batches, model_options) else 0,
         )
+
+    def _may_deal_rows(self, network: Any, batches: list[Any], model_options: dict[str, Any]) -> bool:
+        """Whether the rows of pictures may be on different ranks; its layers are looked at once a run."""
+        if self.manager.world_size == 1 or not can_deal_rows(network, batches, model_options):
+            return False
+        if self._all_ours is None:
+            self._all_ours = all_layers_are_ours(network)
+        return self._all_ours
 
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
@@ -117,10 +133,10 @@ class TACODiTExecutionEngine:
             if self.lockstep.is_first:
                 logging.warning("TACO-DiT: %s", text)
 
-    def token_plan(self, dims: ParallelDims, layout: Layout = Layout()) -> UlyssesPlan | TensorPlan | None:  # noqa: B008
-        """The token plan of this rank, or None when tokens are not split."""
+    def token_plan(self, dims: ParallelDims, layout: Layout = Layout()) -> Any:  # noqa: B008
+        """The `SharedPicture` of this rank, or None when pictures are not shared."""
         data = self.manager.data
-        if dims.sequence_degree * layout.tensor_degree == 1 or data is None:
+        if dims.picture_degree * layout.tensor_degree == 1 or data is None:
             return None
         key = (data.generation, dims, layout)
         if key not in self._token_plans:
@@ -128,7 +144,10 @@ class TACODiTExecutionEngine:
                 self._token_plans = {}
                 self.runner.forget()  # captured exchanges belong to groups that are gone
             inside = None if dims.sequence_degree == 1 else self._new_plan(dims, layout)
-            if layout.tensor_degree > 1:
+            if dims.spatial_degree > 1:
+                copies = dims.token_group(layout.place_of(self.manager.rank).copy)
+                self._token_plans[key] = SpatialPlan(self._copies_group(layout, copies), self.manager.device)
+            elif layout.tensor_degree > 1:
                 among = data.group(layout.tensor_group(self.manager.rank))
                 self._token_plans[key] = TensorPlan(inside, UlyssesPlan(CollectiveExchange(among, self.clock)))
             elif inside is not None:
@@ -212,7 +231,12 @@ class TACODiTExecutionEngine:
         if self._streamed is None:  # the most of all ranks, so that all choose the same plan
             offloaded = layout.placement is Placement.OFFLOADED
             mine = max(0.0, costs.weight_bytes - model.model_loaded_weight_memory) if offloaded else 0.0
-            self._streamed = max(self.lockstep.gather("streamed weights", mine))
+            rate = EIGHT_BIT_RATES.get(store_of(model).multiplies_in or "", 1.0)
+            found = self.lockstep.gather("costs of this network", (mine, rate, self._reused))
+            self._streamed = max(streamed for streamed, _, _ in found)
+            self._linear_rate = min(rate for _, rate, _ in found)
+            self._reused = min(reused for _, _, reused in found)
+        costs = dataclasses.replace(costs, linear_rate=self._linear_rate, reused=self._reused)
         streaming = Placement.OFFLOADED if self._streamed else Placement.WHOLE
         if {layout.placement, streaming} <= {Placement.OFFLOADED, Placement.WHOLE}:
             layout = dataclasses.replace(layout, placement=streaming)
@@ -241,9 +265,9 @@ class TACODiTExecutionEngine:
         group = self._copies_group(layout, dims.row_group(copy))
         return collect_rows(batches, dims, outs, functools.partial(self._gather_rows, group))
 
-    def _reserve(self, model: Any, token_plan: UlyssesPlan | TensorPlan | None, batches: list[DenoiserBatch]) -> None:
+    def _reserve(self, model: Any, sharing: SharedPicture | None, batches: list[DenoiserBatch]) -> None:
         """Room for what the ranks of a token group send one another in these batches, the same for all of them."""
-        inside = None if token_plan is None else token_plan.inside
+        inside = None if sharing is None or isinstance(sharing, SpatialPlan) else sharing.inside
         if inside is None or not batches or self._plan is None or self._plan.work is None:
             return
         work, rows = self._plan.work, max(batch.x.shape[0] for batch in batches)
@@ -256,22 +280,23 @@ class TACODiTExecutionEngine:
         model: Any,
         batches: list[DenoiserBatch],
         model_options: dict[str, Any],
-        token_plan: UlyssesPlan | TensorPlan | None,
+        shared: SharedPicture | None,
         layout: Layout,
         pipeline: StagePipeline | None = None,
         places: Sequence[Any] = (),
     ) -> list[torch.Tensor]:
         """Runs this rank's batches, with the denoiser call in their `transformer_options`. places: of which rows each is."""
+        token_plan = None if isinstance(shared, SpatialPlan) else shared
         call = dit.DenoiserCall(plan=token_plan, layout=layout, pipeline=pipeline)
         self._eight_bit = store_of(model).multiplies_in
         slots = []
         if self.step_cache is not None and self._may_reuse(layout, pipeline):
-            context = None if token_plan is None else id(token_plan)
+            context = None if shared is None else id(shared)
             for i, batch in enumerate(batches):
                 slots.append(self.step_cache.slot(model, batch, (places[i] if places else i, context)))
         calls = [dataclasses.replace(call, cache=slot) for slot in slots] or [call] * len(batches)
         batches = [batch.within(its) for batch, its in zip(batches, calls, strict=True)]
-        with dit.fallback_call(call), self._fast(model, token_plan, captured=pipeline is None):
+        with dit.fallback_call(call), self._fast(model, shared, captured=pipeline is None):
             outs = evaluate_serially(model, batches, model_options)
         if self.step_cache is not None:
             self.step_cache.note_step(slots)
@@ -292,15 +317,19 @@ class TACODiTExecutionEngine:
             return group.all_gather(flat, counts)
 
     @contextlib.contextmanager
-    def _fast(self, model: Any, token_plan: UlyssesPlan | TensorPlan | None, captured: bool) -> Iterator[None]:
-        """Inside, the model calls its network compiled and captured, if the configuration asks for it.
+    def _fast(self, model: Any, shared: SharedPicture | None, captured: bool) -> Iterator[None]:
+        """Inside, the model calls its network compiled and captured, if the configuration asks for it, and with rows.
 
         captured: whether the call can be: stages of a pipeline wait for one another at moments of their own.
         """
-        if not captured or not self.runner.wanted or replaced_parts(model.diffusion_model):
+        network = model.diffusion_model
+        if captured and self.runner.wanted and not replaced_parts(network):
+            model.network_runner = self.runner.bound(model, shared)
+        elif isinstance(shared, SpatialPlan):
+            model.network_runner = shared.around(network)
+        else:
             yield
             return
-        model.network_runner = self.runner.bound(model, token_plan)
         try:
             yield
         finally:
@@ -314,9 +343,10 @@ class TACODiTExecutionEngine:
         self.pipelines.begin_run()
         self.clock.restart()
         if self.step_cache is not None:
+            self._reused = self.step_cache.expected_share()
             self.step_cache.begin_run()
         self._plan = None
-        self._streamed = None
+        self._streamed = self._all_ours = None
         self._started = time.perf_counter()
 
     def end_run(self) -> RunStatistics:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 # Of a convolutional network most weights work at a quarter of the latent's resolution, on each axis.
-_UNET_SHARE = 1 / 16
+UNET_SHARE = 1 / 16
+_QK_NORM = re.compile(r"(norm_[qk]|[qk]_norm)")
+
+# How many times as fast as in bf16 linears multiply: FLUX.1-dev on one H200 (docs/benchmarks.md). int8 is slower there.
+EIGHT_BIT_RATES = {"fp8": 1.6, "int8": 0.5}
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,11 @@ class NetworkCost:
     linear_flops: of all blocks together, for each token. once_bytes: weights that are read once a call, whatever the number
     of tokens (modulations). weight_bytes: all weights. block_bytes: those of the largest block. tensor_bytes: weights that
     tensor parallelism cuts. sums: outputs that tensor parallelism adds up over ranks, of all blocks. unet: whether
-    tokens are latent pixels of a convolutional network.
+    tokens are latent pixels of a convolutional network. norms: norms over all heads together, whose sums tensor parallelism
+    adds up over ranks, of all blocks. linear_rate: how many times as fast as in bf16 linears multiply (eight bits).
+    reused: the share of calls in which a step cache reuses what blocks after the first add. Of UNets: row_layers, layers that
+    exchange rows or statistics where rows of pictures are shared; attentions among cells, and keys: the channels of their
+    keys and values together.
     """
 
     name: str
@@ -32,6 +41,12 @@ class NetworkCost:
     tensor_bytes: float
     sums: int
     unet: bool = False
+    norms: int = 0
+    linear_rate: float = 1.0
+    reused: float = 0.0
+    row_layers: int = 0
+    attentions: int = 0
+    keys: int = 0
 
     @property
     def inner(self) -> int:
@@ -75,11 +90,11 @@ def of_network(network: Any) -> NetworkCost:
     everything = sum(p.numel() * p.element_size() for p in parameters.values())
     kind = type(network).__name__
     if not hasattr(network, "block_list"):
-        flops = 2 * sum(p.numel() for p in parameters.values()) * _UNET_SHARE
+        flops = 2 * sum(p.numel() for p in parameters.values()) * UNET_SHARE
         return NetworkCost(kind, hidden, heads, max(1, hidden // heads), 16, flops, 0, everything, everything / 16,
-                           everything, 32, unet=True)  # fmt: skip
+                           everything, 32, unet=True, **_layers_of_unet(network))  # fmt: skip
     record = record_of(network)
-    flops = once = largest = cut = sums = 0.0
+    flops = once = largest = cut = sums = norms = 0.0
     blocks = network.block_list()
     for block in blocks:
         streams = max(1, len(block.arguments.tokens))
@@ -88,6 +103,7 @@ def of_network(network: Any) -> NetworkCost:
             size = weight.numel() * weight.element_size()
             own += size
             if weight.ndim < 2:
+                norms += weight.numel() == hidden and _QK_NORM.search(name) is not None
                 continue
             split = _split(record, f"{block.name}.{name.removesuffix('.weight')}")
             if split in ("whole", "gathered"):  # of per-sample tensors
@@ -100,7 +116,21 @@ def of_network(network: Any) -> NetworkCost:
         largest = max(largest, own)
     return NetworkCost(
         kind, hidden, heads, hidden // heads, len(blocks), flops, once, everything, largest, cut, round(sums),
+        norms=round(norms),
     )  # fmt: skip
+
+
+def _layers_of_unet(network: Any) -> dict[str, int]:
+    """What costs exchanges where rows of pictures are shared."""
+    found = {"row_layers": 0, "attentions": 0, "keys": 0}
+    for name, module in network.named_modules():
+        kernel = getattr(module, "kernel_size", ())
+        found["row_layers"] += max(kernel if isinstance(kernel, tuple) else (kernel,), default=1) > 1
+        found["row_layers"] += hasattr(module, "num_groups")
+        if name.endswith(".attn1") and hasattr(module, "to_k"):
+            found["attentions"] += 1
+            found["keys"] += module.to_k.out_features + module.to_v.out_features
+    return found
 
 
 def _split(record: Any, name: str) -> str:

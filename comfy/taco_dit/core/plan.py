@@ -22,8 +22,9 @@ from .network_cost import NetworkCost, typical
 __all__ = ["Considered", "ParallelDims", "Plan", "Workload", "candidates", "choose_plan", "share"]
 
 # What a second choice must gain to be taken: a part of the time, and milliseconds. A ring that is not configured is second to
-# Ulysses, because attention functions of custom nodes cannot use it; repeating each other's work is second to sharing it.
-_GAIN, _RING_MS, _REPEAT_MS = 1.03, 1.0, 5.0
+# Ulysses, because attention functions of custom nodes cannot use it; rows of pictures are second to whole ones, because
+# patches of custom nodes get these; repeating each other's work is second to sharing it.
+_GAIN, _SECOND_MS, _REPEAT_MS = 1.03, 1.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,21 @@ def candidates(config: ParallelConfig, work: Workload, world_size: int) -> list[
             rest = world_size // (cfg * data)
             for ulysses, ring in _token_splits(config, work, rest):
                 found.append(ParallelDims(cfg, data, ulysses, rest // (ulysses * ring), ring))
+            for spatial in _row_splits(config, work, rest):
+                found.append(ParallelDims(cfg, data, replicas=rest // spatial, spatial_degree=spatial))
+    fixed = config.spatial_parallel_degree
+    if fixed is not None and any(dims.spatial_degree == fixed for dims in found):
+        found = [dims for dims in found if dims.spatial_degree == fixed]
     return found
+
+
+def _row_splits(config: ParallelConfig, work: Workload, ranks: int) -> list[int]:
+    """How many of `ranks` ranks may share the rows of a picture, above one."""
+    if not config.spatial_parallel or (not config.auto_detect and config.spatial_parallel_degree is None):
+        return []
+    fixed = config.spatial_parallel_degree
+    degrees = [degree for degree in divisors(ranks) if 1 < degree <= work.picture_rows]
+    return [degree for degree in degrees if fixed in (None, degree)]
 
 
 def _impossible(config: ParallelConfig, work: Workload, ranks: int, found: list[ParallelDims]) -> list[Considered]:
@@ -124,12 +139,15 @@ def _impossible(config: ParallelConfig, work: Workload, ranks: int, found: list[
         cfg = cfg or f"a call has {work.conds} conditioning{'s' if work.conds > 1 else ''}"
     if work.pictures < ranks:
         data = data or f"a call has {work.pictures} picture{'s' if work.pictures > 1 else ''}"
-    axes = (
+    axes = [
         (ParallelDims(cfg_degree=ranks), together or cfg),
         (ParallelDims(data_degree=ranks), together or data),
         (ParallelDims(ulysses_degree=ranks), tokens),
         (ParallelDims(ring_degree=ranks), tokens),
-    )  # fmt: skip
+    ]
+    if work.picture_rows and ranks > 1:
+        why = "" if config.spatial_parallel else "parallel.spatial_parallel is false"
+        axes.append((ParallelDims(spatial_degree=ranks), why))
     fixed = "degrees in the configuration leave no room for it"
     off = "" if config.enabled else "parallel.enabled is false"
     return [Considered(dims.describe(), impossible=off or why or fixed) for dims, why in axes if dims not in found]
@@ -187,15 +205,19 @@ def _choose(
 def _best(times: dict[ParallelDims, Estimate], work: Workload, config: ParallelConfig) -> ParallelDims:
     def order(dims: ParallelDims) -> tuple[float, ...]:
         time = times[dims].total
-        if dims.ring_degree > 1 and config.ring_degree is None and dims.sequence_degree <= work.heads:
-            time = max(time * _GAIN, time + _RING_MS)
+        ring = dims.ring_degree > 1 and config.ring_degree is None and dims.sequence_degree <= work.heads
+        if ring or (dims.spatial_degree > 1 and config.spatial_parallel_degree is None):
+            time = max(time * _GAIN, time + _SECOND_MS)
         return round(time, 6), dims.ring_degree, dims.ulysses_degree, dims.data_degree
 
-    least = min(dims.replicas for dims in times)
-    sharing = min((dims for dims in times if dims.replicas == least), key=order)
-    best = min(times, key=order)
+    # Rows of pictures are not shared for the sake of sharing: of a small UNet the exchanges take longer than the rest.
+    plain = [dims for dims in times if dims.spatial_degree == 1] or list(times)
+    least = min(dims.replicas for dims in plain)
+    sharing = min((dims for dims in plain if dims.replicas == least), key=order)
+    best = min(plain, key=order)
     needed = max(times[best].total * _GAIN, times[best].total + _REPEAT_MS)
-    return best if times[sharing].total > needed else sharing
+    chosen = best if times[sharing].total > needed else sharing
+    return min((chosen, *(dims for dims in times if dims.spatial_degree > 1)), key=order)
 
 
 def _reason(dims: ParallelDims, work: Workload, config: ParallelConfig, times: Collection[ParallelDims]) -> str:
@@ -215,6 +237,8 @@ def _reason(dims: ParallelDims, work: Workload, config: ParallelConfig, times: C
             parts.append(f"keys go round a ring of {dims.ring_degree}, as {why}")
     elif dims.ulysses_degree > 1:
         parts.append(f"{work.tokens} tokens and {work.heads} heads on {dims.ulysses_degree} ranks")
+    if dims.spatial_degree > 1:
+        parts.append(f"{work.picture_rows} rows of a picture on {dims.spatial_degree} ranks")
     if dims.replicas > 1:
         better = any(other.replicas < dims.replicas for other in times)
         why = "exchanging would take longer than it saves" if better else "nothing else can be split"

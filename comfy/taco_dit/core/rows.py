@@ -108,6 +108,43 @@ def has_foreign_code(network: Any, batches: Sequence[DenoiserBatch], model_optio
     )
 
 
+def can_deal_rows(network: Any, batches: Sequence[DenoiserBatch], model_options: dict[str, Any]) -> bool:
+    """Whether a network of which all layers are ours can be called with rows of pictures (`row_unit`).
+
+    Patches and replacements can be given whole pictures; what runs around or instead of our own layers cannot, and may not
+    know what it is given.
+    """
+    if not getattr(network, "row_unit", 0) or replaced_parts(network):
+        return False
+    everywhere = [model_options.get("transformer_options", {})]
+    everywhere += [batch.conditioning.get("transformer_options", {}) for batch in batches]
+    if any(
+        any(options.get("wrappers", {}).get("diffusion_model", {}).values())
+        or options.get("patches", {}).get("forward_timestep_embed_patch")
+        for options in everywhere
+    ):
+        return False
+    functions = (attention.optimized_attention, attention.optimized_attention_masked)
+    return all(function is attention.attention_pytorch for function in functions)
+
+
+def all_layers_are_ours(network: Any) -> bool:
+    """Whether no part of a network is compiled, hooked or foreign, and so takes tensors of torch's own only."""
+    return all(map(_is_ours, network.modules()))
+
+
+def _is_ours(module: Any) -> bool:
+    """Whether a module runs the forward of a class of torch's or ours."""
+    kind, own = type(module), vars(module)
+    return (
+        kind.__module__.startswith(("torch.nn.", "comfy."))
+        and kind.forward.__module__.startswith(("torch.nn.", "comfy."))
+        and "forward" not in own
+        and own.get("_compiled_call_impl") is None
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+    )
+
+
 def can_cut(batches: list[DenoiserBatch]) -> bool:
     """Whether every tensor of the batches has an axis by which conditionings and pictures can be separated."""
     try:

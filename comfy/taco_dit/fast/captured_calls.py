@@ -52,6 +52,12 @@ def _is_long(network: Any, context: Any, x: torch.Tensor) -> bool:
     return is_long(x.shape[0], tokens // getattr(context, "size", 1), tokens)
 
 
+def _called(network: Any, context: Any) -> Any:
+    """What is called: the network, or what the plan puts around it (`SpatialPlan`)."""
+    around = getattr(context, "around", None)
+    return network if around is None else around(network)
+
+
 def evaluate(network: Any, call: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
     """The network on latents and times, which it takes by position (families name the times differently), and the rest."""
     rest = {name: value for name, value in call.items() if name not in ("x", "timestep")}
@@ -244,7 +250,7 @@ class CapturedCalls:
             wrappers = options.get("wrappers", {}).get("diffusion_model", {})
             call = {"x": x, "timestep": timestep, **arguments}
             if not ours or any(wrappers.values()):
-                return self._plain(model.diffusion_model, call, options)
+                return self._plain(_called(model.diffusion_model, context), call, options)
             compiling = dit.compiled_stages(True) if self.compile_stages else contextlib.nullcontext()
             with compiling:
                 return self._run(model, context, call, options)
@@ -256,7 +262,7 @@ class CapturedCalls:
         return evaluate(network, call, options)
 
     def _run(self, model: Any, context: Any, call: dict[str, Any], options: dict[str, Any]) -> torch.Tensor:
-        network = model.diffusion_model
+        network = _called(model.diffusion_model, context)
         cache = _cache_of(options)
         key = self._key(model, context, call)
         if key is None:

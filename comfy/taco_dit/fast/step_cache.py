@@ -240,6 +240,12 @@ class StepCache:
         self._ends: tuple[Any, float] = (None, math.inf)
         self._busy = False
 
+    def expected_share(self) -> float:
+        """The share of the next run's calls that is expected to be reused: as configured, or as in the run before."""
+        if self.settings.mode == "interval":
+            return 1 - 1 / self.settings.interval
+        return sum(self.steps) / len(self.steps) if self.steps else 0.0
+
     def begin_run(self) -> None:
         """Before sampling: nothing of another run is reused."""
         self.steps, self._busy = [], True

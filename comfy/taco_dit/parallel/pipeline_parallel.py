@@ -88,9 +88,16 @@ def _unpacked(state: DiTState, flat: torch.Tensor) -> DiTState:
 
 
 def _rows(value: Any, batch: int, start: int, stop: int) -> Any:
-    """Rows [start, stop) of a tensor that has `batch` of them; anything else as it is."""
+    """Rows [start, stop) of tensors that have `batch` of them, also in lists, tuples and dataclasses; else as it is."""
+    cut = functools.partial(_rows, batch=batch, start=start, stop=stop)
     if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch:
         return value[start:stop]
+    if type(value) in (list, tuple):
+        return type(value)(map(cut, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{each.name: cut(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        )
     return value
 
 
@@ -161,7 +168,9 @@ class StagePipeline:
             for plan in plans:
                 yield plan.part(state), dataclasses.replace(call, plan=plan)
             return
-        count = min(batch, 4 * self._links.size) if self._rows_independent else 1
+        # Streams of another batch (several VACE controls) are rows in an order of their own.
+        alike = all(tokens.shape[0] == batch for tokens in state.streams.values())
+        count = min(batch, 4 * self._links.size) if self._rows_independent and alike else 1
         for i in range(count):
             start, stop = share(batch, count, i)
             yield rows_of_state(state, start, stop), rows_of_call(call, batch, start, stop)

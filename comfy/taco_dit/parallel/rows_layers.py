@@ -24,6 +24,13 @@ def _each_axis(value: Any, axes: int) -> list[int]:
     return [int(value)] * axes if isinstance(value, int) else [int(v) for v in value] * (axes // len(value))
 
 
+def _by_entries(picture: Any) -> Any:
+    """The same tensor with each entry of its axis of rows as a row: cells that were put together to a picture again."""
+    if not isinstance(picture, RowsTensor) or picture.rows.unit == 1:
+        return picture
+    return picture.with_local(picture.local, picture.rows.of_entries())
+
+
 class _Window:
     """A window that slides over rows: which outputs each rank makes, and which input rows it needs for them."""
 
@@ -31,9 +38,9 @@ class _Window:
         self.reach = dilation * (kernel - 1) + 1
         self.stride, self.padding, self.rows = stride, padding, rows
         height = (rows.rows + 2 * padding - self.reach) // stride + 1
-        # An output belongs to the rank of the input row in the middle of its window.
-        middle = (self.reach - 1) // 2 - padding
-        ends = [min(max(-((middle - end) // stride), 0), height) for end in rows.starts()]
+        # The output j belongs to the rank of the row in the middle of its window, so pictures do not wander over the ranks.
+        middle = self.reach // 2 - padding
+        ends = [min(max(0, -(-(end - middle) // stride)), height) for end in rows.starts()]
         ends[0], ends[-1] = 0, height
         self.made = [(a, max(a, b)) for a, b in zip(ends, ends[1:])]
         self.out = Layout(rows.axis, tuple(b - a for a, b in self.made))
@@ -54,7 +61,7 @@ def _convolution(axes: int) -> Handler:
 
     def handler(func: Any, args: Any, kwargs: Any) -> Any:
         given = _arguments(names, args, kwargs, bias=None, stride=1, padding=0, dilation=1, groups=1)
-        picture, weight = given["input"], given["weight"]
+        picture, weight = _by_entries(given["input"]), given["weight"]
         learned = weight, given["bias"]
         place = picture.rows.axis - picture.ndim + axes if isinstance(picture, RowsTensor) else -1
         unusual = isinstance(given["padding"], str) or isinstance(weight, RowsTensor)
@@ -138,7 +145,7 @@ def _pooling(axes: int) -> Handler:
 
     def handler(func: Any, args: Any, kwargs: Any) -> Any:
         given = _arguments("input kernel_size stride padding", args[:4], kwargs, stride=None, padding=0)
-        picture = given["input"]
+        picture = _by_entries(given["input"])
         place = picture.rows.axis - picture.ndim + axes
         plain = len(args) <= 4 and set(kwargs) <= {"input", "kernel_size", "stride", "padding"}
         kernel, padding = _each_axis(given["kernel_size"], axes), _each_axis(given["padding"], axes)
@@ -157,27 +164,27 @@ def _pooling(axes: int) -> Handler:
 
 
 def _padded(func: Any, args: Any, kwargs: Any) -> Any:
-    """Constants or copies of borders around the picture: above the first row on the first rank, below the last on the last."""
+    """Constants or copies around the picture; those above the first row go to the rank that has it, below the last alike."""
     given = _arguments("input pad mode value", args, kwargs, mode="constant", value=None)
-    picture, pads = given["input"], list(given["pad"])
+    picture, pads = _by_entries(given["input"]), list(given["pad"])
     rows = picture.rows
     place = 2 * (picture.ndim - 1 - rows.axis)
     above, below = pads[place : place + 2] if place < len(pads) else (0, 0)
-    here = (not above or rows.counts[0]) and (not below or rows.counts[-1])
-    known = given["mode"] == "constant" or (given["mode"] == "replicate" and here)  # a rank without rows has no border
-    if (above or below) and (not known or min(above, below) < 0 or rows.unit != 1):
+    known = given["mode"] in ("constant", "replicate") and rows.rows > 0
+    if (above or below) and (not known or min(above, below) < 0):
         return NotImplemented
     counts = list(rows.counts)
-    counts[0] += above
-    counts[-1] += below
+    holders = [rank for rank, count in enumerate(counts) if count] or [0]
+    counts[holders[0]] += above
+    counts[holders[-1]] += below
     if place < len(pads):
-        mine = above if picture.plan.index == 0 else 0, below if picture.plan.index == picture.plan.size - 1 else 0
-        pads[place : place + 2] = mine
+        index = picture.plan.index
+        pads[place : place + 2] = above if index == holders[0] else 0, below if index == holders[-1] else 0
     if not picture.local.numel() and given["mode"] != "constant":
         shape = [*picture.local.shape]
         for axis, total in zip(range(picture.ndim - 1, -1, -1), (a + b for a, b in zip(pads[::2], pads[1::2]))):
             shape[axis] += total
-        return picture.with_local(picture.local.new_empty(shape))
+        return picture.with_local(picture.local.new_empty(shape), Layout(rows.axis, tuple(counts), rows.unit))
     local = picture.plan.compute(func, picture.local, pads, given["mode"], given["value"])
     return picture.with_local(local, Layout(rows.axis, tuple(counts), rows.unit))
 
@@ -194,8 +201,12 @@ def _cells(grow: bool) -> Handler:
         whole_cells = grow or not any(count % factor for count in counts)
         if picture.rows.axis != picture.ndim - 2 or picture.rows.unit != 1 or not whole_cells:
             return NotImplemented
-        counts = tuple(count * factor if grow else count // factor for count in counts)
-        return picture.with_local(picture.plan.compute(func, picture.local, factor), Layout(picture.rows.axis, counts))
+        rows = Layout(picture.rows.axis, tuple(count * factor if grow else count // factor for count in counts))
+        if picture.local.numel():
+            return picture.with_local(picture.plan.compute(func, picture.local, factor), rows)
+        *batch, channels, _, width = picture.local.shape  # torch leaves the channels of an empty picture as they are
+        sizes = (channels // factor**2, 0, width * factor) if grow else (channels * factor**2, 0, width // factor)
+        return picture.with_local(picture.local.new_empty((*batch, *sizes)), rows)
 
     return handler
 
@@ -204,7 +215,7 @@ def _resized(func: Any, args: Any, kwargs: Any) -> Any:
     """Nearest neighbours: each rank makes the rows that are copies of its own."""
     names = "input size scale_factor mode"
     given = _arguments(names, args, kwargs, size=None, scale_factor=None, mode="nearest")
-    picture = given["input"]
+    picture = _by_entries(given["input"])
     axes = picture.ndim - 2
     place = picture.rows.axis - 2
     known = set(given) <= {*names.split(), "recompute_scale_factor", "align_corners", "antialias"}
@@ -240,7 +251,8 @@ def _resized(func: Any, args: Any, kwargs: Any) -> Any:
     local, rows_here = picture.local, picture.local.shape[picture.rows.axis]
     repeated = torch.arange(stop - start) * rows_here // (stop - start)
     if (stop - start) % rows_here or not torch.equal(mine, repeated):
-        local = picture.plan.compute(torch.index_select, local, picture.rows.axis, mine.to(local.device))
+        places = picture.plan.on_device(tuple(mine.tolist()))
+        local = picture.plan.compute(torch.index_select, local, picture.rows.axis, places)
     local = picture.plan.compute(func, local, sizes, None, given["mode"])
     return picture.with_local(local, out)
 
@@ -343,6 +355,26 @@ def _product(func: Any, args: Any, kwargs: Any) -> Any:
     return left.with_local(local, left.rows.moved(local.ndim - 2))
 
 
+def _own_attention(func: Any, args: Any, kwargs: Any) -> Any:
+    """Our attention on one process, by whichever kernel it takes: `scaled_dot_product(q, k, v, mask)`."""
+    q, k, v, mask = args
+    if not isinstance(q, RowsTensor) or q.rows.axis != q.ndim - 2 or kwargs:
+        return NotImplemented
+    k, v = _keys_and_values(k, v)
+    mask = _rows_of_mask(mask, q)
+    if not q.local.numel():
+        return q.with_local(q.local.new_empty([*q.local.shape[:-1], v.shape[-1]]))
+    return q.with_local(q.plan.compute(func, q.local, k, v, mask))
+
+
+def _rows_of_mask(mask: Any, q: RowsTensor) -> Any:
+    """The part of a mask [.., Lq or 1, Lk] for this rank's queries."""
+    mask = whole(mask)
+    if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
+        mask = q.plan.part(mask, q.rows.moved(-2))
+    return mask
+
+
 def _attention(func: Any, args: Any, kwargs: Any) -> Any:
     """Queries stay; keys and values come from all ranks, in one message where they are alike."""
     given = _arguments("query key value attn_mask dropout_p is_causal", args, kwargs, attn_mask=None)
@@ -351,9 +383,7 @@ def _attention(func: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(q, RowsTensor) or q.rows.axis != q.ndim - 2 or not usual:
         return NotImplemented
     k, v = _keys_and_values(k, v)
-    mask = whole(mask)
-    if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
-        mask = q.plan.part(mask, q.rows.moved(-2))
+    mask = _rows_of_mask(mask, q)
     options = {name: given[name] for name in ("scale", "enable_gqa") if name in given}
     if not q.local.numel():
         return q.with_local(q.local.new_empty([*q.local.shape[:-1], v.shape[-1]]))
@@ -393,4 +423,5 @@ register(_over_last_axes, "layer_norm rms_norm")
 register(_linear, "linear")
 register(_product, "matmul __matmul__ bmm")
 register(_attention, "scaled_dot_product_attention")
+register(_own_attention, "scaled_dot_product")
 register(_cudnn_attention, "_scaled_dot_product_cudnn_attention")

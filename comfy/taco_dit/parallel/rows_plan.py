@@ -30,6 +30,13 @@ class RowsPlan:
         self.size, self.index = group.size, group.index
         self.device = torch.empty(0, device=device).device  # with its index
         self.out_of_memory = False
+        self._places: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def on_device(self, places: tuple[int, ...]) -> torch.Tensor:
+        """Numbers as a tensor on the device, kept: a copy from the host breaks the capture of a call in a CUDA graph."""
+        if places not in self._places:
+            self._places[places] = torch.tensor(places, dtype=torch.int64, device=self.device)
+        return self._places[places]
 
     def compute(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`function` of local tensors; after this rank ran out of memory, a result of the right shape without values."""
@@ -37,6 +44,8 @@ class RowsPlan:
             try:
                 return function(*args, **kwargs)
             except comfy.model_management.OOM_EXCEPTION:
+                if captures(self.device):
+                    raise
                 self.out_of_memory = True
         shapes = pytree.tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, (args, kwargs))
         return function(*shapes[0], **shapes[1])
@@ -82,6 +91,11 @@ class RowsPlan:
         target = Layout(tensor.rows.axis, counts, tensor.rows.unit)
         above, below = Exchange(self, tensor, [target.bounds(rank) for rank in range(self.size)]).result()
         return joined_rows(self, above, own_rows(tensor, target.bounds(self.index)), below, tensor.rows.axis)
+
+
+def captures(device: torch.device) -> bool:
+    """Whether what is launched on a device now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Exchange:

@@ -70,6 +70,10 @@ class Layout:
         """The same rows along another axis."""
         return Layout(axis, self.counts, self.unit)
 
+    def of_entries(self) -> Layout:
+        """The same with each entry as a row."""
+        return Layout(self.axis, tuple(count * self.unit for count in self.counts))
+
 
 class RowsTensor(torch.Tensor):
     """Rows of a tensor; `local` are this rank's, `rows` says which they are, `plan` exchanges with the other ranks."""
@@ -182,10 +186,10 @@ def aligned(tensor: Any, axis_from_end: int, like: RowsTensor) -> Any:
     if not isinstance(tensor, torch.Tensor):
         return tensor
     if isinstance(tensor, RowsTensor):
-        same_axis = tensor.rows.axis - tensor.ndim == axis_from_end and tensor.rows.unit == like.rows.unit
-        if same_axis and tensor.rows.counts == like.rows.counts:
+        same_axis = tensor.rows.axis - tensor.ndim == axis_from_end
+        if same_axis and tensor.rows.of_entries().counts == like.rows.of_entries().counts:
             return tensor.local
-        if same_axis and tensor.rows.rows == like.rows.rows:
+        if same_axis and tensor.rows.unit == like.rows.unit and tensor.rows.rows == like.rows.rows:
             return tensor.plan.redealt(tensor, like.rows.counts)
         tensor = whole(tensor)
     if tensor.ndim < -axis_from_end or tensor.shape[axis_from_end] == 1:
@@ -286,6 +290,20 @@ def _reshaped(func: Any, args: Any, kwargs: Any) -> Any:
         rows = Layout(axis, tensor.rows.counts, unit)
         if _run(shape, rows) == (before, run):
             mine = [*shape[:axis], tensor.local.shape[tensor.rows.axis] // tensor.rows.unit * unit, *shape[axis + 1 :]]
+            return tensor.with_local(tensor.plan.compute(torch.reshape, tensor.local, mine), rows)
+    return _several_rows_as_one(tensor, shape, before, run)
+
+
+def _several_rows_as_one(tensor: RowsTensor, shape: Sequence[int], before: int, run: int) -> Any:
+    """Another shape in which some rows become one, so many on each rank: rows of cells as (rows, rows of a cell)."""
+    for axis, size in enumerate(shape):
+        entries = math.prod(shape[axis + 1 :])
+        if math.prod(shape[:axis]) != before or not run or entries % run:
+            continue
+        several = entries // run
+        if size * several == tensor.rows.rows and not any(count % several for count in tensor.rows.counts):
+            rows = Layout(axis, tuple(count // several for count in tensor.rows.counts))
+            mine = [*shape[:axis], rows.counts[tensor.plan.index], *shape[axis + 1 :]]
             return tensor.with_local(tensor.plan.compute(torch.reshape, tensor.local, mine), rows)
     return NotImplemented
 

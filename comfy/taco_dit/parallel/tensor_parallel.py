@@ -23,6 +23,7 @@ from torch import nn
 from comfy.families.base import Sizes, Split
 from comfy.ldm.dit_state import Compute, DiTState, Meeting
 from comfy.ldm.modules.attention import AttentionSpec, LocalMeeting
+from comfy.ldm.stages import leave_out
 from comfy.taco_dit.core.plan import share
 from comfy.weights.held import Held
 from comfy.weights.store import WeightStore
@@ -260,6 +261,23 @@ class LinearPart:
         mine = self._ranges[self._weights.index][: self._starts.index(first)]
         return sum(stop - start for start, stop in mine)
 
+    def of_outputs(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """See `LinearCut.of_outputs`."""
+        if self.whole:
+            return values
+        each = self._shape[0] // values.shape[dim]
+        mine = self._ranges[self._weights.index]
+        parts = [values.narrow(dim, start // each, (stop - start) // each) for start, stop in mine]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+    def mean_squares(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """See `LinearCut.mean_squares`: one sum over ranks for all of them."""
+        if self.whole:
+            return [None] * len(outputs)
+        sums = [torch.linalg.vector_norm(y, dim=-1, keepdim=True, dtype=torch.float32).square() for y in outputs]
+        means = self._weights.exchange().sum(torch.cat(sums, dim=-1)) / self._shape[0]
+        return list(means.split(1, dim=-1))
+
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's `forward`."""
         own = functools.partial(type(self.module).forward, self.module) if self._forward is None else self._forward
@@ -300,10 +318,7 @@ def _without_bias(module: nn.Module) -> Iterator[None]:
         module._parameters["bias"] = bias
 
 
-@functools.cache
-def _never_compiled() -> None:
-    """Keep the exchanges of cut linears out of compiled stages. Not at import: torch's compiler takes 70 MB of memory."""
-    LinearPart.__call__ = torch.compiler.disable(LinearPart.__call__)  # type: ignore[method-assign]
+leave_out(LinearPart, "__call__", "mean_squares")
 
 
 class TensorWeights:
@@ -349,7 +364,6 @@ class TensorWeights:
 
     def install(self) -> None:
         """Let the linears compute with their parts; the store must hold these parts from now on."""
-        _never_compiled()
         for part in self.parts.values():
             part.install()
         for block in self._blocks:

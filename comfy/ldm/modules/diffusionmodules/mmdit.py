@@ -59,24 +59,23 @@ class SelfAttention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         place = {"dtype": dtype, "device": device}
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = operations.Linear(dim, 3 * dim, **place)
         if not pre_only:
             self.proj = operations.Linear(dim, dim, **place)
         if qk_norm not in (None, "rms", "ln"):
             raise ValueError(f"qk_norm {qk_norm!r} is not known; use rms, ln or None")
-        head = dim // num_heads
         for name in ("ln_q", "ln_k"):
             norm: nn.Module = nn.Identity()
             if qk_norm == "rms":
-                norm = RMSNorm(head, **place)
+                norm = RMSNorm(self.head_dim, **place)
             elif qk_norm == "ln":
-                norm = operations.LayerNorm(head, eps=1e-6, **place)
+                norm = operations.LayerNorm(self.head_dim, eps=1e-6, **place)
             setattr(self, name, norm)
 
     def pre_attention(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [B, L, C] -> q, k, v [B, H, L, D]."""
-        q, k, v = heads_of(self.qkv(x), 3, self.num_heads)
+        q, k, v = heads_of(self.qkv(x), 3, self.head_dim)
         return self.ln_q(q).to(v), self.ln_k(k).to(v), v
 
 
@@ -145,16 +144,16 @@ class JointBlock(nn.Module):
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall) -> dit.DiTState:
         """The block on a state with the streams `txt` and `img`."""
         txt, img, c = state.streams["txt"], state.streams["img"], state.sample["vec"]
-        heads = self.x_block.attn.num_heads
         txt_mods, img_mods = self.context_block.modulation(c, call), self.x_block.modulation(c, call)
         parts = zip(self.context_block.into_attention(txt, txt_mods), self.x_block.into_attention(img, img_mods))
-        meeting = meet(AttentionSpec(heads, state.tokens("txt", "img"), layer=call.layer), call)
-        meeting.send(*(joined_tokens(*pair) for pair in parts))
+        q, k, v = (joined_tokens(*pair) for pair in parts)
+        meeting = meet(AttentionSpec(q.shape[1], state.tokens("txt", "img"), layer=call.layer), call)
+        meeting.send(q, k, v)
         second = None
         if self.x_block.x_block_self_attn:
             layer = None if call.layer is None else f"{call.layer}.attn2"
-            second = meet(AttentionSpec(heads, state.tokens("img"), layer=layer), call)
             mine = self.x_block.into_own_attention(img, img_mods)
+            second = meet(AttentionSpec(mine[0].shape[1], state.tokens("img"), layer=layer), call)
         meeting.attend()
         meeting.send_back()
         own = None
@@ -165,7 +164,7 @@ class JointBlock(nn.Module):
             second.attend()
             second.send_back()
             own = joined_heads(second.result())
-        txt_out, img_out = out.split([txt.shape[1], img.shape[1]], dim=1)
+        txt_out, img_out = out.split(state.inside("txt", "img"), dim=1)
         img = self.x_block.after_attention(img, img_out, own, img_mods)
         if not self.context_block.pre_only:
             txt = self.context_block.after_attention(txt, txt_out, None, txt_mods)

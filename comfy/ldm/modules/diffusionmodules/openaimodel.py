@@ -108,6 +108,9 @@ class UNetModel(nn.Module):
     """
 
     default_num_video_frames: int | None = None
+    row_unit: int
+    """Rows of cells that are one row at the lowest level. A network that says so can be called with rows of a picture:
+    its layers combine rows in torch's own functions only (convolutions, norms, attention, resizing)."""
 
     def __init__(
         self,
@@ -142,6 +145,7 @@ class UNetModel(nn.Module):
         if num_classes not in (None, "sequential"):
             raise ValueError(f"num_classes is {num_classes!r}; UNets here take None or 'sequential'")
         levels = len(channel_mult)
+        self.row_unit = 1 << (levels - 1)
         self.num_res_blocks = [num_res_blocks] * levels if isinstance(num_res_blocks, int) else list(num_res_blocks)
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
         self.channel_mult = list(channel_mult)
