@@ -141,9 +141,25 @@ def language_model(
     return random_weights(out, seed, torch.float16)
 
 
+def _qwen_tower(width: int, layers: int, inner: int) -> Shapes:
+    """Keys and shapes of Qwen2.5-VL's vision tower; the eighth layer attends to the whole picture."""
+    out: Shapes = {"visual.patch_embed.proj.weight": (width, 3, 2, 14, 14), "visual.merger.ln_q.weight": (width,)}
+    linears = {"merger.mlp.0": (4 * width, 4 * width), "merger.mlp.2": (LANGUAGE_WIDTH, 4 * width)}
+    for i in range(layers):
+        block = f"blocks.{i}"
+        linears |= {f"{block}.attn.qkv": (3 * width, width), f"{block}.attn.proj": (width, width)}
+        linears |= {f"{block}.mlp.gate_proj": (inner, width), f"{block}.mlp.up_proj": (inner, width)}
+        linears |= {f"{block}.mlp.down_proj": (width, inner)}
+        out[f"visual.{block}.norm1.weight"] = out[f"visual.{block}.norm2.weight"] = (width,)
+    for name, shape in linears.items():
+        out[f"visual.{name}.weight"], out[f"visual.{name}.bias"] = shape, shape[:1]
+    return out
+
+
 def qwen25() -> StateDict:
-    """Qwen2.5-VL 7B: told by its four key heads of 128."""
-    return language_model(152064, 4, 4, 128, 2, bias=True)
+    """Qwen2.5-VL 7B: told by its four key heads of 128; its tower has heads of 80."""
+    tower = random_weights(_qwen_tower(80, 8, 40), 73, torch.float16)
+    return {**language_model(152064, 4, 4, 128, 2, bias=True), **tower}
 
 
 def llama3() -> StateDict:
