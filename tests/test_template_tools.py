@@ -10,7 +10,7 @@ import pytest
 import comfy.model_detection
 import comfy.utils
 from tools import template_files, template_run
-from tools.template_run import Run, difference, reduced
+from tools.template_run import Report, Run, difference, reduced
 
 
 def test_sizes_and_steps_are_cut_down_through_links():
@@ -104,3 +104,49 @@ def test_an_own_vocabulary_lies_beside_the_text_encoders(tmp_path, monkeypatch):
     assert json.loads(content)["model"]["vocab"]["user"] == 872
     row = QwenImageTokenizer().tokenize_with_weights("hi")["qwen25_7b"][0]
     assert [token for token, _ in row[:2]] == [151644, 82] and 872 in [token for token, _ in row]
+
+
+def test_the_outcome_of_a_run(monkeypatch, capsys):
+    from tools import template_coverage
+
+    def run_templates(graphs, base, ranks, tell):
+        assert list(graphs) == ["flux_schnell", "image_qwen_image"] and ranks == [1, 2]
+        return [Report("flux_schnell", "runs"), Report("image_qwen_image", "fails", "on 2 rank(s): KSampler")]
+
+    monkeypatch.setattr(template_run, "run_templates", run_templates)
+    if template_coverage.main(["--run", "flux_schnell", "image_qwen_image"]) != 1:
+        pytest.skip("the templates are not installed")
+    out = capsys.readouterr().out
+    assert "1 of 2 templates ran to their results" in out
+    assert "fails         image_qwen_image: on 2 rank(s): KSampler" in out
+    assert template_coverage.main(["--run", "nonsense"]) == 2
+    assert "there is no template nonsense" in capsys.readouterr().err
+
+
+def test_what_a_template_came_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(template_run, "executable", lambda: "chromium")
+    graphs = {name: {"nodes": []} for name in ("same", "other", "error", "nothing", "flat")}
+    graphs["file"] = {"nodes": [{"type": "VAELoader", "widgets_values": ["unheard_of.safetensors"]}]}
+    machinery = template_run.Machinery(str(tmp_path), graphs, print)
+    noise = np.random.default_rng(0).integers(0, 255, (1, 8, 8, 3)).astype(np.uint8)
+    results = {
+        "same": ([("images", noise)], [("images", noise)]),
+        "other": ([("images", noise)], [("images", noise[::-1, ::-1])]),
+        "nothing": ([], []),
+        "flat": ([("images", noise * 0)], [("images", noise * 0)]),
+    }
+    for name in machinery.names:
+        machinery.reports[name] = Report(name, "")
+        pair = [Run(outputs=outputs) for outputs in results.get(name, ([], []))]
+        if name == "error":
+            pair[1].error = "KSampler: broken"
+        machinery.judge(name, {1: pair[0], 2: pair[1]})
+    states = {name: (report.state, report.why) for name, report in machinery.reports.items()}
+    assert states == {
+        "file": ("no stand-in", "vae/unheard_of.safetensors"),
+        "same": ("runs", ""),
+        "other": ("differs", ""),
+        "error": ("fails", "on 2 rank(s): KSampler: broken"),
+        "nothing": ("fails", "it ended without a result"),
+        "flat": ("fails", "all pictures are of one colour"),
+    }

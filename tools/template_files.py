@@ -117,7 +117,7 @@ _QWEN = _network(TINY["qwen_image"])
 _WANS: tuple[tuple[str, File], ...] = (
     ("*vace*", _network(_changed("wan_vace", text_dim=T5_WIDTH))),
     ("wan2.1_flf2v*", _wan("wan_i2v", 36, **_FIRST_LAST)),
-    ("wan2.1_i2v*|wan2.1_fun_inp*", _wan("wan_i2v", 36, **_I2V)),
+    ("wan2.1_i2v*|wan2_1-i2v*|wan2.1_fun_inp*", _wan("wan_i2v", 36, **_I2V)),
     ("wan2.1_fun_control*", _wan("wan_i2v", 48, **_I2V)),
     ("wan2.1_fun_camera*", _wan("wan_t2v", 32, "WAN21_Camera", model_type="camera", **_I2V)),
     ("wan2.2_fun_camera*", _wan("wan_t2v", 36, "WAN22_Camera", model_type="camera_2.2")),

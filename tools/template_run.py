@@ -13,12 +13,13 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from app.template_requirements import active_nodes, files_of
 from tests.e2e.server import Server
 from tests.web.browser import Browser, executable
 from tools import template_files
@@ -227,21 +228,36 @@ def difference(first: Run, second: Run) -> float:
     return worst
 
 
+def _is_blank(run: Run) -> bool:
+    """Whether there are pictures and each is of one colour: what a network makes of numbers that are not finite."""
+    pictures = [content for _, content in run.outputs if isinstance(content, np.ndarray)]
+    return bool(pictures) and all(picture.std(axis=(1, 2)).max() < 1 for picture in pictures)
+
+
 # --- all of it ---------------------------------------------------------------------------------------------------------
 
 
-def _inputs_of(prompts_or_graphs: Sequence[Mapping[str, Any]]) -> set[str]:
+def _inputs_of(graphs: Iterable[Mapping[str, Any]]) -> set[str]:
     """Names of pictures, videos and sounds that workflows load."""
-    from app.template_requirements import active_nodes
-
     loaders = ("LoadImage", "LoadImageMask", "LoadImageOutput", "LoadVideo", "LoadAudio")
     found = set()
-    for graph in prompts_or_graphs:
-        for node in active_nodes(graph):
-            values = node.get("widgets_values")
-            if node["type"] in loaders and isinstance(values, list) and values and isinstance(values[0], str):
-                found.add(values[0].removesuffix(" [output]").removesuffix(" [input]"))
+    for node in (node for graph in graphs for node in active_nodes(graph)):
+        values = node.get("widgets_values")
+        if node["type"] in loaders and isinstance(values, list) and values and isinstance(values[0], str):
+            found.add(values[0].removesuffix(" [output]").removesuffix(" [input]"))
     return found
+
+
+def write_files(graphs: Mapping[str, Mapping[str, Any]], base: str) -> dict[str, list[str]]:
+    """Write stand-ins for templates {name: workflow} below a server's base folder; {name: files without a stand-in}."""
+    absent = {name: files for name, graph in graphs.items() if (files := template_files.lacking(files_of(graph)))}
+    kept = [graph for name, graph in graphs.items() if name not in absent]
+    wanted: dict[str, set[str]] = {}
+    for folder, names in (entry for graph in kept for entry in files_of(graph).items()):
+        wanted.setdefault(folder, set()).update(names)
+    template_files.write_models(wanted, os.path.join(base, "models"))
+    template_files.write_inputs(_inputs_of(kept), os.path.join(base, "input"))
+    return absent
 
 
 class Machinery:
@@ -249,24 +265,12 @@ class Machinery:
 
     def __init__(self, base: str, graphs: Mapping[str, Mapping[str, Any]], tell: Callable[[str], None]) -> None:
         """graphs: {name: workflow}, all runnable. Raises RuntimeError without a browser."""
-        from app.template_requirements import files_of
-
         if executable() is None:
             raise RuntimeError("--run needs Chromium, which makes prompts of templates; install it (Debian: chromium)")
         self.base, self.tell = base, tell
-        self.reports: dict[str, Report] = {}
-        wanted: dict[str, set[str]] = {}
-        for name, graph in graphs.items():
-            files = files_of(graph)
-            absent = template_files.lacking(files)
-            if absent:
-                self.reports[name] = Report(name, "no stand-in", ", ".join(absent))
-                continue
-            for folder, names in files.items():
-                wanted.setdefault(folder, set()).update(names)
-        self.names = [name for name in graphs if name not in self.reports]
-        template_files.write_models(wanted, os.path.join(base, "models"))
-        template_files.write_inputs(_inputs_of([graphs[name] for name in self.names]), os.path.join(base, "input"))
+        absent = write_files(graphs, base)
+        self.reports = {name: Report(name, "no stand-in", ", ".join(files)) for name, files in absent.items()}
+        self.names = [name for name in graphs if name not in absent]
 
     def prompts(self, server: Server) -> dict[str, Prompt]:
         """The templates' prompts, cut down."""
@@ -304,6 +308,8 @@ class Machinery:
         report.state = "differs" if report.difference > DIFFERENT else "runs"
         if not first.outputs:
             report.state, report.why = "fails", "it ended without a result"
+        elif _is_blank(first):
+            report.state, report.why = "fails", "all pictures are of one colour"
 
 
 def run_templates(
