@@ -200,7 +200,7 @@ _BESIDE: dict[str, tuple[tuple[str, Part], ...]] = {
     ),
     "controlnet": (
         ("sd3.5_large*", Part("ControlNet of Stable Diffusion 3.5", True)),
-        ("qwen-image-instantx*", Part("ControlNet of Qwen-Image")),
+        ("qwen-image-instantx*", Part("ControlNet of Qwen-Image", True)),
         ("qwen-image-*fun*", Part("Fun ControlNet of Qwen-Image")),
     ),
     "model_patches": (

@@ -167,12 +167,17 @@ _STAND_INS: dict[str, tuple[tuple[str, File], ...]] = {
         ("sigclip*", File(tiny_adapters.vision_siglip)),
     ),
     "controlnet": (
+        ("qwen-image-instantx*inpaint*", File(lambda: tiny_adapters.control_qwen(17))),
+        ("qwen-image-instantx*", File(tiny_adapters.control_qwen)),
         ("sd3.5_large_*_blur*", File(lambda: _sd35_control(0))),
         ("sd3.5_large_*_canny*", File(lambda: _sd35_control(1))),
         ("sd3.5_large_*_depth*", File(lambda: _sd35_control(2))),
     ),
     "style_models": (("flux1-redux*", File(tiny_adapters.redux)),),
-    "model_patches": (("uso*", File(tiny_adapters.uso)),),
+    "model_patches": (
+        ("uso*", File(tiny_adapters.uso)),
+        ("qwen_image_*diffsynth*", File(tiny_adapters.diffsynth)),
+    ),
     "upscale_models": (("realesrgan*", File(lambda: tiny_parts.upscaler(4))),),
     "loras": (
         ("*qwen*|*firered*", File(lambda: tiny_families.kohya_lora(TINY["qwen_image"]))),

@@ -13,6 +13,7 @@ from comfy_execution.caching import fingerprint
 
 LOADERS = {
     "CheckpointLoaderSimple": {"ckpt_name": "checkpoints"},
+    "ImageOnlyCheckpointLoader": {"ckpt_name": "checkpoints"},
     "unCLIPCheckpointLoader": {"ckpt_name": "checkpoints"},
     "UNETLoader": {"unet_name": "diffusion_models"},
     "CLIPLoader": {"clip_name": "text_encoders"},
@@ -33,6 +34,7 @@ LOADERS = {
     "GLIGENLoader": {"gligen_name": "gligen"},
     "HypernetworkLoader": {"hypernetwork_name": "hypernetworks"},
     "ModelPatchLoader": {"name": "model_patches"},
+    "PhotoMakerLoader": {"photomaker_model_name": "photomaker"},
     "UpscaleModelLoader": {"model_name": "upscale_models"},
     "ConditioningLoader": {"conditioning_name": "embeddings"},
 }

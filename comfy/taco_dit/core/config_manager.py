@@ -41,6 +41,7 @@ class ParallelConfig:
     data_parallel: bool = True
     data_parallel_degree: int | None = None
     spatial_parallel: bool = True
+    exchange: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "recovery": RecoveryConfig,
 }
 _CHOICES = {
+    "parallel.exchange": ("auto", "peer", "collective"),
     "optimization.engine": ("native", "xfuser"),
     "optimization.linear_precision": ("auto", "bf16", "fp8", "int8"),
     "optimization.attention": ("auto", "sdpa", "cudnn", "flash", "sage"),

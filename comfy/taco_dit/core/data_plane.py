@@ -7,6 +7,7 @@ not come: NCCL communicators are aborted, streams closed.
 
 from __future__ import annotations
 
+import collections
 import datetime
 import gc
 import logging
@@ -26,6 +27,7 @@ from torch.distributed.distributed_c10d import (
 )
 
 from .control_client import ControlClient
+from .peer_memory import PeerMemory
 from .socket_group import SocketGroup
 
 ABORT_DEADLINE_S = 8.0
@@ -204,7 +206,7 @@ class RendezvousStore(dist.Store):
     def __init__(self, control: ControlClient, prefix: str, stop: Callable[[], bool]) -> None:
         super().__init__()
         self._control = control
-        self._prefix = prefix
+        self._prefix = self.name = prefix
         self._stop = stop
 
     def set(self, key: str, value: Any) -> None:
@@ -250,7 +252,8 @@ class DataPlane:
         self.world_size = world_size
         self.device = device
         self.generation = 0
-        self._groups: dict[tuple[str, tuple[int, ...], str], Group] = {}
+        self._groups: dict[tuple[str, tuple[int, ...], str], Any] = {}
+        self._peer_memories: collections.Counter[tuple[int, ...]] = collections.Counter()  # made in this generation
         self._lock = threading.RLock()
         self._aborted = False
         self._releases: list[Callable[[], None]] = []
@@ -266,12 +269,14 @@ class DataPlane:
         with self._lock:
             if self._aborted:
                 raise ConnectionAbortedError(ABANDONED)
-            if (kind, members, purpose) in self._groups:
-                return self._groups[kind, members, purpose]
+            known: Group | None = self._groups.get((kind, members, purpose))
+            if known is not None:
+                return known
         made = self._make(kind, members, purpose)  # without the lock: NCCL waits for peers
         with self._lock:
             if not self._aborted:
-                return self._groups.setdefault((kind, members, purpose), made)
+                kept: Group = self._groups.setdefault((kind, members, purpose), made)
+                return kept
         made.abort()
         raise ConnectionAbortedError(ABANDONED)
 
@@ -288,6 +293,31 @@ class DataPlane:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = datetime.timedelta(hours=1)
         return NcclGroup(dist.ProcessGroupNCCL(store, index, len(members), options), members, self.rank, store)
+
+    def peer_memory(self, ranks: Sequence[int], slot_bytes: int) -> PeerMemory:
+        """Memory that these ranks of this host write to directly, with slots of so many bytes; what they had is dropped.
+
+        All of them call it. Raises NoPeerMemory on all of them, and ConnectionAbortedError as `group` does.
+        """
+        members = tuple(ranks)
+        self.drop_peer_memory(members)
+        self._peer_memories[members] += 1
+        name = f"generation/{self.generation}/peers{self._peer_memories[members]}/{'-'.join(map(str, members))}/"
+        generation = self.generation
+        store = RendezvousStore(self._control, name, lambda: self._aborted or self.generation != generation)
+        count = torch.cuda.device_count()
+        made = PeerMemory(store, members, self.rank, self.device, [rank % count for rank in members], slot_bytes)
+        with self._lock:
+            if not self._aborted:
+                self._groups["peers", members, ""] = made
+                return made
+        made.abort()
+        raise ConnectionAbortedError(ABANDONED)
+
+    def drop_peer_memory(self, ranks: Sequence[int]) -> None:
+        """Forget the memory of these ranks, if there is any; it is freed when nothing else refers to it."""
+        with self._lock:
+            self._groups.pop(("peers", tuple(ranks), ""), None)
 
     def abort(self, deadline_s: float = ABORT_DEADLINE_S) -> bool:
         """Leave every collective and refuse new ones until `renew`. May be called from any thread.
@@ -330,6 +360,7 @@ class DataPlane:
         """Start a new generation of groups."""
         with self._lock:
             self._groups = {}
+            self._peer_memories.clear()  # a rank that was started again counts from the beginning
             self.generation = generation
             self._aborted = False
         gc.collect()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .config_manager import DEFAULT_FILE, ConfigError, TacoConfig, load_config, validate_for
-from .processes import die_with_parent, name_process
+from .processes import die_with_parent, name_process, shares_gpus
 
 START_MESSAGES = "TACO_START_MESSAGES"  # messages of the start, one per line, for rank 0 to show in the page
 
@@ -89,7 +89,7 @@ def plan_launch(args: argparse.Namespace, environ: Mapping[str, str], present: i
     ranks = args.taco_ranks or max(1, len(usable))
     if args.disable_taco_dit:
         ranks = 1
-    if not cpu and ranks > len(usable):
+    if not cpu and ranks > len(usable) and not shares_gpus(environ):
         raise LaunchError(
             f"--taco-ranks {ranks} needs {ranks} GPUs but {len(usable)} can be used ({', '.join(usable)}); "
             f"give at most {len(usable)}, or add --cpu"
