@@ -1,6 +1,7 @@
 """What a workflow template needs that this program does not have, told from the template alone, before any download.
 
     missing_of(template, object_info_names) -> [{"kind": "family" | "format" | "node", "name": str, "text": str}, ...]
+    missing_of(workflow, object_info_names, official=False)       the same for a workflow of a person's own
 
 template: the workflow as the page saves it (`nodes`, `definitions.subgraphs`). object_info_names: the names of all node
 types, the keys of /object_info. An empty list means that all is here; families come first, then formats, then nodes.
@@ -9,9 +10,11 @@ is not in this version, `name` is what people call it ("Z-Image"), or the file's
 `kind` format: the family is here, but its file is quantised in a way that is not read, `name` is the format. `text` is a
 sentence for people. Each (kind, name) comes once.
 
-A family is recognised by the names of the files that the nodes load (`part_of_file`): templates name the files that model
-authors publish. Whether a network is here is asked of the records of `comfy.families`, so a new record needs no change here
-when its file names are in the table.
+Official templates name the files that model authors publish, so a name that is not in the table is that of a new model. A
+person's own files may have any name, and are not judged by one that is not known (`official=False`).
+
+A family is recognised by the names of the files that the nodes load (`part_of_file`). Whether a network is here is asked of
+the records of `comfy.families`, so a new record needs no change here when its file names are in the table.
 """
 
 from __future__ import annotations
@@ -280,12 +283,14 @@ def format_of_file(file: str) -> str | None:
     return _first(_FORMATS, file)
 
 
-def _missing_file(folder: str, file: str) -> tuple[str, str, str] | None:
+def _missing_file(folder: str, file: str, official: bool) -> tuple[str, str, str] | None:
     """(kind, name, text) of what lacks for one file, or None."""
     if folder not in _BESIDE and folder not in ("checkpoints", "diffusion_models"):
         return None  # adapters of a network that is looked at itself, and files whose nodes say whether they are here
     part = part_of_file(folder, file)
     if part is None:
+        if not official:
+            return None
         return "family", file, f"{file} belongs to no model that this version knows"
     if not part.available:
         return "family", part.name, f"{part.name} is not in this version (file {file})"
@@ -295,13 +300,15 @@ def _missing_file(folder: str, file: str) -> tuple[str, str, str] | None:
     return None
 
 
-def missing_of(template: Mapping[str, Any], object_info_names: Collection[str]) -> list[dict[str, str]]:
+def missing_of(
+    template: Mapping[str, Any], object_info_names: Collection[str], official: bool = True
+) -> list[dict[str, str]]:
     """What a template needs and this version lacks; see the module's description."""
     lacking = {
         found[:2]: found[2]
         for folder, names in sorted(files_of(template).items())
         for file in sorted(names)
-        if (found := _missing_file(folder, file)) is not None
+        if (found := _missing_file(folder, file, official)) is not None
     }
     known = set(object_info_names) | FRONT_END_TYPES
     for kind in sorted({str(node["type"]) for node in active_nodes(template)} - known):

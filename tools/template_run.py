@@ -323,7 +323,7 @@ def run_templates(
     runs: dict[int, dict[str, Run]] = {}
     prompts: dict[str, Prompt] = {}
     for number in ranks:
-        with Server(base, ranks=number) as server:
+        with Server(base, ranks=number, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}) as server:
             prompts = prompts or machinery.prompts(server)
             runs[number] = machinery.run(server, prompts)
     for name in prompts:

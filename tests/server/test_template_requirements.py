@@ -47,6 +47,8 @@ def test_family_format_and_node():
         ("node", "TextGenerate"),
     ]
     assert "Z-Image is not in this version" in missing[0]["text"]
+    own = missing_of(graph, LOADERS, official=False)
+    assert [entry["name"] for entry in own] == ["Z-Image", "int8", "TextGenerate"], "files of one's own have any name"
     assert "Qwen-Image is here, but not its int8 format" in missing[2]["text"]
 
 
