@@ -58,6 +58,16 @@ def test_results_are_compared():
     assert difference(first, Run(outputs=[("images", grey[:, :2]), ("text", "a")])) == float("inf")
 
 
+def test_frames_of_videos_are_compared_before_they_are_compressed():
+    prompt = {"make": {"class_type": "CreateVideo", "inputs": {"images": ["decode", 0], "fps": 16}}}
+    template_run.show_frames(prompt)
+    assert prompt["make:frames"] == {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}}
+    frames = np.zeros((9, 8, 8, 3), np.uint8)
+    first = Run(outputs=[("video", frames)])
+    assert difference(first, Run(outputs=[("video", frames + 9)])) == 0
+    assert difference(first, Run(outputs=[("video", frames[:5])])) == float("inf")
+
+
 @pytest.mark.parametrize(
     ("name", "configuration", "config"),
     [
