@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ def count_blocks(state_dict_keys: Any, prefix_string: str) -> int:
     return count
 
 
-def metadata_config(metadata: dict[str, str] | None) -> dict[str, Any]:
-    """The network configuration in a file's metadata: `config` itself or its `transformer` part."""
+def metadata_config(metadata: Mapping[str, str] | None, part: str = "transformer") -> dict[str, Any]:
+    """The configuration in a file's metadata: `config` itself or its part of one network."""
     if not metadata or "config" not in metadata:
         return {}
     try:
@@ -39,7 +40,8 @@ def metadata_config(metadata: dict[str, str] | None) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         logging.warning("the file's metadata has a config that is not JSON (%s); it is ignored", error)
         return {}
-    return config.get("transformer", config) if isinstance(config, dict) else {}
+    found = config.get(part, config) if isinstance(config, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def detect_unet_config(

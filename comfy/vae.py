@@ -11,13 +11,11 @@ import torch
 import comfy.model_management as model_management
 import comfy.model_patcher
 import comfy.utils
-from comfy import accounting, video_vae, weight_files
-from comfy.ldm.models.autoencoder import AutoencoderKL, config_from_state_dict, convert_diffusers_vae
-from comfy.taco_dit.core.spread import rows_over, spread_pictures, spread_rounds
+from comfy import accounting, image_vae, video_vae, weight_files
+from comfy.ldm.models.autoencoder import convert_diffusers_vae
+from comfy.taco_dit.core.spread import is_spread, rows_over, spread_pictures, spread_rounds
 
-# Bytes of activations per output pixel and byte of dtype, measured on the 84M-parameter image VAE.
-DECODE_BYTES = 2178
-ENCODE_BYTES = 1767
+_FALLBACK_PIXELS = 512  # side of a tile when memory did not suffice for the whole
 
 
 class VAE:
@@ -43,32 +41,29 @@ class VAE:
         files = weight_files.files_in(sd)
         if "decoder.up_blocks.0.resnets.0.norm1.weight" in sd:
             sd = convert_diffusers_vae(sd)
-        kind = video_vae.find(sd)
+        kind = video_vae.find(sd, metadata)
         self.video = None if kind is None else video_vae.VideoCoder(self, kind)
+        self.image = image_vae.find(sd) if kind is None else None
+        found: Any = kind or self.image
         self.device = model_management.vae_device() if device is None else device
-        self.vae_dtype = dtype or model_management.vae_dtype(self.device)
-        self.working_dtypes = [torch.bfloat16, torch.float32]
+        self.vae_dtype = dtype or model_management.vae_dtype(self.device, list(found.working_dtypes))
+        self.working_dtypes = list(found.working_dtypes)
         self.output_device = model_management.intermediate_device()
-        if kind is None:
-            ddconfig, embed_dim = config_from_state_dict(sd)
-            self.latent_channels = embed_dim or ddconfig["z_channels"]
-            self.output_channels = ddconfig["out_ch"]
-            self.downscale_ratio: Any = 2 ** (len(ddconfig["ch_mult"]) - 1)
-            self.upscale_ratio: Any = self.downscale_ratio
-        else:
-            self.latent_channels, self.output_channels = kind.latent_channels, kind.out_channels
-            self.downscale_ratio, self.upscale_ratio = kind.downscale, kind.upscale
-            self.working_dtypes = list(kind.working_dtypes)
+        self.latent_channels, self.output_channels = found.latent_channels, found.out_channels
+        self.downscale_ratio: Any = found.space if kind is None else kind.downscale
+        self.upscale_ratio: Any = found.space if kind is None else kind.upscale
+        if kind is not None:
+            self.downscale_index_formula = self.upscale_index_formula = (kind.time, kind.space, kind.space)
         self.latent_dim = 2 if kind is None else 3
         self.crop_input = True
         self.disable_offload = False
-        self.not_video = kind is None
+        self.not_video = kind is None or kind.still
         self.process_input: Callable[[torch.Tensor], torch.Tensor] = lambda image: image * 2.0 - 1.0
         self.process_output: Callable[[torch.Tensor], torch.Tensor] = lambda image: ((image + 1.0) / 2.0).clamp(
             0.0, 1.0
         )
         with torch.device("meta"):
-            network = AutoencoderKL(ddconfig, embed_dim) if kind is None else kind.make()
+            network = found.make()
         self.first_stage_model = self._with_weights(network, sd).eval()
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.first_stage_model, load_device=self.device, offload_device=model_management.vae_offload_device()
@@ -94,13 +89,17 @@ class VAE:
         """Bytes to decode a latent of this shape."""
         if self.video is not None:
             return self.video.kind.decode_bytes(shape) * model_management.dtype_size(dtype)
-        return DECODE_BYTES * shape[2] * shape[3] * self.upscale_ratio**2 * model_management.dtype_size(dtype)
+        assert self.image is not None
+        return (
+            self.image.decode_bytes * shape[2] * shape[3] * self.upscale_ratio**2 * model_management.dtype_size(dtype)
+        )
 
     def memory_used_encode(self, shape: Any, dtype: torch.dtype) -> float:
         """Bytes to encode pictures of this shape [B, 3, H, W]."""
         if self.video is not None:
             return self.video.kind.encode_bytes(shape) * model_management.dtype_size(dtype)
-        return ENCODE_BYTES * shape[2] * shape[3] * model_management.dtype_size(dtype)
+        assert self.image is not None
+        return self.image.encode_bytes * shape[2] * shape[3] * model_management.dtype_size(dtype)
 
     def _load(self, needed: float) -> int:
         """Bring the network to its device; returns how many pictures fit at once."""
@@ -138,7 +137,9 @@ class VAE:
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE decoding, retrying with tiled VAE decoding.")
         if pictures is None:  # outside the handler, whose traceback keeps the failed tensors
-            pictures = self._decode_tiled(samples_in, 64, 64, 16)
+            tile = _FALLBACK_PIXELS // self.upscale_ratio
+            each = self._tiles_together(samples_in, pixels)
+            pictures = self._decode_tiled(samples_in, tile, tile, tile // 4, each)
         self.patcher.weight_store.check_files()
         return pictures.movedim(1, -1)
 
@@ -151,7 +152,13 @@ class VAE:
     def _decode_batch(self, latents: torch.Tensor) -> torch.Tensor:
         return self.process_output(self.first_stage_model.decode(latents.to(self.device, self.vae_dtype)).float())
 
-    def _decode_tiled(self, samples: torch.Tensor, tile_x: int, tile_y: int, overlap: int) -> torch.Tensor:
+    def _tiles_together(self, batch: torch.Tensor, pixels: int) -> Any:
+        """How tiles are worked on after an out-of-memory: by all ranks if all had it, else by this one alone."""
+        return spread_rounds if is_spread(batch, self.first_stage_model, pixels) else map
+
+    def _decode_tiled(
+        self, samples: torch.Tensor, tile_x: int, tile_y: int, overlap: int, each: Any = spread_rounds
+    ) -> torch.Tensor:
         """The mean of three tilings, so that no seam is at the same place in all of them."""
 
         def decode(tile: torch.Tensor) -> torch.Tensor:
@@ -163,7 +170,7 @@ class VAE:
             comfy.utils.tiled_scale(
                 samples, decode, width, height, overlap, upscale_amount=self.upscale_ratio,
                 out_channels=self.output_channels, output_device=self.output_device, pbar=bar,
-                each=spread_rounds,
+                each=each,
             )
             for width, height in tilings
         ]  # fmt: skip
@@ -225,7 +232,8 @@ class VAE:
         except model_management.OOM_EXCEPTION:
             logging.warning("Ran out of memory when regular VAE encoding, retrying with tiled VAE encoding.")
         if latents is None:  # outside the handler, as above
-            latents = self._encode_tiled(pixels, 512, 512, 64)
+            tile, each = _FALLBACK_PIXELS, self._tiles_together(pixels, size)
+            latents = self._encode_tiled(pixels, tile, tile, 64, each)
         self.patcher.weight_store.check_files()
         return latents
 
@@ -233,7 +241,9 @@ class VAE:
         inputs = self.process_input(pixels.to(self.device)).to(self.vae_dtype)
         return self.first_stage_model.encode(inputs).float()
 
-    def _encode_tiled(self, pixels: torch.Tensor, tile_x: int, tile_y: int, overlap: int) -> torch.Tensor:
+    def _encode_tiled(
+        self, pixels: torch.Tensor, tile_x: int, tile_y: int, overlap: int, each: Any = spread_rounds
+    ) -> torch.Tensor:
         def encode(tile: torch.Tensor) -> torch.Tensor:
             return self.first_stage_model.encode(self.process_input(tile).to(self.device, self.vae_dtype)).float()
 
@@ -243,7 +253,7 @@ class VAE:
             comfy.utils.tiled_scale(
                 pixels, encode, width, height, overlap, upscale_amount=1 / self.downscale_ratio,
                 out_channels=self.latent_channels, output_device=self.output_device, pbar=bar,
-                each=spread_rounds,
+                each=each,
             )
             for width, height in tilings
         ]  # fmt: skip

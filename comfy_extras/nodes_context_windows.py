@@ -6,6 +6,7 @@ from typing import Any
 
 import comfy.context_windows as windows
 from comfy_api.latest import io
+from comfy_nodes.fields import MAX_RESOLUTION
 from comfy_nodes.v3 import extension
 
 SCHEDULES = [windows.STATIC, windows.UNIFORM, windows.LOOPED, windows.BATCHED]
@@ -78,4 +79,37 @@ class ContextWindowsManualNode(io.ComfyNode):
         )
 
 
-comfy_entrypoint = extension(ContextWindowsManualNode)
+class WanContextWindowsManualNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        length = io.Int.Input("context_length", min=1, max=MAX_RESOLUTION, step=4, default=81, tooltip="In frames.")
+        return io.Schema(
+            node_id="WanContextWindowsManual",
+            display_name="WAN Context Windows (Manual)",
+            category="context",
+            is_experimental=True,
+            description="Predicts long videos of Wan in overlapping windows.",
+            inputs=[
+                io.Model.Input("model"),
+                length,
+                io.Int.Input("context_overlap", min=0, default=30, tooltip="In frames."),
+                *_shared(),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, context_length: int, context_overlap: int, context_schedule: str, context_stride: int,
+        closed_loop: bool, fuse_method: str,
+    ):  # fmt: skip
+        """Windows in frames of the video, of which a latent frame after the first is four."""
+        windowed = with_windows(
+            model, context_schedule, fuse_method, context_length=max((context_length - 1) // 4 + 1, 1),
+            context_overlap=max((context_overlap - 1) // 4 + 1, 0), context_stride=context_stride,
+            closed_loop=closed_loop, dim=2,
+        )  # fmt: skip
+        return io.NodeOutput(windowed)
+
+
+comfy_entrypoint = extension(ContextWindowsManualNode, WanContextWindowsManualNode)

@@ -272,13 +272,15 @@ class VAELoader:
     def load_vae(self, vae_name: str):
         import comfy.sd
 
+        metadata = None
         if vae_name == "pixel_space":
             sd = {"pixel_space_vae": torch.tensor(1.0)}
         elif vae_name in TINY_VAES:
             sd = self.load_taesd(vae_name)
         else:
-            sd = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("vae", vae_name))
-        vae = comfy.sd.VAE(sd=sd)
+            path = folder_paths.get_full_path_or_raise("vae", vae_name)
+            sd, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+        vae = comfy.sd.VAE(sd=sd, metadata=metadata)
         vae.throw_exception_if_invalid()
         return (vae,)
 

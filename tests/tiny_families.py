@@ -174,6 +174,28 @@ def _vace(generator: torch.Generator) -> dict[str, Any]:
     return {"vace_strength": [0.7]}
 
 
+_S2V = {"audio_dim": 12, "audio_layers": 3, "num_audio_token": 2, "cond_dim": 16, "audio_inject_layers": [1]}
+
+
+def _sound(generator: torch.Generator) -> dict[str, Any]:
+    """As for latents of 3 x 5 x 7 cells."""
+    draw = functools.partial(torch.randn, generator=generator)
+    return {
+        "audio_embed": draw((1, 3, 12, 12)), "reference_latents": [draw((1, 16, 1, 6, 8))],
+        "reference_motion": draw((1, 16, 5, 8, 8)), "control_video": draw((1, 16, 3, 6, 8)),
+    }  # fmt: skip
+
+
+def _humo(generator: torch.Generator) -> dict[str, Any]:
+    draw = functools.partial(torch.randn, generator=generator)
+    return {"audio_embed": draw((1, 3, 8, 1, 4)), "reference_latents": [draw((1, 16, 1, 6, 8))]}
+
+
+def _motion(generator: torch.Generator) -> dict[str, Any]:
+    draw = functools.partial(torch.randn, generator=generator)
+    return {"face_video_pixels": draw((1, 3, 5, 16, 16)), "pose_video_latent": draw((1, 16, 2, 6, 8))}
+
+
 _QWEN = {
     "image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 3,
     "joint_attention_dim": 40, "axes_dims_rope": [4, 6, 6],
@@ -243,6 +265,15 @@ TINY: dict[str, Tiny] = {
     ),
     "wan_vace": Tiny(
         "WAN21_Vace", _wan("vace", 16, vace_in_dim=96, vace_layers=1), (7, 4096), fields=_vace, frames=3,
+    ),
+    "wan_s2v": Tiny("WAN22_S2V", _wan("s2v", 16, **_S2V), (7, 4096), fields=_sound, frames=3, told=("audio_inject_layers",)),
+    "wan_humo": Tiny(
+        "WAN21_HuMo", _wan("humo", 36, audio_states=32, audio_inner=20, audio_token_num=2), (7, 4096), fields=_humo,
+        frames=3,
+    ),
+    "wan_animate": Tiny(
+        "WAN22_Animate", _wan("animate", 36, motion_encoder_dim=24, face_hidden=16, face_widths=[4, 6, 8]), (7, 4096),
+        fields=_motion, frames=3,
     ),
     "wan_5b": Tiny("WAN22_T2V", _wan("t2v", 48, out_dim=48), (7, 4096), 48, frames=3),
     "qwen_image": Tiny("QwenImage", _QWEN, (7, 40), frames=1, told=_QWEN_TOLD),

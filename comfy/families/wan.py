@@ -144,6 +144,82 @@ class WAN21Camera(WAN21):
         return out
 
 
+class WAN22S2V(WAN21):
+    """Wan 2.2 from text and sound."""
+
+    network = "comfy.ldm.wan.sound:WanModel_S2V"
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        out = super().extra_conds(**kwargs)
+        regular = comfy.conds.CONDRegular
+        if kwargs.get("audio_embed") is not None:
+            out["audio_embed"] = regular(kwargs["audio_embed"])
+        references = kwargs.get("reference_latents")
+        if references is not None:
+            out["reference_latent"] = regular(self.process_latent_in(references[-1]))
+        if kwargs.get("reference_motion") is not None:
+            out["reference_motion"] = regular(self.process_latent_in(kwargs["reference_motion"]))
+        if kwargs.get("control_video") is not None:
+            out["control_video"] = regular(self.process_latent_in(_fitting(kwargs["control_video"], kwargs["noise"])))
+        return out
+
+
+# What HuMo's larger network sees where no picture is known: a black video's latent, frame by frame until it is steady.
+_BLACK = (
+    (0.8660, -0.4326, -0.0017, -0.4884, -0.5283, 0.9207, -0.9896, 0.4433, -0.5543, -0.0113, 0.5753, -0.6000, -0.8346,
+     -0.3497, -0.1926, -0.6938),
+    (1.0869, -1.2370, 0.0206, -0.4357, -0.6411, 2.0307, -1.5972, 1.2659, -0.8595, -0.4654, 0.9638, -1.6330, -1.4310,
+     -0.1098, -0.3856, -1.4583),
+    (0.8642, -1.8583, 0.1577, 0.1350, -0.3641, 2.5863, -1.9670, 1.6065, -1.0475, -0.8678, 1.1734, -1.8138, -1.5933,
+     -0.7721, -0.3289, -1.3745),
+)  # fmt: skip
+
+
+class WAN21HuMo(WAN21):
+    """Wan from text, sound and a picture of a subject."""
+
+    network = "comfy.ldm.wan.sound:HumoWanModel"
+
+    def concat_cond(self, **kwargs: Any) -> torch.Tensor | None:
+        """The larger network's mask (0: nothing is known) and a black video."""
+        noise = kwargs["noise"]
+        if self.diffusion_model.patch_embedding.weight.shape[1] == noise.shape[1]:
+            return None
+        rows = torch.tensor(_BLACK, device=noise.device, dtype=noise.dtype)
+        frames = rows[torch.arange(noise.shape[2]).clamp(max=len(_BLACK) - 1)]
+        black = frames.T[None, :, :, None, None].expand_as(noise)
+        return torch.cat((torch.zeros_like(noise)[:, :_MASK_CHANNELS], black), dim=1)
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        out = super().extra_conds(**kwargs)
+        regular = comfy.conds.CONDRegular
+        if kwargs.get("audio_embed") is not None:
+            out["audio_embed"] = regular(kwargs["audio_embed"])
+        references = kwargs.get("reference_latents")
+        if references is not None:
+            seen = self.process_latent_in(_fitting(references[-1], kwargs["noise"]))
+            if "c_concat" in out:  # as channels of a frame: no noise, a mask (1: known), the picture
+                known = torch.ones_like(seen)[:, :_MASK_CHANNELS]
+                seen = torch.cat((torch.zeros_like(seen), known, seen), dim=1)
+            out["reference_latent"] = regular(seen)
+        return out
+
+
+class WAN22Animate(WAN21):
+    """Wan 2.2 from a picture of a character, and motion."""
+
+    network = "comfy.ldm.wan.animate:AnimateWanModel"
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        out = super().extra_conds(**kwargs)
+        if kwargs.get("face_video_pixels") is not None:
+            out["face_pixel_values"] = comfy.conds.CONDRegular(kwargs["face_video_pixels"])
+        if kwargs.get("pose_video_latent") is not None:
+            pose = _fitting(kwargs["pose_video_latent"], kwargs["noise"])
+            out["pose_latents"] = comfy.conds.CONDRegular(self.process_latent_in(pose))
+        return out
+
+
 class WAN22(WAN21):
     """Wan 2.2 5B: known frames stay clean and are at time 0."""
 
@@ -232,6 +308,31 @@ class WAN22CameraConfig(WAN21CameraConfig):
     unet_config = {"image_model": "wan2.1", "model_type": "camera_2.2", "in_dim": 36}
 
 
+class WAN22S2VConfig(WAN21T2V):
+    """Wan 2.2 from text and sound."""
+
+    unet_config = {"image_model": "wan2.1", "model_type": "s2v"}
+    model = WAN22S2V
+
+
+class WAN21HuMoConfig(WAN21T2V):
+    """Wan from text, sound and a picture of a subject."""
+
+    unet_config = {"image_model": "wan2.1", "model_type": "humo"}
+    model = WAN21HuMo
+
+
+class WAN22AnimateConfig(WAN21T2V):
+    """Wan 2.2 from a picture of a character, and motion."""
+
+    unet_config = {"image_model": "wan2.1", "model_type": "animate"}
+    model = WAN22Animate
+
+    def process_unet_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Without the filters of the face's encoder, which are constants."""
+        return {key: value for key, value in state_dict.items() if not key.endswith(".kernel")}
+
+
 class WAN22T2V(WAN21T2V):
     """Wan 2.2 5B, from text and from a picture."""
 
@@ -253,6 +354,41 @@ _MEMBERS = (
 
 # Widths of what prompts and pictures are encoded as: a weight, the argument, and what all published models have.
 _WIDTHS = (("text_embedding.0.weight", "text_dim", 4096), ("img_emb.proj.0.weight", "clip_dim", 1280))
+
+
+def _sound_sizes(sd: StateDict, prefix: str) -> dict[str, Any]:
+    """Sizes of S2V's layers for sound."""
+    stem = f"{prefix}casual_audio_encoder."
+    first = sd[f"{stem}encoder.conv1_local.conv.weight"]
+    width = sd[f"{stem}encoder.conv2.conv.weight"].shape[1]
+    return {
+        "audio_dim": first.shape[1],
+        "num_audio_token": first.shape[0] // width,
+        "audio_layers": sd[f"{stem}weights"].shape[1],
+        "cond_dim": sd[f"{prefix}cond_encoder.weight"].shape[1],
+    }
+
+
+def _humo_sizes(sd: StateDict, prefix: str) -> dict[str, Any]:
+    """Sizes of HuMo's layers for sound."""
+    stem = f"{prefix}audio_proj.audio_proj_glob_"
+    inner, states = sd[f"{stem}1.layer.weight"].shape
+    tokens = sd[f"{stem}3.layer.bias"].shape[0] // sd[f"{stem}norm.layer.bias"].shape[0]
+    return {"audio_states": states, "audio_inner": inner, "audio_token_num": tokens}
+
+
+def _face_sizes(sd: StateDict, prefix: str) -> dict[str, Any]:
+    """Sizes of Animate's layers for faces."""
+    stem = f"{prefix}motion_encoder.enc.net_app.convs."
+    widths = [sd[f"{stem}0.0.weight"].shape[0]]
+    while f"{stem}{len(widths)}.skip.1.weight" in sd:
+        widths.append(sd[f"{stem}{len(widths)}.skip.1.weight"].shape[0])
+    hidden, style = sd[f"{prefix}face_encoder.conv1_local.conv.weight"].shape[:2]
+    return {"face_widths": widths, "motion_encoder_dim": style, "face_hidden": hidden // 4}
+
+
+_SIZES = {"s2v": _sound_sizes, "humo": _humo_sizes, "animate": _face_sizes}
+_TOLD = ("text_dim", "audio_inject_layers")  # settings that weights do not show
 
 
 def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[str, Any] | None:
@@ -281,6 +417,8 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
     if kind == "camera_2.2" and f"{prefix}img_emb.proj.0.bias" in sd:
         kind = "camera"
     config["model_type"] = kind
+    if kind in _SIZES:
+        config |= _SIZES[kind](sd, prefix)
     for key, name in (("img_emb.emb_pos", "flf_pos_embed_token_number"), ("ref_conv.weight", "in_dim_ref_conv")):
         if prefix + key in sd:
             config[name] = sd[prefix + key].shape[1]
@@ -288,7 +426,7 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
         if prefix + key in sd and sd[prefix + key].shape[-1] != usual:
             config[name] = sd[prefix + key].shape[-1]
     told = metadata_config(metadata)
-    return {**config, **{name: told[name] for name in told if name in config or name == "text_dim"}}
+    return {**config, **{name: told[name] for name in told if name in config or name in _TOLD}}
 
 
 _TOP = {
@@ -371,6 +509,12 @@ def _splits() -> dict[str, Split]:
         out[f"*blocks.*.{attention}.o"] = Split("row", ("heads",))
     out["*blocks.*.ffn.0"] = Split("column", ("mlp",))
     out["*blocks.*.ffn.2"] = Split("row", ("mlp",))
+    for name in ("audio_injector.injector.*", "blocks.*.audio_cross_attn_wrapper.audio_cross_attn"):
+        out |= {f"{name}.{layer}": Split("column", ("heads",)) for layer in "qkv"}
+        out[f"{name}.o"] = Split("row", ("heads",))
+    out["face_adapter.fuser_blocks.*.linear1_q"] = Split("column", ("heads",))
+    out["face_adapter.fuser_blocks.*.linear1_kv"] = Split("column", ("heads", "heads"))
+    out["face_adapter.fuser_blocks.*.linear2"] = Split("row", ("heads",))
     out["vace_blocks.*.before_proj"] = Split("whole")
     out["vace_blocks.*.after_proj"] = Split("whole")
     return out
@@ -388,8 +532,19 @@ FAMILY = Family(
         "WAN21_Vace": WAN21VaceConfig,
         "WAN21_Camera": WAN21CameraConfig,
         "WAN22_Camera": WAN22CameraConfig,
+        "WAN22_S2V": WAN22S2VConfig,
+        "WAN21_HuMo": WAN21HuMoConfig,
+        "WAN22_Animate": WAN22AnimateConfig,
     },
-    models={"WAN21": WAN21, "WAN21_Vace": WAN21Vace, "WAN21_Camera": WAN21Camera, "WAN22": WAN22},
+    models={
+        "WAN21": WAN21,
+        "WAN21_Vace": WAN21Vace,
+        "WAN21_Camera": WAN21Camera,
+        "WAN22_S2V": WAN22S2V,
+        "WAN21_HuMo": WAN21HuMo,
+        "WAN22_Animate": WAN22Animate,
+        "WAN22": WAN22,
+    },
     from_diffusers=from_diffusers,
     splits=_splits(),
     sizes=_sizes,

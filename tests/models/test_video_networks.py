@@ -128,8 +128,8 @@ def test_a_checkpoint_whose_vae_is_missing_is_loaded_without_it(caplog):
     from comfy.missing import FeatureMissingError
     from comfy.vae import VAE
 
-    vae = {"decoder.up_blocks.0.res_blocks.0.conv1.conv.weight": torch.zeros(512, 512, 3, 3, 3)}
-    with pytest.raises(FeatureMissingError, match="the VAE of LTX-Video is not in this version"):
+    vae = {"decoder.conv_in_x_t.weight": torch.zeros(8, 8)}
+    with pytest.raises(FeatureMissingError, match="the diffusion decoder of LTX-2.5 is not in this version"):
         VAE(sd=vae)
     weights = {f"model.diffusion_model.{k}": v for k, v in random_weights(TINY["ltxv"].shapes(), 1).items()}
     weights.update({f"vae.{key}": value for key, value in vae.items()})

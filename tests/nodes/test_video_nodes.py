@@ -17,6 +17,7 @@ class FramesVAE:
 
     def __init__(self, channels: int = 16, cell: int = 8, step: int = 4) -> None:
         self.latent_channels, self.cell, self.step = channels, cell, step
+        self.downscale_index_formula = (step, cell, cell)
 
     def spacial_compression_encode(self) -> int:
         return self.cell
@@ -151,6 +152,43 @@ def test_ltx_schedule_and_guides():
     assert run("LTXVCropGuides", PROMPT, PROMPT, latent)[2] is latent
     known = run("LTXVImgToVideo", PROMPT, PROMPT, FramesVAE(128, 32, 8), torch.ones((1, 64, 64, 3)), 64, 64, 17, 1, 0.8)
     assert known[2]["noise_mask"][0, 0, :, 0, 0].tolist() == pytest.approx([0.2, 1.0, 1.0])
+
+
+def test_ltx_guides_are_tokens_beside_the_video():
+    vae = FramesVAE(128, 32, 8)
+    latent = {"samples": torch.zeros((2, 128, 5, 2, 3))}
+    ones = torch.ones((20, 40, 50, 3))  # 17 frames of them are used: three latent frames
+    positive, negative, out = run("LTXVAddGuide", PROMPT, PROMPT, vae, latent, ones, 12, 0.75)
+    # begins at frame 9, the second latent frame: two latent frames beside the video, and the third in it
+    places = fields(positive)["keyframe_idxs"]
+    assert places.shape == (1, 3, 2 * 2 * 3) and torch.equal(places, fields(negative)["keyframe_idxs"])
+    assert places[0, 0].unique().tolist() == [9, 17] and places[0, 2].unique().tolist() == [0, 32, 64]
+    assert places[0, :, 4].tolist() == [9, 32, 32]
+    assert out["samples"].shape == (2, 128, 7, 2, 3)
+    assert out["samples"][0, 0, :, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert out["noise_mask"][0, 0, :, 0, 0].tolist() == [1, 1, 1, 1, 0.25, 0.25, 0.25]
+    assert not latent["samples"].any()
+    # a picture at the last frame, and nothing in front of it is a single frame
+    again, _, two = run("LTXVAddGuide", positive, negative, vae, out, ones[:1], -1, 1.0)
+    places = fields(again)["keyframe_idxs"]
+    assert places.shape[2] == 18 and places[0, 0, 12:].unique().tolist() == [32]
+    assert two["samples"].shape[2] == 8 and two["noise_mask"][0, 0, 7, 0, 0] == 0
+    _, _, cropped = run("LTXVCropGuides", again, again, two)
+    assert cropped["samples"].shape[2] == cropped["noise_mask"].shape[2] == 5
+    whole, _, _ = run("LTXVAddGuide", PROMPT, PROMPT, vae, latent, ones, 0, 1.0)
+    assert fields(whole)["keyframe_idxs"][0, 0].unique().tolist() == [0, 1]  # the first is one frame
+    with pytest.raises(ValueError, match="17 frames at frame 33 ends after the video, which has 33"):
+        run("LTXVAddGuide", PROMPT, PROMPT, vae, latent, ones, 40, 1.0)
+
+
+def test_pictures_as_a_video_keeps_them():
+    picture = torch.rand((1, 1, 6, 3), generator=torch.Generator().manual_seed(0))
+    picture = torch.nn.functional.interpolate(picture.movedim(-1, 1), (33, 50), mode="bilinear").movedim(1, -1)
+    some, more = (run("LTXVPreprocess", picture, loss)[0] for loss in (20, 50))
+    assert some.shape == more.shape == (1, 32, 50, 3)
+    losses = [(kept - picture[:, :32]).abs().mean() for kept in (some, more)]
+    assert 0 < losses[0] < losses[1] < 0.2 and torch.equal(some, run("LTXVPreprocess", picture, 20)[0])
+    assert run("LTXVPreprocess", picture, 0)[0] is picture
 
 
 def test_paths_of_a_camera():

@@ -24,7 +24,7 @@ from comfy.taco_dit.core.lockstep import RankLockstep
 from comfy.taco_dit.parallel import rows_tensor, spatial_parallel
 from comfy.taco_dit.parallel.rows_tensor import RowsTensor, whole
 from comfy.taco_dit.parallel.spatial_parallel import RowsPlan, run_by_rows
-from tests import tiny_models
+from tests import tiny_models, tiny_vaes
 
 CPU = torch.device("cpu")
 SIZES = [(1, 9, 7), (2, 5, 6), (1, 4, 5), (1, 3, 4), (1, 2, 3), (2, 1, 2)]  # pictures, rows and columns of latents
@@ -193,7 +193,24 @@ def networks(group):
         many = run_by_rows(network.encode, picture, group, CPU, 8)
         found["encode", size] = deviation(network.encode(picture), many)
     found["encode", "any rows"] = deviation(network.encode(picture), run_by_rows(network.encode, picture, group, CPU))
+    for kind in tiny_vaes.KINDS:
+        found |= folded(kind, group)
     return found
+
+
+def folded(kind, group):
+    """{(what, kind): deviation} of a VAE that folds places or frames."""
+    network = tiny_vaes.network(kind)
+    space = {"hunyuan image": 4, "wan22": 16}.get(kind, 32 if kind.startswith("ltx") else 8)
+    rows, columns = (3, 1) if space > 8 else (5, 2)
+    frames = () if kind == "hunyuan image" else (9,)
+    pixels = draw(1, 3, *frames, rows * space, columns * space)
+    latent = network.encode(pixels)
+    many = run_by_rows(network.encode, pixels, group, CPU, space)
+    return {
+        ("encode", kind): deviation(latent, many),
+        ("decode", kind): deviation(network.decode(latent), run_by_rows(network.decode, latent, group, CPU)),
+    }
 
 
 def replaced_parts(group):
@@ -307,11 +324,13 @@ class NoMemory(RowsPlan):
 
 def video_vae():
     """A tiny VAE of Wan 2.2's kind."""
-    from comfy.ldm.wan.vae import WanVAE
+    return VAE(sd=tiny_vaes.network("wan22").state_dict())
 
-    network = WanVAE(dim=8, decoder_dim=12, z_dim=6, residual=True, temperal_downsample=(False, True, True))
-    weights = {key: draw(*value.shape) / max(1, value[0].numel()) ** 0.5 for key, value in network.state_dict().items()}
-    return VAE(sd=weights)
+
+def whole_videos(vae):
+    """Results for one, two and three videos at once."""
+    made = [vae.decode(draw(count, 6, 2, 3, 2)) for count in (1, 2, 3)]
+    return [*made, vae.encode(draw(1, 5, 48, 32, 3).sigmoid()), vae.encode(draw(2, 5, 48, 32, 3).sigmoid())]
 
 
 def video_in_tiles(vae):
@@ -369,7 +388,7 @@ def prompts(manager):
     vae = VAE(sd=dict(tiny_vae()))
     one = through_nodes(vae)
     videos = video_vae()
-    video = video_in_tiles(videos)
+    video, clips = video_in_tiles(videos), whole_videos(videos)
     lockstep = RankLockstep(manager)
     lockstep.join({"rank": manager.rank, "device": "cpu", "host": "here", "pid": None})
     comfy.model_management.set_interrupt_check(lockstep.interrupt_check)
@@ -389,6 +408,11 @@ def prompts(manager):
         with counted(spread, "spread") as dealt:
             again = video_in_tiles(videos)
         found["video"] = [deviation(*pair) for pair in zip(video, again)], len(dealt)
+        spread.ROWS_FROM_PIXELS = 5 * 48 * 32
+        with counted(spatial_parallel, "run_by_rows") as by_rows, counted(spread, "spread") as dealt:
+            again = whole_videos(videos)
+        found["clips"] = [deviation(*pair) for pair in zip(clips, again)], len(by_rows), len(dealt)
+        spread.ROWS_FROM_PIXELS = 72 * 56
         found["memory"] = out_of_memory(manager, vae), spread_without_memory(manager)
         off = TacoConfig(parallel=ParallelConfig(spatial_parallel=False))
         runtime.activate(runtime.Runtime(off, manager, lockstep, engine))

@@ -11,6 +11,7 @@ from comfy.taco_dit.parallel import rows_layers
 from comfy.taco_dit.parallel.rows_layers import merged_statistics
 from comfy.taco_dit.parallel.rows_tensor import Layout, RowsTensor
 from comfy.taco_dit.parallel.spatial_parallel import RowsPlan, takes_rows
+from tests.tiny_vaes import KINDS
 
 from .ranks import run_ranks
 from .spatial_cases import OPERATIONS, SIZES, everything
@@ -40,7 +41,7 @@ def test_operations_equal_those_of_whole_pictures(found):
 
 def test_the_vae_equals_one_rank(found):
     for networks in each(found, "networks"):
-        assert len(networks) == 2 * len(SIZES) + 1
+        assert len(networks) == 2 * len(SIZES) + 1 + 2 * len(KINDS)
         assert not {key: value for key, value in networks.items() if not value < 1e-5}
 
 
@@ -72,6 +73,16 @@ def test_tiles_of_videos_are_dealt_over_ranks(found):
     for prompts in each(found, "prompts"):
         deviations, dealt = prompts["video"]
         assert max(deviations) < 1e-5 and dealt > 3
+
+
+def test_videos_are_dealt_whole_or_by_rows(found):
+    world, _ = found
+    for prompts in each(found, "prompts"):
+        deviations, by_rows, dealt = prompts["clips"]
+        assert max(deviations) < 1e-5
+        # of one, two and three videos decoded, and one and two encoded, those that cannot be dealt evenly
+        assert by_rows == sum(count % world for count in (1, 2, 3, 1, 2))
+        assert dealt == sum(count >= world for count in (1, 2, 3, 1, 2))
 
 
 def test_out_of_memory_on_one_rank_makes_all_decode_in_tiles(found):

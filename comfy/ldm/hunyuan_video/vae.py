@@ -58,16 +58,19 @@ class AttnBlock(nn.Module):
     v: nn.Module
     proj_out: nn.Module
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm: nn.Module | None = None, conv: type[nn.Module] = ops.Conv3d) -> None:
         super().__init__()
-        self.norm = normalise(channels)
+        self.norm = norm or normalise(channels)
         for name in ("q", "k", "v", "proj_out"):
-            setattr(self, name, ops.Conv3d(channels, channels, 1))
+            setattr(self, name, conv(channels, channels, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, (T,) H, W] -> the same. Rows come first in the order of tokens: on several ranks each has some of them."""
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
-        out = scaled_dot_product(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
+        q, k, v = (conv(h).movedim(-2, 2) for conv in (self.q, self.k, self.v))
+        sizes = q.shape[2:]
+        q, k, v = (part.flatten(2).transpose(1, 2).unsqueeze(1) for part in (q, k, v))
+        out = scaled_dot_product(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, sizes).movedim(2, -2)
         return x + self.proj_out(out)
 
 

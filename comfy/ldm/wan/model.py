@@ -5,6 +5,7 @@ Shapes: B videos, F frames, L tokens in the order (frame, row, column), C channe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -149,12 +150,21 @@ class WanAttentionBlock(nn.Module):
         cross = self.cross_attn
         return x, cross.normed(cross.norm_q, cross.q(self.norm3(x)))
 
+    def _feed(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return add_gated(x, mlp_gelu(self.ffn, norm_modulate(x, scale, shift, self.eps)), gate)
+
     @dit.stage
     def _mlp(
         self, x: torch.Tensor, out: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor
     ) -> torch.Tensor:
-        x = x + self.cross_attn.o(out)
-        return add_gated(x, mlp_gelu(self.ffn, norm_modulate(x, scale, shift, self.eps)), gate)
+        return self._feed(x + self.cross_attn.o(out), shift, scale, gate)
+
+    def _rest(
+        self, x: torch.Tensor, out: torch.Tensor, mlp: Sequence[torch.Tensor], state: dit.DiTState,
+        call: dit.DenoiserCall,
+    ) -> torch.Tensor:  # fmt: skip
+        """What follows the attention to text, whose output is `out`."""
+        return self._mlp(x, out, *mlp)
 
     def on_tokens(self, x: torch.Tensor, state: dit.DiTState, call: dit.DenoiserCall) -> torch.Tensor:
         """The block on a stream x [B, L, C] that is sharded as the state's `img` is, with the state's other values."""
@@ -174,7 +184,7 @@ class WanAttentionBlock(nn.Module):
             part = attention(q, k, v, spec, call)
             out = part if out is None else out + part
         assert out is not None
-        return self._mlp(x, out, *mlp)
+        return self._rest(x, out, mlp, state, call)
 
     def forward_state(self, state: dit.DiTState, call: dit.DenoiserCall) -> dit.DiTState:
         """The block on the stream `img`."""
@@ -266,7 +276,14 @@ class MLPProj(nn.Module):
 
 
 class WanModel(nn.Module):
-    """The diffusion transformer of Wan 2.1 (text to video, image to video, Fun) and of Wan 2.2."""
+    """The diffusion transformer of Wan 2.1 (text to video, image to video, Fun) and of Wan 2.2.
+
+    references_first: whether tokens of references are in front of the video's, else they are after them.
+    """
+
+    references_first = True
+    block_class: type[WanAttentionBlock] = WanAttentionBlock
+    arguments = ARGUMENTS
 
     def __init__(
         self, model_type: str = "t2v", patch_size: tuple[int, ...] = (1, 2, 2), text_len: int = 512, in_dim: int = 16,
@@ -295,12 +312,12 @@ class WanModel(nn.Module):
         self.text_embedding = nn.Sequential(linear(text_dim, dim, **place), nn.GELU("tanh"), linear(dim, dim, **place))
         self.time_embedding = nn.Sequential(linear(freq_dim, dim, **place), nn.SiLU(), linear(dim, dim, **place))
         self.time_projection = nn.Sequential(nn.SiLU(), linear(dim, dim * 6, **place))
-        kind = "i2v_cross_attn" if model_type in ("i2v", "camera") else "t2v_cross_attn"
+        kind = "i2v_cross_attn" if model_type in ("i2v", "camera", "animate") else "t2v_cross_attn"
         self.block_settings = {
             "dim": dim, "ffn_dim": ffn_dim, "num_heads": num_heads, "qk_norm": qk_norm,
             "cross_attn_norm": cross_attn_norm, "eps": eps, "operations": operations, **place,
         }  # fmt: skip
-        self.blocks = nn.ModuleList(WanAttentionBlock(kind, **self.block_settings) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(self.block_class(kind, **self.block_settings) for _ in range(num_layers))
         self.head = Head(dim, out_dim, self.patch_size, eps, operations=operations, **place)
         rest = dim // num_heads // 6 * 2
         self.rope_embedder = EmbedND(dim // num_heads, 10000, [dim // num_heads - 2 * rest, rest, rest])
@@ -354,7 +371,7 @@ class WanModel(nn.Module):
         """The blocks in order."""
         return tuple(
             dit.Block(
-                f"blocks.{i}", block, ARGUMENTS, i, replace_key=("double_block", i), patches_after=("double_block",),
+                f"blocks.{i}", block, self.arguments, i, replace_key=("double_block", i), patches_after=("double_block",),
             )
             for i, block in enumerate(self.blocks)
         )  # fmt: skip
@@ -378,7 +395,8 @@ class WanModel(nn.Module):
         state = self.embed(x, t, context, clip_fea, freqs, transformer_options, **kwargs)
         grid = tuple(size // patch for size, patch in zip(x.shape[2:], self.patch_size))
         out = self.head(self.run(state, call))
-        return self.unpatchify(out[:, out.shape[1] - grid[0] * grid[1] * grid[2] :], grid)
+        count = grid[0] * grid[1] * grid[2]
+        return self.unpatchify(out[:, -count:] if self.references_first else out[:, :count], grid)
 
     def unpatchify(self, x: torch.Tensor, grid_sizes: tuple[int, ...]) -> torch.Tensor:
         """[B, L, patch * out_dim] with patches as (frame, row, column, channel) -> [B, out_dim, F, h, w]."""
@@ -390,17 +408,25 @@ class WanModel(nn.Module):
     # --- positions ---------------------------------------------------------------------------------------------
 
     def rope_encode(
-        self, t: int, h: int, w: int, t_start: int = 0, device: Any = None, dtype: Any = None,
+        self, t: int, h: int, w: int, t_start: int = 0, steps_t: int | None = None, steps_h: int | None = None,
+        steps_w: int | None = None, device: Any = None, dtype: Any = None,
         transformer_options: dict[str, Any] | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Rotary table [1, L, 1, D/2, 2, 2] fp32 of latents of t x h x w cells whose first frame is `t_start`.
+
+        steps_t, steps_h, steps_w: into how many places each axis is divided, both ends among them; a place a patch by
+        default.
 
         `rope_options` of the transformer options scale and shift the positions of each axis.
         """
         options = (transformer_options or {}).get("rope_options") or {}
         axes = []
-        for axis, size, patch in zip("tyx", (t, h, w), self.patch_size):
-            places = torch.arange((size + patch // 2) // patch, device=device, dtype=torch.float32)
+        for axis, size, patch, steps in zip("tyx", (t, h, w), self.patch_size, (steps_t, steps_h, steps_w)):
+            count = (size + patch // 2) // patch
+            if steps is None or steps == count:
+                places = torch.arange(count, device=device, dtype=torch.float32)
+            else:
+                places = torch.linspace(0, count - 1, steps, device=device)
             scaled = places * options.get(f"scale_{axis}", 1.0) + options.get(f"shift_{axis}", 0.0)
             axes.append(scaled + (t_start if axis == "t" else 0))
         ids = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(1, -1, 3)

@@ -17,6 +17,7 @@ from torch import nn
 
 import comfy.ops
 from comfy.ldm.modules.attention import scaled_dot_product
+from comfy.ldm.modules.cells import cells_of, from_cells
 from comfy.ldm.pace import Pace
 
 ops = comfy.ops.manual_cast
@@ -147,8 +148,7 @@ class AverageDown(_OverTime):
 
     def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
         x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.time, 0))
-        cells = x.unflatten(4, (-1, self.space)).unflatten(3, (-1, self.space)).unflatten(2, (-1, self.time))
-        folded = cells.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+        folded = cells_of(x, self.time, self.space).flatten(1, 4)
         return folded.unflatten(1, (self.out_dim, -1)).mean(dim=2)
 
 
@@ -162,7 +162,7 @@ class RepeatUp(_OverTime):
 
     def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
         cells = x.repeat_interleave(self.repeats, dim=1).unflatten(1, (-1, self.time, self.space, self.space))
-        out = cells.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        out = from_cells(cells)
         first = self not in cache
         cache[self] = x[:, :, :0]
         return out[:, :, self.time - 1 :] if first else out
@@ -286,8 +286,7 @@ class WanVAE(nn.Module):
         """Video [B, C, T, H, W] -> mean latent; frames after the last multiple of four are left out."""
         x = self._with_channels(x)
         if self.patch > 1:  # cells as channels, columns before rows
-            cells = x.unflatten(4, (-1, self.patch)).unflatten(3, (-1, self.patch))
-            x = cells.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+            x = cells_of(x, 1, self.patch).transpose(3, 4).flatten(1, 4)
         bounds = [0, *range(1, x.shape[2] + 1, FRAMES_PER_LATENT)]
         out = self._in_pieces(self.encoder, x, bounds)
         return self.conv1(out).chunk(2, dim=1)[0]
@@ -296,8 +295,7 @@ class WanVAE(nn.Module):
         """Latent [B, z, t, h, w] -> video."""
         out = self._in_pieces(self.decoder, self.conv2(z), range(z.shape[2] + 1))
         if self.patch > 1:
-            cells = out.unflatten(1, (-1, self.patch, self.patch)).permute(0, 1, 4, 5, 3, 6, 2)
-            out = cells.flatten(5, 6).flatten(3, 4)
+            out = from_cells(out.unflatten(1, (-1, 1, self.patch, self.patch)).transpose(3, 4))
         return out
 
     def _with_channels(self, x: torch.Tensor) -> torch.Tensor:

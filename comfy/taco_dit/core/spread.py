@@ -112,6 +112,16 @@ def rows_over(pictures: int, pixels: int) -> int:
     return size if pictures < size else 1
 
 
+def is_spread(batch: torch.Tensor, network: torch.nn.Module, pixels: int) -> bool:
+    """Whether `spread_pictures` distributes this work. Then all ranks hear of one that is out of memory."""
+    from comfy.taco_dit.parallel.spatial_parallel import takes_rows
+
+    current = runtime.current()
+    if not current.lockstep.together or current.manager.world_size == 1:
+        return False
+    return batch.shape[0] > 1 or (rows_over(batch.shape[0], pixels) > 1 and takes_rows(network))
+
+
 def spread_pictures(
     batch: torch.Tensor,
     work: Callable[[torch.Tensor], torch.Tensor],

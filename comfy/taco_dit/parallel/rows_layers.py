@@ -31,9 +31,10 @@ class _Window:
         self.reach = dilation * (kernel - 1) + 1
         self.stride, self.padding, self.rows = stride, padding, rows
         height = (rows.rows + 2 * padding - self.reach) // stride + 1
-        # The output j belongs to the rank of the input row j * stride, about the middle of its window.
-        ends = [min(-(-end // stride), height) for end in rows.starts()]
-        ends[-1] = height
+        # An output belongs to the rank of the input row in the middle of its window.
+        middle = (self.reach - 1) // 2 - padding
+        ends = [min(max(-((middle - end) // stride), 0), height) for end in rows.starts()]
+        ends[0], ends[-1] = 0, height
         self.made = [(a, max(a, b)) for a, b in zip(ends, ends[1:])]
         self.out = Layout(rows.axis, tuple(b - a for a, b in self.made))
 
@@ -156,13 +157,15 @@ def _pooling(axes: int) -> Handler:
 
 
 def _padded(func: Any, args: Any, kwargs: Any) -> Any:
-    """Constants around the picture; those above the first row go to the first rank, those below the last to the last."""
+    """Constants or copies of borders around the picture: above the first row on the first rank, below the last on the last."""
     given = _arguments("input pad mode value", args, kwargs, mode="constant", value=None)
     picture, pads = given["input"], list(given["pad"])
     rows = picture.rows
     place = 2 * (picture.ndim - 1 - rows.axis)
     above, below = pads[place : place + 2] if place < len(pads) else (0, 0)
-    if (above or below) and (given["mode"] != "constant" or min(above, below) < 0 or rows.unit != 1):
+    here = (not above or rows.counts[0]) and (not below or rows.counts[-1])
+    known = given["mode"] == "constant" or (given["mode"] == "replicate" and here)  # a rank without rows has no border
+    if (above or below) and (not known or min(above, below) < 0 or rows.unit != 1):
         return NotImplemented
     counts = list(rows.counts)
     counts[0] += above
@@ -177,6 +180,24 @@ def _padded(func: Any, args: Any, kwargs: Any) -> Any:
         return picture.with_local(picture.local.new_empty(shape))
     local = picture.plan.compute(func, picture.local, pads, given["mode"], given["value"])
     return picture.with_local(local, Layout(rows.axis, tuple(counts), rows.unit))
+
+
+def _cells(grow: bool) -> Handler:
+    """`pixel_shuffle` (grow) and `pixel_unshuffle`, whose cells of rows are each on one rank."""
+
+    name = "upscale_factor" if grow else "downscale_factor"
+
+    def handler(func: Any, args: Any, kwargs: Any) -> Any:
+        given = _arguments(f"input {name}", args, kwargs)
+        picture, factor = given["input"], given[name]
+        counts = picture.rows.counts
+        whole_cells = grow or not any(count % factor for count in counts)
+        if picture.rows.axis != picture.ndim - 2 or picture.rows.unit != 1 or not whole_cells:
+            return NotImplemented
+        counts = tuple(count * factor if grow else count // factor for count in counts)
+        return picture.with_local(picture.plan.compute(func, picture.local, factor), Layout(picture.rows.axis, counts))
+
+    return handler
 
 
 def _resized(func: Any, args: Any, kwargs: Any) -> Any:
@@ -365,6 +386,8 @@ for _axes in (1, 2, 3):
     register(_pooling(_axes), f"avg_pool{_axes}d")
 register(_padded, "pad")
 register(_resized, "interpolate")
+register(_cells(True), "pixel_shuffle")
+register(_cells(False), "pixel_unshuffle")
 register(_group_norm, "group_norm")
 register(_over_last_axes, "layer_norm rms_norm")
 register(_linear, "linear")
