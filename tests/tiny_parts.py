@@ -1,9 +1,10 @@
-"""Tiny random text encoders with vocabularies of their own, video VAEs and an upscaler, in the real file layouts.
+"""Tiny random text encoders with vocabularies of their own, video VAEs, encoders of sounds and an upscaler, in the real
+file layouts.
 
     python -m tests.tiny_models --family parts --out models/
 
 writes text_encoders/ (umT5, Qwen2.5-VL, Gemma 2, LLaVA's Llama 3, vocabularies that are not part of the program) vae/
-(Wan 2.1 and 2.2, HunyuanVideo) and upscale_models/. Their widths are those of `tests.tiny_families`.
+(Wan 2.1 and 2.2, HunyuanVideo), audio_encoders/ and upscale_models/. Their widths are those of `tests.tiny_families`.
 """
 
 from __future__ import annotations
@@ -206,6 +207,34 @@ def vae_hunyuan_video() -> StateDict:
     return _weights_of(lambda: HunyuanVideoVAE(config, 16), 83)
 
 
+def vae_ltx(version: int) -> StateDict:
+    """LTX-Video's, see `tiny_vaes.ltx_config`."""
+    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+    from tests.tiny_vaes import ltx_config
+
+    return _weights_of(lambda: VideoVAE(ltx_config(version, z=128)), 84)
+
+
+# --- sounds, and larger pictures -------------------------------------------------------------------------------------
+
+SOUND_WIDTH = 128
+
+
+def wav2vec() -> StateDict:
+    """A large wav2vec 2.0 of two layers."""
+    from comfy.audio_encoders.networks import Wav2Vec2Model
+
+    weights = _weights_of(lambda: Wav2Vec2Model(16, SOUND_WIDTH, 96, 2, norm_first=True, conv_bias=True), 85)
+    return {f"wav2vec2.{key}": value for key, value in weights.items()}
+
+
+def whisper() -> StateDict:
+    """Whisper large v3's encoder: 32 layers, for sounds of a second."""
+    from comfy.audio_encoders.networks import WhisperModel
+
+    return {f"model.{key}": v for key, v in _weights_of(lambda: WhisperModel(8, SOUND_WIDTH, 96, 32, 50), 86).items()}
+
+
 def upscaler(scale: int = 2, features: int = 8, seed: int = 0) -> StateDict:
     """A compact upscaler (SRVGGNet), which spandrel knows."""
     generator = torch.Generator().manual_seed(seed)
@@ -229,6 +258,8 @@ FILES: dict[str, Callable[[], StateDict]] = {
     "vae/tiny_wan21.safetensors": vae_wan21,
     "vae/tiny_wan22.safetensors": vae_wan22,
     "vae/tiny_hunyuan_video.safetensors": vae_hunyuan_video,
+    "audio_encoders/tiny_wav2vec.safetensors": wav2vec,
+    "audio_encoders/tiny_whisper.safetensors": whisper,
     "upscale_models/tiny_upscaler.safetensors": upscaler,
 }
 

@@ -101,6 +101,14 @@ def _sdxl_refiner() -> StateDict:
     return _joined(parts)
 
 
+def _ltx(version: int) -> StateDict:
+    """LTX-Video with its VAE, see `tiny_vaes.ltx_config`."""
+    shapes = _changed("ltxv", caption_channels=T5_WIDTH).shapes()
+    return _joined(
+        {"model.diffusion_model.": tiny_models.random_weights(shapes, 21), "vae.": tiny_parts.vae_ltx(version)}
+    )
+
+
 def _vision_for_sdxl() -> StateDict:
     """OpenCLIP's bigG, whose features stand in for SDXL's pooled prompt."""
     shapes = {**tiny_adapters.vision_shapes(48, 2, 8), "visual_projection.weight": (1280, VISION_WIDTH)}
@@ -116,6 +124,10 @@ _FIRST_LAST = {**_I2V, "flf_pos_embed_token_number": 20}  # two pictures of 3 x 
 _QWEN = _network(TINY["qwen_image"])
 _WANS: tuple[tuple[str, File], ...] = (
     ("*vace*", _network(_changed("wan_vace", text_dim=T5_WIDTH))),
+    ("*s2v*", _network(_changed("wan_s2v", text_dim=T5_WIDTH, audio_dim=tiny_parts.SOUND_WIDTH))),
+    ("*animate*", _network(_changed("wan_animate", text_dim=T5_WIDTH))),
+    # eight windows of five groups of layers
+    ("humo*", _network(_changed("wan_humo", text_dim=T5_WIDTH, audio_states=8 * 5 * tiny_parts.SOUND_WIDTH))),
     ("wan2.1_flf2v*", _wan("wan_i2v", 36, **_FIRST_LAST)),
     ("wan2.1_i2v*|wan2_1-i2v*|wan2.1_fun_inp*", _wan("wan_i2v", 36, **_I2V)),
     ("wan2.1_fun_control*", _wan("wan_i2v", 48, **_I2V)),
@@ -146,7 +158,8 @@ _STAND_INS: dict[str, tuple[tuple[str, File], ...]] = {
         ("sd_xl_refiner*", File(_sdxl_refiner)),
         ("sd_xl*", File(tiny_unets.sdxl_checkpoint)),
         ("netayume*", File(_lumina)),
-        ("ltx-video*", File(lambda: tiny_families.checkpoint(_changed("ltxv", caption_channels=T5_WIDTH)))),
+        ("ltx-video-*0.9.5*", File(lambda: _ltx(2))),
+        ("ltx-video*", File(lambda: _ltx(0))),
     ),
     "text_encoders": (
         ("clip_l*", _weights(tiny_models.clip_l_shapes, 2)),
@@ -178,6 +191,7 @@ _STAND_INS: dict[str, tuple[tuple[str, File], ...]] = {
         ("uso*", File(tiny_adapters.uso)),
         ("qwen_image_*diffsynth*", File(tiny_adapters.diffsynth)),
     ),
+    "audio_encoders": (("wav2vec2*english*", File(tiny_parts.wav2vec)), ("whisper*", File(tiny_parts.whisper))),
     "upscale_models": (("realesrgan*", File(lambda: tiny_parts.upscaler(4))),),
     "loras": (
         ("*qwen*|*firered*", File(lambda: tiny_families.kohya_lora(TINY["qwen_image"]))),
