@@ -31,7 +31,7 @@ LIMITS: dict[str, float] = {
     "width": 96, "height": 64, "largest_size": 96, "longer_edge": 96, "megapixels": 0.01, "length": template_files.FRAMES,
     "amount": template_files.FRAMES, "steps": 2, "batch_size": 2,
 }  # fmt: skip
-SECONDS = 180.0  # for one prompt
+SECONDS = 600.0  # for one prompt
 # Mean difference of two results' pixels, of 255, that is more than rounding.
 DIFFERENT = 0.1
 VIDEO, VIDEO_FILES = "video", (".mp4", ".webm", ".mkv")
