@@ -10,7 +10,7 @@ A template counts as covered when every node type in it, sub-graphs included, ex
 when the families of its model files are here, too (`app.template_requirements`). Templates that call remote, paid services
 (`openSource: false` in the index) are left out. `--run` needs Chromium and the official page: it runs runnable templates
 (or those that are named) on small stand-in files with random weights, at reduced sizes and steps (`tools.template_run`),
-and says of all others what they lack. A whole run takes about an hour on two cores.
+and says of all others what they lack. A whole run takes about half an hour on two free cores.
 """
 
 from __future__ import annotations
