@@ -86,7 +86,7 @@ def _sd35_checkpoint() -> StateDict:
 
 def _lumina() -> StateDict:
     """An all-in-one file, with its text encoder's vocabulary."""
-    out = tiny_families.checkpoint(TINY["lumina2"])
+    out = tiny_families.checkpoint("lumina2")
     for key, value in tiny_parts.gemma2().items():
         out[f"text_encoders.{'' if key == 'spiece_model' else 'gemma2_2b.transformer.'}{key}"] = value
     return out
@@ -146,7 +146,7 @@ _STAND_INS: dict[str, tuple[tuple[str, File], ...]] = {
         ("sd_xl_refiner*", File(_sdxl_refiner)),
         ("sd_xl*", File(tiny_unets.sdxl_checkpoint)),
         ("netayume*", File(_lumina)),
-        ("ltx-video*", File(lambda: tiny_families.checkpoint(_changed("ltxv", caption_channels=T5_WIDTH)))),
+        ("ltx-video*", File(lambda: tiny_families.checkpoint("ltxv"))),
     ),
     "text_encoders": (
         ("clip_l*", _weights(tiny_models.clip_l_shapes, 2)),
