@@ -86,7 +86,7 @@ def _sd35_checkpoint() -> StateDict:
 
 def _lumina() -> StateDict:
     """An all-in-one file, with its text encoder's vocabulary."""
-    out = tiny_families.checkpoint(TINY["lumina2"])
+    out = tiny_families.checkpoint("lumina2")
     for key, value in tiny_parts.gemma2().items():
         out[f"text_encoders.{'' if key == 'spiece_model' else 'gemma2_2b.transformer.'}{key}"] = value
     return out
