@@ -21,7 +21,7 @@ from comfy.text_encoders.loader import CLIPType, load_text_encoder_state_dicts
 from comfy.text_encoders.qwen_vl import QwenVL
 from comfy.text_encoders.t5 import T5
 from tests import tiny_models
-from tests.text.test_sentencepiece import model_bytes
+from tests.tiny_parts import sentence_pieces
 from tests.tiny_families import TINY, checkpoint, files
 
 TARGETED = [name for name, tiny in TINY.items() if tiny.targets is not None]
@@ -235,7 +235,7 @@ def test_whole_checkpoints_of_every_family(name, eight_bits, caplog):
     if eight_bits:
         stored, text = scaled(weights, model.diffusion_model), scaled_encoders(text, encoders)
     config = model.model_config
-    vocabulary = torch.frombuffer(bytearray(model_bytes()), dtype=torch.uint8)
+    vocabulary = torch.frombuffer(bytearray(sentence_pieces()), dtype=torch.uint8)
     words = {"spiece_model": vocabulary, "mt5xl.spiece_model": vocabulary}
     sd = {
         **config.process_unet_state_dict_for_saving(stored),
@@ -280,7 +280,7 @@ def encoder_files(clip_type, stored):
         if stored != "fp32":
             weights = STORED[stored](weights, network)
         if name == "gemma2_2b":
-            weights["spiece_model"] = torch.frombuffer(bytearray(model_bytes()), dtype=torch.uint8)
+            weights["spiece_model"] = torch.frombuffer(bytearray(sentence_pieces()), dtype=torch.uint8)
         out.append(weights)
     return out
 

@@ -13,6 +13,7 @@ import pytest
 from tests.e2e import workflows
 from tests.e2e.server import Server
 from tests.tiny_models import write_flux
+from tools import template_run
 
 from .browser import Browser, executable
 
@@ -102,6 +103,30 @@ def test_queue_from_the_page_gives_a_picture(page: tuple[Server, Browser]) -> No
     browser.wait("app.nodeOutputs && Object.keys(app.nodeOutputs).length > 0")
     _shot(browser, "queued.png")
     assert server.pids()
+
+
+# a plain template, and one whose sub-graph has switches, primitives and nodes that are off
+TEMPLATES = ("flux_schnell_full_text_to_image", "image_qwen_image")
+
+
+@pytest.fixture(scope="module")
+def template_results() -> dict[str, template_run.Run]:
+    """How templates went on the first number of ranks."""
+    return {}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_runs_on_stand_in_files(
+    page: tuple[Server, Browser], template_results: dict[str, template_run.Run], name: str
+) -> None:
+    server, browser = page
+    graph = server.json(f"/templates/{name}.json")
+    template_run.write_files({name: graph}, server.base)
+    prompt = template_run.exported(browser, name)
+    assert template_run.reduced(prompt)["steps"] >= 1
+    run = template_run.run_prompt(server, prompt)
+    assert not run.error and run.outputs[0][1].shape == (1, 64, 96, 3)
+    assert template_run.difference(template_results.setdefault(name, run), run) < template_run.DIFFERENT
 
 
 def test_reload_keeps_graph_and_history(page: tuple[Server, Browser]) -> None:
