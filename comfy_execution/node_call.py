@@ -87,7 +87,6 @@ class NodeCall:
 
     def gather_inputs(self) -> dict[str, bool]:
         """Fill in the inputs; returns the names that are not there yet."""
-        self.ranks.wait_for_files(self.ranks.links_of(self.unique_id), self.execution_list.get_cache)
         if not self.first_only:
             self.ranks.share_inputs(self.unique_id, self.execution_list.get_cache)
         return {} if self.skipped else self.read_inputs()

@@ -255,8 +255,8 @@ async def _run(call: NodeCall, executed: Any, pending_async_nodes: dict[str, Any
     if not call.ranks.several:
         return output, ui, outcome
     if not (call.first_only or is_async):
-        if outcome == DONE and getattr(call.class_def, "OUTPUT_NODE", False):
-            output = await call.ranks.agree_on_numbers(unique_id, output)
+        if outcome == DONE:
+            output = call.ranks.agree_on_texts(unique_id, output)
         return output, ui, outcome
     agreed = await call.ranks.decide("outcome", lambda: outcome)
     if call.first_only:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -104,14 +105,25 @@ class Ranks:
         foreign = first_only and node_id in self._used and not self._returns(class_def) <= _PLAIN_DATA
         return foreign and elsewhere and not is_async_node(class_def)
 
-    async def agree_on_numbers(self, node_id: str, outputs: list[list[Any]]) -> list[list[Any]]:
-        """Outputs of an output node that ran on every rank: texts and numbers are rank 0's, such as the files it wrote."""
+    def agree_on_texts(self, node_id: str, outputs: list[list[Any]]) -> list[list[Any]]:
+        """Outputs of a node that ran on every rank, if it may have written files: texts and numbers are rank 0's.
+
+        They may be the names of files. No rank goes on before all have come here, so none reads what another one is
+        still writing. Such nodes are output nodes, and nodes of packs that return a text.
+        """
         class_def: Any = node_class(self.dynprompt.get_node(node_id)["class_type"])
-        small = [slot for slot, kind in enumerate(class_def.RETURN_TYPES) if kinds_of(kind) <= _SMALL]
-        if not small or not outputs:
+        kinds = [kinds_of(declared) for declared in class_def.RETURN_TYPES]
+        foreign = str(getattr(class_def, "RELATIVE_PYTHON_MODULE", "")).startswith("custom_nodes")
+        if not getattr(class_def, "OUTPUT_NODE", False) and not (foreign and {"STRING"} in kinds):
             return outputs
-        theirs = await self.decide(f"texts of node {node_id}", lambda: [outputs[slot] for slot in small])
-        return [theirs[small.index(slot)] if slot in small else values for slot, values in enumerate(outputs)]
+        mine = {
+            str(slot): values
+            for slot, (kind, values) in enumerate(zip(kinds, outputs, strict=False))
+            if kind <= _SMALL and all(type(value) in (str, int, float, bool) for value in values)
+        }
+        theirs = self.lockstep.gather(f"texts of node {node_id}", json.dumps(mine))[0]
+        agreed = json.loads(theirs)
+        return [agreed.get(str(slot), values) for slot, values in enumerate(outputs)]
 
     @contextmanager
     def files_aside(self, class_def: Any) -> Iterator[None]:
@@ -159,19 +171,7 @@ class Ranks:
 
     def share_inputs(self, node_id: str, get_cache: Callable[[str], CacheEntry | None]) -> None:
         """Give every rank the results that only rank 0 has and this node is linked to. Call it on all ranks."""
-        self.share_results(self.links_of(node_id), get_cache)
-
-    def links_of(self, node_id: str) -> list[Any]:
-        """The (node id, slot) pairs that a node is linked to."""
-        return [value for value in self.dynprompt.get_node(node_id)["inputs"].values() if is_link(value)]
-
-    @staticmethod
-    def wait_for_files(links: Iterable[Any], get_cache: Callable[[str], CacheEntry | None]) -> None:
-        """Wait until the files of these nodes are complete: whoever is linked to them may open one."""
-        for source, _ in links:
-            entry = get_cache(source)
-            for file in entry.files if entry is not None else ():
-                file.exception()
+        self.share_results(filter(is_link, self.dynprompt.get_node(node_id)["inputs"].values()), get_cache)
 
     def share_results(self, links: Iterable[Any], get_cache: Callable[[str], CacheEntry | None]) -> None:
         """Give every rank the results behind these (node id, slot) pairs that only rank 0 has. Call it on all ranks."""

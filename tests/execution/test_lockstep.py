@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -332,6 +333,32 @@ def test_an_output_node_on_every_rank_saves_once_and_tells_the_same(group, monke
     assert seen == [str(tmp_path / "output" / "saved.txt")] * 2
     assert (tmp_path / "output" / "saved.txt").read_text() == "once"
     assert folder_paths.get_output_directory() == str(tmp_path / "output")
+
+
+def test_a_file_that_every_rank_writes_is_complete_when_it_is_read(group, monkeypatch, tmp_path):
+    """A pack's node that is no output node: no rank reads before all have written, and all read the same file."""
+    written = []
+
+    def write(self, value):
+        if on_rank(1):
+            time.sleep(0.05)
+        path = tmp_path / f"file of {threading.current_thread().name}"
+        path.write_text("whole")
+        written.append(path)
+        return (str(path), value)
+
+    def read(self, path):
+        CALLS.note(f"{len(written)} {os.path.basename(path)}")
+        return (1,)
+
+    pack = {"RELATIVE_PYTHON_MODULE": "custom_nodes.pack"}
+    monkeypatch.setitem(
+        nodes.NODE_CLASS_MAPPINGS, "Write", make("Write", {"value": ("INT", {})}, ("STRING", "INT"), write, **pack)
+    )
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Read", make("Read", {"path": ("STRING", {})}, ("INT",), read))
+    prompt = {"w": node("Write", value=1), "r": node("Read", path=["w", 0]), "out": node("Show", value=["r", 0])}
+    assert group(prompt, ["out"]) == {"out": {"value": [1]}}
+    assert group.calls(0)[0] == group.calls(1)[0] == "2 file of rank0"
 
 
 def _in_turns(files_aside):

@@ -1,4 +1,4 @@
-"""Ten sample packs on real servers: what packs may do works, and is the same on one rank and on three."""
+"""Eleven sample packs on real servers: what packs may do works, and is the same on one rank and on three."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.e2e.workflows import flux, node
 
 SAMPLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "samples")
 NODES = {"SampleTell", "SamplePick", "SampleRepeat", "SampleWait", "SampleDice", "SampleSaveText", "SampleStarted",
-         "SampleCombine", "SampleReport", "SampleCounts"}  # fmt: skip
+         "SampleCombine", "SampleReport", "SampleCounts", "SampleSettings"}  # fmt: skip
 
 
 pytestmark = pytest.mark.timeout(90)
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(90)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A base directory with the ten packs and tiny models."""
+    """A base directory with the sample packs and tiny models."""
     folder = tmp_path_factory.mktemp("packs")
     tiny_models.write_flux(str(folder / "models"))
     shutil.copytree(SAMPLES, folder / "custom_nodes", ignore=shutil.ignore_patterns("__pycache__"))
@@ -123,6 +123,13 @@ def test_numbers_without_a_seed_are_the_same_on_all_ranks(servers):
             outcome = server.run(prompt)
             assert len(outcome.files()) == 2
             assert not [line for line in server.log[before:] if "disagreed" in line]
+
+
+def test_packs_are_imported_by_rank_0_first_and_then_by_one_rank_after_the_other(servers):
+    """They write files then, which would be corrupted otherwise."""
+    for server in servers:
+        prompt = {"s": node("SampleSettings"), "report": node("SampleReport", value=["s", 0])}
+        assert server.run(prompt).outputs["report"]["text"] == [f"{list(range(server.ranks))} True"]
 
 
 def test_routes_and_messages_of_packs(server):
