@@ -1,0 +1,185 @@
+"""A small workflow around a node, from what `/object_info` says of it.
+
+Values are the declared defaults, or the first choice; sizes and numbers of steps are small. What is linked comes from a
+producer of its type: from the table below, else from the node of the pack, or of the program, that returns the type and
+needs the least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tests.e2e.workflows import DEV, Prompt, node
+
+PROBE = "TryPackProbe"
+MOST_DEPTH = 5
+SOUND = "start.wav"
+PICTURE = "start.png"
+# values for inputs of these names, where the node allows them
+SMALL = {"width": 64, "height": 64, "steps": 2, "batch_size": 1, "length": 5, "frames": 5, "num_frames": 5}
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+# type -> (node, its inputs, slot); an input ("TYPE",) is linked to the producer of that type
+_PRODUCERS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "IMAGE": ("LoadImage", {"image": PICTURE}, 0),
+    "MASK": ("LoadImage", {"image": PICTURE}, 1),
+    "LATENT": ("EmptySD3LatentImage", {"width": 64, "height": 64, "batch_size": 1}, 0),
+    "MODEL": ("CheckpointLoaderSimple", {"ckpt_name": DEV}, 0),
+    "CLIP": ("CheckpointLoaderSimple", {"ckpt_name": DEV}, 1),
+    "VAE": ("CheckpointLoaderSimple", {"ckpt_name": DEV}, 2),
+    "CONDITIONING": ("CLIPTextEncode", {"clip": ("CLIP",), "text": "a red fox in the snow"}, 0),
+    "SIGMAS": ("BasicScheduler", {"model": ("MODEL",), "scheduler": "simple", "steps": 2, "denoise": 1.0}, 0),
+    "SAMPLER": ("KSamplerSelect", {"sampler_name": "euler"}, 0),
+    "GUIDER": ("BasicGuider", {"model": ("MODEL",), "conditioning": ("CONDITIONING",)}, 0),
+    "NOISE": ("RandomNoise", {"noise_seed": 7}, 0),
+    "AUDIO": ("LoadAudio", {"audio": SOUND}, 0),
+    "VIDEO": ("CreateVideo", {"images": ("IMAGE",), "fps": 8.0}, 0),
+    "CONTROL_NET": ("ControlNetLoader", {"control_net_name": "tiny_flux_xlabs.safetensors"}, 0),
+    "CLIP_VISION": ("CLIPVisionLoader", {"clip_name": "tiny_sigclip.safetensors"}, 0),
+    "CLIP_VISION_OUTPUT": (
+        "CLIPVisionEncode", {"clip_vision": ("CLIP_VISION",), "image": ("IMAGE",), "crop": "center"}, 0,
+    ),
+    "STYLE_MODEL": ("StyleModelLoader", {"style_model_name": "tiny_redux.safetensors"}, 0),
+    "*": ("PrimitiveString", {"value": "something"}, 0),
+    "STRING": ("PrimitiveString", {"value": "a text"}, 0),
+    "INT": ("PrimitiveInt", {"value": 3}, 0),
+    "FLOAT": ("PrimitiveFloat", {"value": 0.5}, 0),
+    "BOOLEAN": ("PrimitiveBoolean", {"value": True}, 0),
+}  # fmt: skip
+
+
+class NoGraph(Exception):
+    """Why no workflow can be built around a node."""
+
+
+def declared(info: Mapping[str, Any], group: str) -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """(type, options) of the inputs of a group in a node's description."""
+    found = {}
+    for name, entry in (info["input"].get(group) or {}).items():
+        entry = entry if isinstance(entry, list) and entry else [entry]
+        options = entry[1] if len(entry) > 1 and isinstance(entry[1], Mapping) else {}
+        found[name] = entry[0], options
+    return found
+
+
+def choices(kind: Any, options: Mapping[str, Any]) -> list[Any] | None:
+    """The choices of an input; None where it is something else."""
+    if isinstance(kind, list):
+        return kind
+    return list(options.get("options") or ()) if kind == "COMBO" else None
+
+
+def empty_lists(info: Mapping[str, Any]) -> list[str]:
+    """Names of a node's required inputs whose list of choices is empty."""
+    return [name for name, (kind, options) in declared(info, "required").items() if choices(kind, options) == []]
+
+
+def _number(name: str, kind: str, options: Mapping[str, Any]) -> Any:
+    least = options.get("min", 0)
+    value = options.get("default", max(least, 0) if isinstance(least, int | float) else 0)
+    small = SMALL.get(name)
+    if small is not None and isinstance(value, int | float) and value > small:
+        value = max(small, least)
+    return float(value) if kind == "FLOAT" else int(value)
+
+
+def constant(name: str, kind: Any, options: Mapping[str, Any]) -> Any:
+    """A value for an input that is no link. Raises NoGraph."""
+    listed = choices(kind, options)
+    if listed is not None:
+        if not listed:
+            raise NoGraph(f"the choices of {name!r} are empty")
+        default = options.get("default")
+        return default if default in listed else listed[0]
+    if kind in ("INT", "FLOAT"):
+        return _number(name, kind, options)
+    if kind == "BOOLEAN":
+        return bool(options.get("default", False))
+    return str(options.get("default") or "")
+
+
+class Graph:
+    """A prompt that grows: producers are added once for each type."""
+
+    def __init__(self, infos: Mapping[str, Any], pack: set[str]) -> None:
+        self._infos = infos
+        self._pack = pack
+        self._made: dict[str, list[Any]] = {}
+        self.prompt: Prompt = {}
+
+    def _add(self, class_type: str, inputs: dict[str, Any]) -> str:
+        name = f"{len(self.prompt)}"
+        self.prompt[name] = node(class_type, **inputs)
+        return name
+
+    def producer(self, kind: str, busy: tuple[str, ...] = ()) -> list[Any]:
+        """The (node id, slot) that gives a type, or the first one of a union that anything gives. Raises NoGraph."""
+        problem = NoGraph(f"nothing gives {kind}")
+        for part in [part.strip() for part in kind.split(",")]:
+            try:
+                if part not in self._made:
+                    self._made[part] = self._produce(part, busy)
+                return self._made[part]
+            except NoGraph as error:
+                problem = error
+        raise problem
+
+    def _produce(self, kind: str, busy: tuple[str, ...]) -> list[Any]:
+        if kind in _PRODUCERS:
+            class_type, inputs, slot = _PRODUCERS[kind]
+            linked = {
+                name: self.producer(value[0], busy) if isinstance(value, tuple) else value
+                for name, value in inputs.items()
+            }
+            same = [name for name, made in self.prompt.items() if made == node(class_type, **linked)]
+            return [same[0] if same else self._add(class_type, linked), slot]
+        if len(busy) >= MOST_DEPTH:
+            raise NoGraph(f"nothing simple gives {kind}")
+        problem = NoGraph(f"nothing gives {kind}")
+        for class_type in self._candidates(kind, busy):
+            before = dict(self.prompt), dict(self._made)
+            try:
+                name = self.add_node(class_type, busy)
+                return [name, self._infos[class_type]["output"].index(kind)]
+            except NoGraph as error:
+                self.prompt, self._made = before
+                problem = error
+        raise problem
+
+    def _candidates(self, kind: str, busy: tuple[str, ...]) -> list[str]:
+        giving = [name for name, info in self._infos.items() if kind in info["output"] and name not in busy]
+
+        def cost(name: str) -> tuple[bool, int, str]:
+            links = [part for part, _ in declared(self._infos[name], "required").values() if part not in WIDGETS]
+            return name not in self._pack, sum(not isinstance(part, list) for part in links), name
+
+        return sorted(giving, key=cost)
+
+    def add_node(self, class_type: str, busy: tuple[str, ...] = ()) -> str:
+        """Add a node with all that it requires; its id. Raises NoGraph."""
+        info = self._infos[class_type]
+        required, optional = declared(info, "required"), declared(info, "optional")
+        wanted = dict(required)
+        if not required:  # a node that works on whatever is linked to it
+            wanted = {name: entry for name, entry in optional.items() if entry[0] in _PRODUCERS}
+        inputs = {}
+        for name, (kind, options) in wanted.items():
+            is_link = not isinstance(kind, list) and kind not in WIDGETS
+            if is_link or (options.get("forceInput") and kind in _PRODUCERS):
+                inputs[name] = self.producer(str(kind), (*busy, class_type))
+            else:
+                inputs[name] = constant(name, kind, options)
+        return self._add(class_type, inputs)
+
+
+def around(class_type: str, infos: Mapping[str, Any], pack: set[str]) -> Prompt:
+    """A prompt with a node and a probe at each of its outputs, named `class_type` and slot. Raises NoGraph."""
+    graph = Graph(infos, pack)
+    name = graph.add_node(class_type)
+    info = infos[class_type]
+    for slot in range(len(info["output"])):
+        graph.prompt[f"probe{slot}"] = node(PROBE, value=[name, slot], name=str(slot))
+    if not info["output"] and not info["output_node"]:
+        raise NoGraph("it has no outputs and is no output node, so it never runs")
+    return graph.prompt
