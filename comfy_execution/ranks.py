@@ -87,11 +87,23 @@ class Ranks:
         return {kind for declared in class_def.RETURN_TYPES for kind in kinds_of(declared)}
 
     def _is_given_plain_data(self, node_id: str, class_def: Any) -> bool:
-        """Whether a node is linked to nothing but data: it writes a file, rather than samples."""
+        """Whether a node is linked to nothing but data: it writes a file, rather than samples.
+
+        What a link carries is said by the node that it comes from, or else by the input that it ends in.
+        """
         valid_inputs = class_def.INPUT_TYPES()
+
+        def is_plain(name: str, link: Any) -> bool:
+            ends_in = kinds_of(get_input_info(class_def, name, valid_inputs)[0])
+            return self._kinds_from(link) <= _PLAIN_DATA or ends_in <= _PLAIN_DATA
+
         inputs = self.dynprompt.get_node(node_id)["inputs"]
-        linked = [name for name, value in inputs.items() if is_link(value)]
-        return all(kinds_of(get_input_info(class_def, name, valid_inputs)[0]) <= _PLAIN_DATA for name in linked)
+        return all(is_plain(name, value) for name, value in inputs.items() if is_link(value))
+
+    def _kinds_from(self, link: Any) -> set[str]:
+        source: Any = node_class(self.dynprompt.get_node(link[0])["class_type"])
+        slot = int(link[1])
+        return kinds_of(source.RETURN_TYPES[slot]) if slot < len(source.RETURN_TYPES) else {"?"}
 
     # ---- what only rank 0 has ---------------------------------------------------------------------------------------
 

@@ -281,20 +281,24 @@ LINKED = {"v": node("Value", value=1), "t": node("Through", value=["v", 0]), "ou
 
 
 @pytest.mark.parametrize(
-    "kind, returns, everywhere",
+    "source, kind, returns, everywhere",
     [
-        ("INT", "INT", False),
-        ("IMAGE,INT", "INT", False),
-        (["1", "2"], ["1", "2"], False),
-        ("INT", "FILENAMES", False),
-        ("MODEL", "INT", True),
-        ("INT", "MODEL", True),
-        ("*", "INT", True),
-        (Anything("*"), Anything("*"), True),
+        ("INT", "INT", "INT", False),
+        ("*", "IMAGE,INT", "INT", False),
+        (["1", "2"], ["1", "2"], ["1", "2"], False),
+        ("INT", "INT", "FILENAMES", False),
+        ("INT", "*", "INT", False),
+        ("INT", Anything("*"), Anything("*"), False),
+        ("MODEL", "MODEL", "INT", True),
+        ("MODEL", "*", "INT", True),
+        ("INT", "INT", "MODEL", True),
+        ("*", "*", "INT", True),
+        (Anything("*"), Anything("*"), Anything("*"), True),
     ],
 )
-def test_an_output_node_whose_output_is_used(group, monkeypatch, kind, returns, everywhere):
+def test_an_output_node_whose_output_is_used(group, monkeypatch, source, kind, returns, everywhere):
     """One that is given plain data saves something, once; another may be a sampler, which all ranks are needed for."""
+    monkeypatch.setattr(nodes.NODE_CLASS_MAPPINGS["Value"], "RETURN_TYPES", (source,))
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Through", through(kind, returns, OUTPUT_NODE=True))
     assert group(LINKED, ["t", "out"]) == {"out": {"value": [1]}}
     assert group.calls(1) == ["value 1", *["through"] * everywhere]
@@ -325,7 +329,8 @@ def test_an_output_node_on_every_rank_saves_once_and_tells_the_same(group, monke
 
     saving = threading.Lock()
     monkeypatch.setattr(ranks.Ranks, "files_aside", _in_turns(ranks.Ranks.files_aside))
-    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Through", through("*", "STRING", save, OUTPUT_NODE=True))
+    monkeypatch.setattr(nodes.NODE_CLASS_MAPPINGS["Value"], "RETURN_TYPES", ("MODEL",))
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Through", through("MODEL", "STRING", save, OUTPUT_NODE=True))
     look = make("Look", {"path": ("STRING", {})}, ("INT",), lambda self, path: (seen.append(path), (1,))[1])
     monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Look", look)
     prompt = {**LINKED, "l": node("Look", path=["t", 0]), "out": node("Show", value=["l", 0])}

@@ -18,6 +18,8 @@ SOUND = "start.wav"
 PICTURE = "start.png"
 # values for inputs of these names, where the node allows them
 SMALL = {"width": 64, "height": 64, "steps": 2, "batch_size": 1, "length": 5, "frames": 5, "num_frames": 5}
+# a picture of four pixels, for texts that should be one
+BASE64 = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFUlEQVR4nAXBAQEAAACAEP9PF0JQGR7vBPykAXTzAAAAAElFTkSuQmCC"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 # type -> (node, its inputs, slot); an input ("TYPE",) is linked to the producer of that type
@@ -68,6 +70,10 @@ def choices(kind: Any, options: Mapping[str, Any]) -> list[Any] | None:
     if isinstance(kind, list):
         return kind
     return list(options.get("options") or ()) if kind == "COMBO" else None
+
+
+def _is_known(kind: Any) -> bool:
+    return isinstance(kind, str) and kind in _PRODUCERS
 
 
 def empty_lists(info: Mapping[str, Any]) -> list[str]:
@@ -162,12 +168,14 @@ class Graph:
         required, optional = declared(info, "required"), declared(info, "optional")
         wanted = dict(required)
         if not required:  # a node that works on whatever is linked to it
-            wanted = {name: entry for name, entry in optional.items() if entry[0] in _PRODUCERS}
+            wanted = {name: entry for name, entry in optional.items() if _is_known(entry[0])}
         inputs = {}
         for name, (kind, options) in wanted.items():
             is_link = not isinstance(kind, list) and kind not in WIDGETS
-            if is_link or (options.get("forceInput") and kind in _PRODUCERS):
+            if is_link or (options.get("forceInput") and _is_known(kind)):
                 inputs[name] = self.producer(str(kind), (*busy, class_type))
+            elif kind == "STRING" and not options.get("default") and "base64" in (class_type + name).lower():
+                inputs[name] = BASE64
             else:
                 inputs[name] = constant(name, kind, options)
         return self._add(class_type, inputs)
