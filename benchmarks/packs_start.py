@@ -1,6 +1,6 @@
 """How long a start with many node packs takes, on one rank and on several, and whether files that packs write stay whole.
 
-    python -m benchmarks.packs_start                      60 small packs, 3 ranks, 10 starts; then one rank
+    python -m benchmarks.packs_start                      60 small packs, 10 starts with one rank and with 3
     python -m benchmarks.packs_start --packs 20 --starts 3
 
 Each pack reads its settings when it is imported, adds an entry and writes them back in two parts, as packs of users do
@@ -55,6 +55,7 @@ NODE_CLASS_MAPPINGS = {"PackNode" + os.path.basename(os.path.dirname(__file__)):
 def make_packs(base: str, count: int) -> list[str]:
     """Write the packs; the paths of their settings."""
     settings = []
+    os.makedirs(os.path.join(base, "custom_nodes"))
     for number in range(count):
         folder = os.path.join(base, "custom_nodes", f"pack_{number:02}")
         os.makedirs(folder)
@@ -100,27 +101,32 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--starts", type=int, default=10)
     arguments = parser.parse_args(argv)
-    result: dict[str, dict[str, object]] = {}
-    medians = []
-    bad = 0
-    for ranks in (1, arguments.ranks):
-        with tempfile.TemporaryDirectory() as base:
-            settings = make_packs(base, arguments.packs)
-            start(base, ranks)  # compiles the packs
-            runs = [start(base, ranks) for _ in range(arguments.starts)]
-            broken = corrupted(settings, ranks * (arguments.starts + 1))
-        times = [seconds for seconds, _ in runs]
-        medians.append(statistics.median(times))
-        bad += broken + sum(failed for _, failed in runs)
-        result[f"{ranks} ranks"] = {
-            "seconds": [round(seconds, 2) for seconds in times],
-            "median_s": round(medians[-1], 2),
-            "corrupted_files": broken,
-            "failed_imports": sum(failed for _, failed in runs),
+    counts = (1, arguments.ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        bases = [os.path.join(folder, str(ranks)) for ranks in counts]
+        settings = [make_packs(base, arguments.packs) for base in bases]
+        runs: list[list[tuple[float, int]]] = [[], []]
+        for number in range(arguments.starts + 1):  # in turn, so that what else the machine does slows both
+            for base, ranks, mine in zip(bases, counts, runs, strict=True):
+                mine.append(start(base, ranks))
+                if number:  # the first start compiles the packs
+                    print(f"{ranks} ranks: {mine[-1][0]:.2f} s", flush=True)
+        broken = [
+            corrupted(paths, ranks * len(mine)) for paths, ranks, mine in zip(settings, counts, runs, strict=True)
+        ]
+    result = {
+        f"{ranks} ranks": {
+            "seconds": [round(seconds, 2) for seconds, _ in mine[1:]],
+            "median_s": round(statistics.median(seconds for seconds, _ in mine[1:]), 2),
+            "corrupted_files": bad,
+            "failed_imports": sum(failed for _, failed in mine),
         }
-        print(f"{ranks} ranks: {result[f'{ranks} ranks']}", flush=True)
-    longer = medians[1] - medians[0]
+        for ranks, mine, bad in zip(counts, runs, broken, strict=True)
+    }
+    one, several = (statistics.median(seconds for seconds, _ in mine[1:]) for mine in runs)
+    longer = several - one
     print(json.dumps({"packs": arguments.packs, "starts": arguments.starts, "longer_s": round(longer, 2), **result}))
+    bad = any(broken) or any(failed for mine in runs for _, failed in mine)
     return 1 if bad or longer > MOST_LONGER_S else 0
 
 

@@ -61,6 +61,10 @@ def test_a_pack_that_cannot_be_imported_is_named_with_the_cure():
         "it could not be imported: ModuleNotFoundError: No module named 'cv2'; pip install opencv-python-headless"
     ]
     assert importing.problems(log, "other") == []
+    log[2:4] = ["RuntimeError: Failed to import x because of:", "no y"]
+    assert importing.problems(log, "mine") == [
+        "it could not be imported: RuntimeError: Failed to import x because of: no y"
+    ]
     assert importing.undescribed(log) == {"Bad": "FileNotFoundError: no list"}
 
 
@@ -72,6 +76,22 @@ def test_values_for_inputs():
     assert graphs.constant("how", "COMBO", {"options": ["a", "b"], "default": "c"}) == "a"
     with pytest.raises(graphs.NoGraph, match="'how' are empty"):
         graphs.constant("how", [], {})
+
+
+def test_inputs_of_v3_nodes_that_stand_for_others():
+    text = {"required": {"t": ["STRING", {"default": "x"}]}}
+    grown = {"template": {"input": text, "min": 2, "prefix": "t", "max": 9}}
+    assert [part[:2] for part in graphs.flat("v", "COMFY_AUTOGROW_V3", grown)] == [
+        ("v.t0", "STRING"),
+        ("v.t1", "STRING"),
+    ]
+    named = {"template": {"input": text, "min": 0, "names": ["a", "b"]}}
+    assert [part[0] for part in graphs.flat("v", "COMFY_AUTOGROW_V3", named)] == ["v.a"]
+    chosen = {"options": [{"key": "one", "inputs": text}, {"key": "two", "inputs": {}}]}
+    parts = list(graphs.flat("how", "COMFY_DYNAMICCOMBO_V3", chosen))
+    assert parts == [("how", ["one"], {}), ("how.t", "STRING", {"default": "x"})]
+    match = {"template": {"template_id": "t", "allowed_types": "IMAGE,MASK"}}
+    assert [part[:2] for part in graphs.flat("any", "COMFY_MATCHTYPE_V3", match)] == [("any", "IMAGE,MASK")]
 
 
 def test_what_counts_as_a_difference():

@@ -1,8 +1,9 @@
 """Is a node pack right, also on several GPUs?
 
-    python -m tools.try_pack PATH              a pack's folder (or .py file), on one rank and on two
-    python -m tools.try_pack PATH --only 'My*' some of its nodes
-    python -m tools.try_pack PATH --json       the results as one JSON object
+    python -m tools.try_pack PATH                a pack's folder (or .py file), on one rank and on two
+    python -m tools.try_pack PATH --only 'My*'   some of its nodes
+    python -m tools.try_pack PATH --family sdxl  with another family's tiny model than Flux's
+    python -m tools.try_pack PATH --json         the results as one JSON object
 
 The pack is copied into a scratch folder with tiny models and loaded by two servers of its own on the CPU, with one rank and
 with two. A small workflow is built around each of its nodes (`graphs`) and run on both. What the node returns is compared:
@@ -29,7 +30,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from tools.try_pack.graphs import NoGraph, around, empty_lists
+from tools.try_pack.graphs import FAMILIES, NoGraph, around, empty_lists
 from tools.try_pack.importing import problems, undescribed
 from tools.try_pack.trial import Run, Trial, difference, make_base, make_models, pack_name
 
@@ -97,7 +98,7 @@ def _why_another(prompt: dict[str, Any], first: Run, one: Trial, gap: str, toler
     return (VARIES, gap) if varies else (DIFFERS, f"one rank and several: {gap}")
 
 
-def examine(name: str, one: Trial, several: Trial, only: str, tolerance: float, say: Any) -> Report:
+def examine(name: str, one: Trial, several: Trial, arguments: argparse.Namespace, say: Any) -> Report:
     """Try all nodes of the pack."""
     infos = one.infos()
     mine = [node for node, info in infos.items() if info.get("python_module") == f"custom_nodes.{name}"]
@@ -109,14 +110,14 @@ def examine(name: str, one: Trial, several: Trial, only: str, tolerance: float, 
     verdicts = [
         Verdict(node, UNTRIED, f"it cannot be described: {why}") for node, why in undescribed(one.server.log).items()
     ]
-    for number, node in enumerate(sorted(fnmatch.filter(mine, only)), 1):
+    for number, node in enumerate(sorted(fnmatch.filter(mine, arguments.only)), 1):
         say(f"\r{number}/{len(mine)} {node:60.60}")
         try:
-            prompt = around(node, infos, set(mine))
+            prompt = around(node, infos, set(mine), arguments.family)
         except NoGraph as error:
             verdicts.append(Verdict(node, UNTRIED, str(error)))
             continue
-        verdicts.append(judge(node, prompt, one, several, tolerance))
+        verdicts.append(judge(node, prompt, one, several, arguments.tolerance))
     say("\r" + " " * 72 + "\r")
     empty = {node: lists for node in sorted(mine) if (lists := empty_lists(infos[node]))}
     return Report(name, several.ranks, bool(mine) or not found, found, empty, verdicts)
@@ -125,7 +126,7 @@ def examine(name: str, one: Trial, several: Trial, only: str, tolerance: float, 
 def try_pack(path: str, folder: str, arguments: argparse.Namespace, say: Any) -> Report:
     """Load the pack at `path` in two scratch servers below `folder` and examine it."""
     name = pack_name(path)
-    models = make_models(os.path.join(folder, "models"))
+    models = make_models(os.path.join(folder, "models"), arguments.family)
     trials: list[Trial] = []
     try:
         for ranks in (1, arguments.ranks):
@@ -137,7 +138,7 @@ def try_pack(path: str, folder: str, arguments: argparse.Namespace, say: Any) ->
             except AssertionError as error:
                 problem = f"a server with {trial.ranks} ranks did not start with it: {error}"
                 return Report(name, arguments.ranks, False, [problem], {}, [])
-        return examine(name, trials[0], trials[1], arguments.only, arguments.tolerance, say)
+        return examine(name, trials[0], trials[1], arguments, say)
     finally:
         for trial in trials:
             trial.close()
@@ -171,6 +172,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("path", metavar="PATH", help="folder or .py file of the pack")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="number of ranks to compare with one (2)")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="nodes to run, by class name")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="flux", help="whose tiny model is used (flux)")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="as part of the largest number (0.001)")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for each workflow (60)")
     parser.add_argument("--flag", action="append", default=[], help="another flag for the servers, --flag=--fast")

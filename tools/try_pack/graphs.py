@@ -7,7 +7,7 @@ needs the least.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tests.e2e.workflows import DEV, Prompt, node
@@ -22,14 +22,22 @@ SMALL = {"width": 64, "height": 64, "steps": 2, "batch_size": 1, "length": 5, "f
 BASE64 = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFUlEQVR4nAXBAQEAAACAEP9PF0JQGR7vBPykAXTzAAAAAElFTkSuQmCC"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
+# family -> the checkpoint whose network, encoder and autoencoder are used, and the node whose latents they take
+FAMILIES = {
+    "flux": (DEV, "EmptySD3LatentImage"),
+    "sd15": ("tiny_sd15.safetensors", "EmptyLatentImage"),
+    "sdxl": ("tiny_sdxl.safetensors", "EmptyLatentImage"),
+}
+_CHECKPOINT, _LATENT = FAMILIES["flux"]  # in the table; a graph has its family's instead
+
 # type -> (node, its inputs, slot); an input ("TYPE",) is linked to the producer of that type
 _PRODUCERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "IMAGE": ("LoadImage", {"image": PICTURE}, 0),
     "MASK": ("LoadImage", {"image": PICTURE}, 1),
-    "LATENT": ("EmptySD3LatentImage", {"width": 64, "height": 64, "batch_size": 1}, 0),
-    "MODEL": ("CheckpointLoaderSimple", {"ckpt_name": DEV}, 0),
-    "CLIP": ("CheckpointLoaderSimple", {"ckpt_name": DEV}, 1),
-    "VAE": ("CheckpointLoaderSimple", {"ckpt_name": DEV}, 2),
+    "LATENT": (_LATENT, {"width": 64, "height": 64, "batch_size": 1}, 0),
+    "MODEL": ("CheckpointLoaderSimple", {"ckpt_name": _CHECKPOINT}, 0),
+    "CLIP": ("CheckpointLoaderSimple", {"ckpt_name": _CHECKPOINT}, 1),
+    "VAE": ("CheckpointLoaderSimple", {"ckpt_name": _CHECKPOINT}, 2),
     "CONDITIONING": ("CLIPTextEncode", {"clip": ("CLIP",), "text": "a red fox in the snow"}, 0),
     "SIGMAS": ("BasicScheduler", {"model": ("MODEL",), "scheduler": "simple", "steps": 2, "denoise": 1.0}, 0),
     "SAMPLER": ("KSamplerSelect", {"sampler_name": "euler"}, 0),
@@ -63,6 +71,26 @@ def declared(info: Mapping[str, Any], group: str) -> dict[str, tuple[Any, Mappin
         options = entry[1] if len(entry) > 1 and isinstance(entry[1], Mapping) else {}
         found[name] = entry[0], options
     return found
+
+
+def flat(name: str, kind: Any, options: Mapping[str, Any]) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """(name in the prompt, type, options) of the inputs that an input of V3 nodes stands for; most are one themselves."""
+    template = options.get("template") or {}
+    if kind == "COMFY_AUTOGROW_V3":
+        inner = {**(template["input"].get("required") or {}), **(template["input"].get("optional") or {})}
+        entry = next(iter(inner.values()))
+        names = template.get("names") or [f"{template['prefix']}{number}" for number in range(template["max"])]
+        for part in names[: max(1, template["min"])]:
+            yield f"{name}.{part}", entry[0], entry[1] if len(entry) > 1 else {}
+    elif kind == "COMFY_DYNAMICCOMBO_V3":
+        chosen = options["options"][0]
+        yield name, [chosen["key"]], {}
+        for part, (inner_kind, more) in declared({"input": chosen["inputs"]}, "required").items():
+            yield from flat(f"{name}.{part}", inner_kind, more)
+    elif kind == "COMFY_MATCHTYPE_V3":
+        yield name, template["allowed_types"], options
+    else:
+        yield name, kind, options
 
 
 def choices(kind: Any, options: Mapping[str, Any]) -> list[Any] | None:
@@ -108,7 +136,9 @@ def constant(name: str, kind: Any, options: Mapping[str, Any]) -> Any:
 class Graph:
     """A prompt that grows: producers are added once for each type."""
 
-    def __init__(self, infos: Mapping[str, Any], pack: set[str]) -> None:
+    def __init__(self, infos: Mapping[str, Any], pack: set[str], family: str) -> None:
+        checkpoint, latent = FAMILIES[family]
+        self._replaced = {_CHECKPOINT: checkpoint, _LATENT: latent}
         self._infos = infos
         self._pack = pack
         self._made: dict[str, list[Any]] = {}
@@ -134,8 +164,9 @@ class Graph:
     def _produce(self, kind: str, busy: tuple[str, ...]) -> list[Any]:
         if kind in _PRODUCERS:
             class_type, inputs, slot = _PRODUCERS[kind]
-            linked = {
-                name: self.producer(value[0], busy) if isinstance(value, tuple) else value
+            class_type = self._replaced.get(class_type, class_type)
+            linked: dict[str, Any] = {
+                name: self.producer(value[0], busy) if isinstance(value, tuple) else self._replaced.get(value, value)
                 for name, value in inputs.items()
             }
             same = [name for name, made in self.prompt.items() if made == node(class_type, **linked)]
@@ -169,8 +200,9 @@ class Graph:
         wanted = dict(required)
         if not required:  # a node that works on whatever is linked to it
             wanted = {name: entry for name, entry in optional.items() if _is_known(entry[0])}
-        inputs = {}
-        for name, (kind, options) in wanted.items():
+        inputs: dict[str, Any] = {}
+        entries = [part for name, (kind, options) in wanted.items() for part in flat(name, kind, options)]
+        for name, kind, options in entries:
             is_link = not isinstance(kind, list) and kind not in WIDGETS
             if is_link or (options.get("forceInput") and _is_known(kind)):
                 inputs[name] = self.producer(str(kind), (*busy, class_type))
@@ -181,9 +213,9 @@ class Graph:
         return self._add(class_type, inputs)
 
 
-def around(class_type: str, infos: Mapping[str, Any], pack: set[str]) -> Prompt:
-    """A prompt with a node and a probe at each of its outputs, named `class_type` and slot. Raises NoGraph."""
-    graph = Graph(infos, pack)
+def around(class_type: str, infos: Mapping[str, Any], pack: set[str], family: str = "flux") -> Prompt:
+    """A prompt with a node and a probe at each of its outputs, which is named by the slot. Raises NoGraph."""
+    graph = Graph(infos, pack, family)
     name = graph.add_node(class_type)
     info = infos[class_type]
     for slot in range(len(info["output"])):

@@ -26,8 +26,13 @@ def install_command(module: str) -> str:
 
 
 def _reason(lines: Sequence[str]) -> str:
-    """The last error that a traceback ends with."""
-    return next((line.strip() for line in reversed(lines) if _ERROR.match(line.strip())), "no error was shown")
+    """The last error that a traceback ends with; of a message of several lines also the last."""
+    for number in reversed(range(len(lines))):
+        text = lines[number].strip()
+        if _ERROR.match(text):
+            rest = [line.strip() for line in lines[number + 1 :] if line.strip()]
+            return f"{text} {rest[-1]}" if text.endswith(":") and rest else text
+    return "no error was shown"
 
 
 def problems(log: Sequence[str], pack: str) -> list[str]:

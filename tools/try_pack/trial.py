@@ -59,10 +59,10 @@ def make_base(folder: str, pack: str, models: str) -> str:
     return folder
 
 
-def make_models(folder: str) -> str:
-    """The tiny models, a few hundred KiB each."""
-    tiny_models.write_flux(folder)
-    tiny_models.write_family("adapters", folder)
+def make_models(folder: str, family: str) -> str:
+    """The tiny models, a few hundred KiB each: Flux with what there is for it, and another family."""
+    for name in dict.fromkeys(("flux", "adapters", family)):
+        tiny_models.write_family(name, folder)
     return folder
 
 
