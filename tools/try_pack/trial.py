@@ -50,7 +50,7 @@ def make_base(folder: str, pack: str, models: str) -> str:
         target = os.path.join(packs, os.path.basename(os.path.abspath(pack)))
         shutil.copytree(pack, target, ignore=_LEFT_OUT)
     shutil.copytree(models, os.path.join(folder, "models"), copy_function=os.link)
-    y, x = np.mgrid[0:72, 0:64]
+    y, x = np.mgrid[0:128, 0:64]  # multiples of 64: some packs take nothing else
     pixels = np.stack([x * 3, y * 2, (x + y) % 256, 255 - x], -1).astype(np.uint8)
     Image.fromarray(pixels, "RGBA").save(os.path.join(inputs, PICTURE))
     with wave.open(os.path.join(inputs, SOUND), "wb") as sound:
