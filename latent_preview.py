@@ -6,7 +6,8 @@ The latent is made small before it becomes a picture, so that a preview takes th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from comfy.cli_args import LatentPreviewMethod, args
 from comfy.taesd.taesd import TAESD
 
 Preview = tuple[str, Any, int]
+_METHODS = ", ".join(method.value for method in LatentPreviewMethod)
 TINY_VAE_FACTOR = 8  # pixels per latent cell and side that a tiny VAE decodes
 
 
@@ -89,6 +91,27 @@ def _tiny_vae(device: Any, latent_format: Any) -> LatentPreviewer | None:
         return None
     path = folder_paths.get_full_path_or_raise("vae_approx", files[0])
     return TAESDPreviewerImpl(TAESD(None, path, latent_channels=latent_format.latent_channels).to(device))
+
+
+@contextmanager
+def previews_of(extra_data: Any) -> Iterator[None]:
+    """Inside, previews are made by the method a prompt asks for: `preview_method` of its extra_data, if it names one.
+
+    Without it, and with "default", --preview-method decides. What a node sets inside stays.
+    """
+    before = args.preview_method
+    wanted = extra_data.get("preview_method") if isinstance(extra_data, Mapping) else None
+    try:
+        method = before if wanted in (None, "default") else LatentPreviewMethod(wanted)
+    except ValueError:
+        logging.warning("preview_method %.50r is not one of default, %s: ignored", wanted, _METHODS)
+        method = before
+    args.preview_method = method
+    try:
+        yield
+    finally:
+        if args.preview_method is method:
+            args.preview_method = before
 
 
 def get_previewer(device: Any, latent_format: Any) -> LatentPreviewer | None:

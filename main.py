@@ -9,6 +9,7 @@ torchrun --nproc-per-node 4 main.py             started by torchrun directly, al
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -19,6 +20,8 @@ ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 def main(argv: list[str]) -> int:
     """Run the program; returns the exit status (2 for a command line or configuration that cannot work)."""
+    # Ctrl-C before there is anything to be ended in order: at once, without a traceback from within an import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from comfy.cli_args import parse_command_line
     from comfy.taco_dit.core import launcher
 
@@ -40,9 +43,12 @@ def main(argv: list[str]) -> int:
             launcher.die_with_parent()
             launcher.name_rank(os.environ)
             return run_rank(args, ROOT, prepared)
-        plan = launcher.plan_launch(args, os.environ, launcher.count_gpus())
+        from app.start_checks import check_start
+
+        plan = launcher.plan_launch(args, os.environ, launcher.list_gpus())
         launcher.read_config(args, ROOT, plan.ranks)  # a mistake in it should show before ranks start
-        for message in plan.messages:
+        check_start(args, ROOT)
+        for message in filter(None, (plan.used, *plan.messages)):
             print(f"TACO-DiT: {message}", flush=True)
         if plan.cpu and not args.cpu:
             argv = [*argv, "--cpu"]

@@ -38,6 +38,7 @@ from app.messages import BinaryEventTypes
 from app.middlewares import clear_errors, compress_body, create_cache_middleware
 from app.pages import PageQueue
 from app.responses import dumps, loads
+from app.start_checks import cannot_listen
 from app.user_manager import UserManager
 from comfy.cli_args import args
 from comfy_api import feature_flags
@@ -290,16 +291,12 @@ class PromptServer:
             try:
                 await site.start()
             except OSError as error:
-                raise OSError(
-                    f"cannot listen on {address}:{port} ({error.strerror or error}); "
-                    "is another server running? choose another one with --port"
-                ) from error
+                raise OSError(cannot_listen(address, port, error)) from error
             last = (address, _bound_port(site, port))
             if position == 0:
                 self.address, self.port = last
             if verbose:
-                shown = f"[{address}]" if ":" in address else address
-                logging.info("To see the GUI go to: %s://%s:%d", scheme, shown, last[1])
+                logging.info("To see the GUI go to: %s://%s:%d", scheme, _host_to_open(address), last[1])
         if call_on_start is not None:
             call_on_start(scheme, self.address, self.port)
 
@@ -312,6 +309,12 @@ class PromptServer:
 def _preview(image: tuple[str, Any, int | None]) -> str | None:
     """Previews replace each other where they wait; pictures sent as PNG are results and all arrive."""
     return "preview" if image[0] == "JPEG" else None
+
+
+def _host_to_open(address: str) -> str:
+    """What a browser on this machine opens for an address that is listened on."""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    return f"[{address}]" if ":" in address else address
 
 
 def _bound_port(site: web.TCPSite, port: int) -> int:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Start ComfyUI on several GPUs for one picture. The first run sets everything up.
 #
-#   ./start_comfyui_gpu345.sh                      GPUs 3, 4, 5 on port 12215
-#   TACO_GPUS=0,1 ./start_comfyui_gpu345.sh        other GPUs
+#   ./start_comfyui_gpu345.sh                      GPUs 3, 4, 5 where they exist, else all there are; port 12215
+#   TACO_GPUS=0,1 ./start_comfyui_gpu345.sh        these GPUs; CUDA_VISIBLE_DEVICES chooses, too
 #   TACO_LISTEN=127.0.0.1 ./start_comfyui_gpu345.sh    only this machine may connect
 #   ./start_comfyui_gpu345.sh --cpu --taco-ranks 2     every further argument goes to main.py
 set -euo pipefail
@@ -30,11 +30,13 @@ case " $* " in
   *) set -- --port 12215 "$@" ;;
 esac
 case " $* " in
-  *" --gpus "* | *" --gpus="* | *" --cpu "* | *" --cuda-device "* | *" --cuda-device="*) ;;
+  *" --gpus "* | *" --gpus="* | *" --prefer-gpus "* | *" --prefer-gpus="* | *" --cpu "*) ;;
   *)
-    # CUDA_VISIBLE_DEVICES is a choice too; TACO_GPUS is the more explicit one.
-    if [ -n "${TACO_GPUS:-}" ] || [ -z "${CUDA_VISIBLE_DEVICES:-}" ]; then
-      set -- --gpus "${TACO_GPUS:-3,4,5}" "$@"
+    # main.py puts CUDA_VISIBLE_DEVICES before --prefer-gpus, and --gpus before both.
+    if [ -n "${TACO_GPUS:-}" ]; then
+      set -- --gpus "$TACO_GPUS" "$@"
+    else
+      set -- --prefer-gpus 3,4,5 "$@"
     fi
     ;;
 esac

@@ -49,27 +49,18 @@ def run_rank(args: argparse.Namespace, root: str, prepared: Times | None = None)
     return _follow(args, runtime)
 
 
-# Flags of ComfyUI that name something this program does not have or need; they are accepted so that scripts go on
-# working, and named in one warning.
-_WITHOUT_EFFECT = (
-    "directml", "oneapi_device_selector", "disable_ipex_optimize", "use_sage_attention", "use_flash_attention",
-    "use_split_cross_attention", "use_quad_cross_attention", "async_offload", "force_channels_last", "database_url",
-    "front_end_version", "comfy_api_base", "fp8_e8m0fnu_unet",
-)  # fmt: skip
-
-_OF_GPUS = ("use_sage_attention", "use_flash_attention")  # those of them that have an effect on NVIDIA GPUs
+_OF_GPUS = ("--use-sage-attention", "--use-flash-attention")  # without effect on the CPU
 
 
 def _name_flags_without_effect(args: argparse.Namespace) -> None:
     import torch
 
-    from comfy.cli_args import PerformanceFeature, build_parser
+    from comfy.cli_args import WITHOUT_EFFECT, PerformanceFeature, build_parser
 
-    options = {action.dest: action for action in build_parser()._actions}
-    names = [name for name in _WITHOUT_EFFECT if getattr(args, name) != options[name].default]
-    if not args.cpu and torch.cuda.is_available():
-        names = [name for name in names if name not in _OF_GPUS]
-    given = [options[name].option_strings[0] for name in names]
+    on_cpu = args.cpu or not torch.cuda.is_available()
+    named = (*WITHOUT_EFFECT, *(_OF_GPUS if on_cpu else ()))
+    options = [(flag, action) for action in build_parser()._actions for flag in action.option_strings[:1]]
+    given = [flag for flag, action in options if flag in named and getattr(args, action.dest) != action.default]
     if PerformanceFeature.CublasOps in args.fast:
         given.append(f"--fast {PerformanceFeature.CublasOps.value}")
     if given:
@@ -90,13 +81,11 @@ def apply_directories(args: argparse.Namespace, root: str) -> None:
     """Set the folders that the flags and configuration files name."""
     import folder_paths
     from app import demo
+    from app.start_checks import extra_path_files
     from utils.extra_config import load_extra_path_config
 
     folder_paths.configure(args)
-    default = os.path.join(root, "extra_model_paths.yaml")
-    files = [default] if os.path.isfile(default) else []
-    files += [path for group in args.extra_model_paths_config or [] for path in group]
-    for path in files:
+    for path in extra_path_files(args, root):
         load_extra_path_config(path)
     folder_paths.add_last_models(os.path.join(os.path.dirname(os.path.abspath(__file__)), "builtin_models"))
     if not args.no_demo:
@@ -175,6 +164,7 @@ def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEve
 def _serve(args: argparse.Namespace, current: Any) -> int:
     import comfy.model_management as management
     from app import demo
+    from app.start_checks import listen_addresses
     from comfy_execution.worker import PromptWorker, cache_choice
     from execution import PromptQueue
     from server import PromptServer
@@ -202,7 +192,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     )
     panel.set_ranks(_join(current, panel))
     _measure(args, current)
-    _say_hello(current, panel.rank_infos)
+    _say_hello(args, current, panel.rank_infos)
     _name_flags_without_effect(args)
     if args.quick_test_for_ci:
         if announce is not None:
@@ -220,7 +210,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         loop.add_signal_handler(number, loop.stop)
     try:
         loop.create_task(server.publish_loop())
-        addresses = [(address.strip(), args.port) for address in args.listen.split(",") if address.strip()]
+        addresses = [(address, args.port) for address in listen_addresses(args.listen)]
         shown = not args.dont_print_server
         loop.run_until_complete(server.start_multi_address(addresses, _opener(args), verbose=shown))
         loop.run_forever()
@@ -341,7 +331,7 @@ def _clean_temp() -> None:
     shutil.rmtree(folder_paths.get_temp_directory(), ignore_errors=True)
 
 
-def _say_hello(current: Any, infos: list[dict[str, Any]]) -> None:
+def _say_hello(args: argparse.Namespace, current: Any, infos: list[dict[str, Any]]) -> None:
     import torch
 
     from comfy.ldm.modules.attention import describe_backend
@@ -351,5 +341,11 @@ def _say_hello(current: Any, infos: list[dict[str, Any]]) -> None:
     for info in infos:
         free, total = info["memory_free"] / 2**30, info["memory_total"] / 2**30
         logging.info("rank %d: %s %s, %.1f of %.1f GiB free", info["rank"], info["device"], info["name"], free, total)
+    if not args.cpu and current.manager.device.type == "cpu":
+        logging.warning(
+            "torch %s cannot use a GPU here, so this computes on the CPU, which is slow; install a torch for CUDA, or a "
+            "newer driver (python -m comfy.taco_dit.doctor examines both)",
+            torch.__version__,
+        )
     if current.engine.profile.measured:
         logging.info("machine: %s", current.engine.profile.describe())

@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from comfy.taco_dit.core.distributed_manager import RankInfo, rank_device
+
 from .models import CASES
 
 
@@ -104,13 +106,14 @@ def work(options: argparse.Namespace) -> None:
     """One rank of one system; rank 0 writes the result."""
     from .systems import SYSTEMS
 
-    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu") if options.device == "cpu" else torch.device("cuda", local)
+    info = RankInfo.from_environment(os.environ)
+    rank, device = info.rank, rank_device(info, options.device == "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = getattr(torch, options.dtype)
     settings = {"compile": not options.eager, "graph": not options.eager and not options.no_graph,
-                "engine": options.engine, "layout": options.layout, "machine": options.out + ".machine",
+                "engine": options.engine, "layout": options.layout, "exchange": options.exchange,
+                "machine": options.out + ".machine",
                 "linear": options.linear, "cache": options.cache, "threshold": options.threshold,
                 "interval": options.interval, "steps": options.steps}  # fmt: skip
     with torch.inference_mode() if options.worker == "taco" else torch.no_grad():
@@ -142,7 +145,7 @@ def run_system(name: str, ranks: int, options: argparse.Namespace, folder: str) 
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "benchmarks.denoise_step",
         "--worker", name, "--out", out, "--model", options.model, "--device", options.device, "--dtype", options.dtype,
         "--warmup", str(options.warmup), "--repeats", str(options.repeats), "--engine", options.engine,
-        "--layout", options.layout,
+        "--layout", options.layout, "--exchange", options.exchange,
     ]  # fmt: skip
     command += ["--linear", options.linear if name == "taco" else "bf16", "--cache", options.cache]
     command += [
@@ -222,6 +225,12 @@ def main() -> int:
     parser.add_argument("--engine", choices=("native", "xfuser"), default="native")
     parser.add_argument(
         "--layout", choices=("whole", "tensor", "sharded"), default="whole", help="where ours keeps the weights"
+    )
+    parser.add_argument(
+        "--exchange",
+        choices=("collective", "peer", "auto"),
+        default="collective",
+        help="ours: how tokens go between GPUs",
     )
     parser.add_argument("--linear", choices=("bf16", "fp8", "int8"), default="bf16", help="ours: linears of blocks")
     parser.add_argument("--cache", choices=("off", "first_block", "interval"), default="off", help="ours: step cache")

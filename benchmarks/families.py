@@ -2,6 +2,7 @@
 
     python -m benchmarks.families --models sdxl,sd35_large,pixart_sigma,hunyuan_dit,qwen_image,wan_14b
     python -m benchmarks.families --models sdxl --scale 8 --device cpu      (a check without a GPU)
+    python -m benchmarks.families --peer compiled                           (the same call in diffusers)
 
 A call evaluates the prompts that sampling with guidance has (two; one where the model has its guidance as an input), as a
 KSampler's steps do. Prints a table, and the same as JSON in its last line: ms (median), GPU memory, and the difference of
@@ -162,6 +163,20 @@ def run(case: Model, device: torch.device, dtype: torch.dtype, scale: int, repea
     return found
 
 
+def run_peer(name: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds and parameters of diffusers' network of the same model."""
+    from .family_peers import call_of
+
+    torch.manual_seed(0)
+    dtype, prompts = getattr(torch, options.dtype), MODELS[name].prompts
+    with torch.no_grad():  # torch.compile does not take inference mode's tensors everywhere
+        call, parameters = call_of(
+            name, device, dtype, prompts, options.scale, options.peer == "compiled", _randomise
+        )  # fmt: skip
+        times, out = measure(call, device, 3, options.repeats)
+    return {"ms": statistics.median(times), "parameters": parameters, "finite": bool(torch.isfinite(out).all())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help=", ".join(MODELS))
@@ -169,6 +184,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--scale", type=int, default=1, help="latents so many times smaller each way")
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument(
+        "--peer", choices=("eager", "compiled"), help="diffusers instead of ours: as it is, or its blocks compiled"
+    )
     options = parser.parse_args()
     unknown = [name for name in options.models.split(",") if name not in MODELS]
     if unknown:
@@ -180,25 +198,52 @@ def main() -> None:
 
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     management.bind_device(device)
+    if options.peer:
+        rows = peers(options, device)
+    else:
+        rows = ours(options, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
+    print(json.dumps({"device": name, "torch": torch.__version__, "dtype": options.dtype, "rows": rows}))
+
+
+def _peak_gib(device: torch.device) -> float:
+    """The most GPU memory since it was asked for last, in GiB; what can be freed is freed."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def peers(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """The rows of diffusers."""
+    rows = []
+    print(f"{'model':14}{'billions':>9}{'ms':>10}{'GiB':>7}   diffusers, {options.peer}")
+    for name in options.models.split(","):
+        row = {"model": name, "peer": options.peer, **run_peer(name, device, options)}
+        row["peak_gib"] = _peak_gib(device)
+        rows.append(row)
+        print(f"{name:14}{row['parameters'] / 1e9:9.2f}{row['ms']:10.2f}{row['peak_gib']:7.1f}", flush=True)
+    return rows
+
+
+def ours(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Our rows."""
     rows = []
     print(f"{'model':14}{'billions':>9}{'ms':>10}{'plain':>10}{'GiB':>7}{'difference':>12}")
     for name in options.models.split(","):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         with torch.inference_mode():
             row = run(MODELS[name], device, getattr(torch, options.dtype), options.scale, options.repeats)
-        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+        row["peak_gib"] = _peak_gib(device)
         rows.append({"model": name, **row})
         print(
             f"{name:14}{row['parameters'] / 1e9:9.2f}{row['captured_ms']:10.2f}{row['plain_ms']:10.2f}"
             f"{row['peak_gib']:7.1f}{row['difference']:12.1e}{'' if row['finite'] else '  not finite'}",
             flush=True,
         )
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
-    print(json.dumps({"device": name, "torch": torch.__version__, "dtype": options.dtype, "rows": rows}))
+    return rows
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from app.auth import authorization
@@ -46,7 +47,8 @@ class BenchmarkServer:
         os.makedirs(user, exist_ok=True)
         where = ["--cpu", "--taco-ranks", str(ranks)]
         if device == "cuda":
-            where = ["--gpus", ",".join(str(gpu) for gpu in range(ranks))]
+            present = min(ranks, torch.cuda.device_count())  # fewer: ranks share them, if TACO_SHARE_GPU allows it
+            where = ["--gpus", ",".join(str(gpu) for gpu in range(present)), "--taco-ranks", str(ranks)]
         self._command = [
             sys.executable, "main.py", *where, "--port", str(self.port), "--base-directory", base,
             "--user-directory", user, "--disable-auto-launch", *flags,

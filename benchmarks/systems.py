@@ -79,7 +79,7 @@ def taco(case: Case, device: torch.device, dtype: torch.dtype, options: dict[str
     management.bind_device(device)
     layout = options.get("layout", "whole")
     config = TacoConfig(
-        parallel=ParallelConfig(tensor_parallel=layout == "tensor"),
+        parallel=ParallelConfig(tensor_parallel=layout == "tensor", exchange=options.get("exchange", "collective")),
         memory=MemoryConfig(shard_weights=layout == "sharded"),
         optimization=OptimizationConfig(
             use_torch_compile=None if options.get("compile", True) else False,

@@ -90,6 +90,17 @@ def positive(text: str) -> int:
     return value
 
 
+def port_number(text: str) -> int:
+    """A TCP port; 0 takes a free one."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; give a number from 1 to 65535, or 0 for a free one")
+    return value
+
+
 def gibibytes(text: str) -> float:
     """A size in GiB above 0."""
     try:
@@ -103,12 +114,22 @@ def gibibytes(text: str) -> float:
 
 FRONT_END_DEFAULT = "comfyanonymous/ComfyUI@latest"
 
+# Flags of ComfyUI that name something this program does not have or need. They are accepted, so that scripts go on
+# working, and named in a warning (`app.run`), but are not in --help.
+WITHOUT_EFFECT = (
+    "--directml", "--oneapi-device-selector", "--disable-ipex-optimize", "--use-split-cross-attention",
+    "--use-quad-cross-attention", "--force-upcast-attention", "--async-offload", "--force-channels-last",
+    "--database-url", "--front-end-version", "--comfy-api-base", "--fp8_e8m0fnu-unet",
+)  # fmt: skip
+# The same, but what they ask for is so in any case.
+ALWAYS_SO = ("--disable-xformers", "--disable-api-nodes", "--dont-upcast-attention")
+
 # (flags, keywords) by topic; a topic whose name begins with "one:" lists flags that exclude each other.
 _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "network": [
         ("--listen", {"nargs": "?", "const": "0.0.0.0,::", "default": "127.0.0.1", "metavar": "IP",
                       "help": "addresses to listen on, separated by commas; without a value: everywhere"}),
-        ("--port", {"type": int, "default": 8188, "help": "port of the web server"}),
+        ("--port", {"type": port_number, "default": 8188, "help": "port of the web server; 0: a free one"}),
         ("--tls-keyfile", {"help": "TLS key file; with --tls-certfile the server speaks https"}),
         ("--tls-certfile", {"help": "TLS certificate file"}),
         ("--enable-cors-header", {"nargs": "?", "const": "*", "metavar": "ORIGIN",
@@ -117,7 +138,7 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--enable-compress-response-body", {"action": "store_true", "help": "gzip JSON and text answers"}),
         ("--auto-launch", {"action": "store_true", "help": "open the page in a browser after start"}),
         ("--disable-auto-launch", {"action": "store_true", "help": "do not open a browser"}),
-        ("--comfy-api-base", {"default": "https://api.comfy.org", "help": "without effect: there are no API nodes"}),
+        ("--comfy-api-base", {"default": "https://api.comfy.org"}),
         ("--dont-print-server", {"action": "store_true", "help": "do not print the address of the page"}),
     ],
     "folders": [
@@ -130,10 +151,10 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--user-directory", {"type": existing_directory, "help": "folder for settings and workflows"}),
         ("--no-persist", {"action": "store_true",
                           "help": "keep queue and history in memory only, not in the user folder"}),
-        ("--database-url", {"default": None, "help": "database; default: sqlite in the user folder"}),
+        ("--database-url", {"default": None}),
     ],
     "front end": [
-        ("--front-end-version", {"default": FRONT_END_DEFAULT, "help": "without effect: the installed package is used"}),
+        ("--front-end-version", {"default": FRONT_END_DEFAULT}),
         ("--front-end-root", {"type": page_directory, "help": "serve the page from this folder"}),
         ("--multi-user", {"action": "store_true", "help": "a folder of files and settings per user; it separates folders, "
                                                      "not people: anyone may name any user"}),
@@ -144,9 +165,9 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "devices": [
         ("--cuda-device", {"type": int, "metavar": "N", "help": "use only GPU N"}),
         ("--default-device", {"type": int, "metavar": "N", "help": "make GPU N the first one"}),
-        ("--directml", {"type": int, "nargs": "?", "const": -1, "metavar": "N", "help": "use DirectML"}),
-        ("--oneapi-device-selector", {"help": "value for ONEAPI_DEVICE_SELECTOR"}),
-        ("--disable-ipex-optimize", {"action": "store_true", "help": "no ipex.optimize on Intel GPUs"}),
+        ("--directml", {"type": int, "nargs": "?", "const": -1, "metavar": "N"}),
+        ("--oneapi-device-selector", {}),
+        ("--disable-ipex-optimize", {"action": "store_true"}),
     ],
     "one:allocator": [
         ("--cuda-malloc", {"action": "store_true", "help": "use cudaMallocAsync"}),
@@ -193,8 +214,8 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--use-flash-attention", {"action": "store_true", "help": "flash-attn, if installed"}),
     ],
     "one:upcast": [
-        ("--force-upcast-attention", {"action": "store_true", "help": "attention in fp32"}),
-        ("--dont-upcast-attention", {"action": "store_true", "help": "never upcast attention"}),
+        ("--force-upcast-attention", {"action": "store_true"}),
+        ("--dont-upcast-attention", {"action": "store_true"}),
     ],
     "one:memory": [
         ("--gpu-only", {"action": "store_true", "help": "keep everything on the GPU"}),
@@ -206,22 +227,23 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "memory and speed": [
         ("--reserve-vram", {"type": float, "metavar": "GIB", "help": "GPU memory to leave free"}),
-        ("--async-offload", {"action": "store_true", "help": "overlap weight transfers with computation"}),
+        ("--async-offload", {"action": "store_true"}),
         ("--force-non-blocking", {"action": "store_true", "help": "non-blocking copies everywhere"}),
         ("--disable-smart-memory", {"action": "store_true", "help": "unload models to RAM after each use"}),
         ("--deterministic", {"action": "store_true", "help": "slower deterministic algorithms"}),
         ("--fast", {"nargs": "*", "type": PerformanceFeature, "action": EnumAction, "default": None,
+                    "metavar": "{fp16_accumulation,fp8_matrix_mult,autotune}",
                     "help": "optimisations that change results a little; without a value: all"}),
-        ("--force-channels-last", {"action": "store_true", "help": "channels-last memory format"}),
+        ("--force-channels-last", {"action": "store_true"}),
         ("--supports-fp8-compute", {"action": "store_true", "help": "act as if the GPU computes in fp8"}),
-        ("--disable-xformers", {"action": "store_true", "help": "do not use xformers"}),
+        ("--disable-xformers", {"action": "store_true"}),
         ("--mmap-torch-files", {"action": "store_true", "help": "memory-map .ckpt and .pt files"}),
         ("--disable-mmap", {"action": "store_true", "help": "read safetensors into memory"}),
     ],
     "custom nodes": [
         ("--disable-all-custom-nodes", {"action": "store_true", "help": "load no custom nodes"}),
         ("--whitelist-custom-nodes", {"nargs": "+", "default": [], "help": "packs to load all the same"}),
-        ("--disable-api-nodes", {"action": "store_true", "help": "load no nodes that call paid services"}),
+        ("--disable-api-nodes", {"action": "store_true"}),
     ],
     "others": [
         ("--default-hashing-function", {"choices": ["md5", "sha1", "sha256", "sha512"], "default": "sha256",
@@ -235,6 +257,9 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "TACO-DiT": [
         ("--gpus", {"type": device_list, "metavar": "3,4,5", "help": "GPUs to use; one rank each"}),
+        ("--prefer-gpus", {"type": device_list, "metavar": "3,4,5",
+                           "help": "GPUs to use where all of them exist, else all that are fit; --gpus and "
+                                   "CUDA_VISIBLE_DEVICES come first"}),
         ("--taco-ranks", {"type": positive, "metavar": "N",
                           "help": "number of ranks; default: one per visible GPU, one on the CPU"}),
         ("--taco-config", {"metavar": "FILE", "help": "configuration; default: taco_dit_config.yaml"}),
@@ -271,19 +296,20 @@ class Parser(argparse.ArgumentParser):
         hints = [m for flag in unknown for m in difflib.get_close_matches(flag, known, n=1)]
         if "unrecognized" in message and hints:
             message += f"; did you mean {', '.join(hints)}?"
-        self.exit(2, f"{self.prog}: {message}\nAll flags: {self.prog} --help\n")
+        self.exit(2, f"TACO-DiT: {message} (--help lists all flags)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all flags."""
-    parser = Parser(prog="main.py", description="ComfyUI whose core uses all your GPUs for one picture.",
-                    allow_abbrev=False)  # fmt: skip
+    parser = Parser(prog="main.py", usage="main.py [FLAGS]", allow_abbrev=False,
+                    description="ComfyUI whose core uses all your GPUs for one picture.")  # fmt: skip
     for topic, flags in _FLAGS.items():
         exclusive = topic.startswith("one:")
         group: Any = parser.add_argument_group(topic.removeprefix("one:"))
         group = group.add_mutually_exclusive_group() if exclusive else group
         for flag, keywords in flags:
-            group.add_argument(flag, **keywords)
+            hidden = {"help": argparse.SUPPRESS} if flag in (*WITHOUT_EFFECT, *ALWAYS_SO) else {}
+            group.add_argument(flag, **(keywords | hidden))
     return parser
 
 

@@ -247,7 +247,7 @@ class BaseModel(torch.nn.Module):
         if vae_state_dict is not None:
             out.update(self.model_config.process_vae_state_dict_for_saving(vae_state_dict))
         if clip_vision_state_dict is not None:
-            out.update(clip_vision_state_dict)
+            out.update(self.model_config.process_clip_vision_state_dict_for_saving(clip_vision_state_dict))
         return out
 
     def memory_required(self, input_shape: Any, cond_shapes: dict[str, list[Any]] | None = None) -> float:

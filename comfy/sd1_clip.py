@@ -166,49 +166,66 @@ class SDClipModel(torch.nn.Module, ClipTokenWeightEncoder):
         """Back to what the encoder was made with."""
         self.layer, self.layer_idx, self.return_projected_pooled, self.execution_device = self.options_default
 
-    def _row(self, tokens: list[Any]) -> tuple[list[Any], list[int]]:
-        """(ids and vectors, attention mask) of one row.
+    def _vectors(self, token: Any, device: Any) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """(vectors [n, C] or None, what the network is told of them) of a token that is no id.
+
+        Such a token is a tensor, {"type": "embedding", "data": tensor}, or of another type that the network embeds itself.
+        """
+        told: dict[str, Any] = {"type": "embedding", "extra": None}
+        vectors = token
+        if isinstance(token, dict):
+            told["type"] = token.get("type", "embedding")
+            vectors = token.get("data")
+            if told["type"] != "embedding" and hasattr(self.transformer, "preprocess_embed"):
+                vectors, told["extra"] = self.transformer.preprocess_embed(token, device=device)
+        width = self.transformer.get_input_embeddings().weight.shape[1]
+        if not isinstance(vectors, torch.Tensor) or vectors.shape[-1] != width:
+            size = vectors.shape[-1] if isinstance(vectors, torch.Tensor) else type(vectors).__name__
+            logging.warning("an embedding of width %s does not fit an encoder of width %s; left out", size, width)
+            return None, told
+        return vectors.reshape(-1, width), told
+
+    def _row(self, tokens: list[Any], device: Any) -> tuple[list[int], list[int], list[tuple[Any, dict[str, Any]]]]:
+        """(ids, attention mask, vectors that take places of padding and what is told of them) of one row.
 
         Attention ends after the first end token; an encoder without one stops before its first padding.
         """
-        end = self.special_tokens.get("end")
+        end, pad = self.special_tokens.get("end"), self.special_tokens.get("pad", 0)
         stop = self.special_tokens.get("pad", -1) if end is None else end
-        width = self.transformer.get_input_embeddings().weight.shape[1]
-        kept: list[Any] = []
+        ids: list[int] = []
         mask: list[int] = []
+        inserted: list[tuple[Any, dict[str, Any]]] = []
         ended = False
         for token in tokens:
             if isinstance(token, numbers.Integral):
                 stops_here = int(token) == stop and not ended
-                kept.append(int(token))
+                ids.append(int(token))
                 mask.append(0 if ended or (stops_here and end is None) else 1)
                 ended = ended or stops_here
                 continue
-            vector = token.get("data") if isinstance(token, dict) else token
-            if not isinstance(vector, torch.Tensor) or vector.shape[-1] != width:
-                size = vector.shape[-1] if isinstance(vector, torch.Tensor) else type(vector).__name__
-                logging.warning("an embedding of width %s does not fit an encoder of width %s; left out", size, width)
-                continue
-            for row in vector.reshape(-1, width):
-                kept.append(row)
-                mask.append(0 if ended else 1)
-        return kept, mask
+            vectors, told = self._vectors(token, device)
+            if vectors is not None:
+                inserted.append((vectors, {**told, "index": len(ids), "size": len(vectors)}))
+                ids += [pad] * len(vectors)
+                mask += [0 if ended else 1] * len(vectors)
+        return ids, mask, inserted
 
-    def process_tokens(self, tokens: list[list[Any]], device: Any) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """(embeddings [B, L, C] float32, attention mask [B, L], attended tokens per row) of rows of ids and vectors."""
-        rows, masks = zip(*map(self._row, tokens))
-        pad = self.special_tokens.get("pad", 0)
-        length = max(map(len, rows))
-        table = self.transformer.get_input_embeddings()
-        ids = [[item if isinstance(item, int) else pad for item in row] + [pad] * (length - len(row)) for row in rows]
-        embeds = table(torch.tensor(ids, dtype=torch.long, device=device), out_dtype=torch.float32)
-        for b, row in enumerate(rows):
-            for i, item in enumerate(row):
-                if not isinstance(item, int):
-                    embeds[b, i] = item.to(embeds)
+    def process_tokens(
+        self, tokens: list[list[Any]], device: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[dict[str, Any]]]:
+        """Rows of ids and vectors -> (embeddings [B, L, C] float32, attention mask [B, L], attended tokens per row, and
+        {"type", "index", "size", "extra"} of each run of vectors).
+        """
+        rows, masks, inserted = zip(*(self._row(row, device) for row in tokens))
+        length, pad = max(map(len, rows)), self.special_tokens.get("pad", 0)
+        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], dtype=torch.long, device=device)
+        embeds = self.transformer.get_input_embeddings()(ids, out_dtype=torch.float32)
+        for b, pieces in enumerate(inserted):
+            for vectors, told in pieces:
+                embeds[b, told["index"] : told["index"] + told["size"]] = vectors.to(embeds)
         filled = [mask + [0] * (length - len(mask)) for mask in masks]
         attention_mask = torch.tensor(filled, dtype=torch.long, device=device)
-        return embeds, attention_mask, [sum(mask) for mask in masks]
+        return embeds, attention_mask, [sum(mask) for mask in masks], [told for row in inserted for _, told in row]
 
     def forward(self, tokens: list[list[Any]]) -> tuple[Any, ...]:
         """(hidden, pooled or None[, {"attention_mask": [B, L]}]), float32.
@@ -218,7 +235,7 @@ class SDClipModel(torch.nn.Module, ClipTokenWeightEncoder):
         device = self.execution_device
         if device is None:
             device = self.transformer.get_input_embeddings().weight.device
-        embeds, attention_mask, counts = self.process_tokens(tokens, device)
+        embeds, attention_mask, counts, infos = self.process_tokens(tokens, device)
         wanted = {"all": "all", "hidden": self.layer_idx}.get(self.layer)
         outputs = self.transformer(
             None,
@@ -228,6 +245,7 @@ class SDClipModel(torch.nn.Module, ClipTokenWeightEncoder):
             intermediate_output=wanted,
             final_layer_norm_intermediate=self.layer_norm_hidden_state,
             dtype=torch.float32,
+            embeds_info=infos,
         )
         hidden = (outputs[0] if wanted is None else outputs[1]).float()
         if self.zero_out_masked:

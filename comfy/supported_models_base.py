@@ -87,6 +87,10 @@ class BASE:
         """Diffusion tensors under checkpoint keys."""
         return comfy.utils.state_dict_prefix_replace(dict(state_dict), {"": "model.diffusion_model."})
 
+    def process_clip_vision_state_dict_for_saving(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """An image encoder's weights under the keys of a checkpoint file."""
+        return {f"{self.clip_vision_prefix or ''}{key}": value for key, value in state_dict.items()}
+
     def process_vae_state_dict_for_saving(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """VAE tensors under checkpoint keys."""
         return comfy.utils.state_dict_prefix_replace(dict(state_dict), {"": self.vae_key_prefix[0]})

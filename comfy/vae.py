@@ -12,7 +12,7 @@ import comfy.model_management as model_management
 import comfy.model_patcher
 import comfy.utils
 from comfy import accounting, video_vae, weight_files
-from comfy.ldm.models.autoencoder import AutoencoderKL, config_from_state_dict, convert_diffusers_vae
+from comfy.ldm.models.autoencoder import convert_diffusers_vae, image_network
 from comfy.taco_dit.core.spread import rows_over, spread_pictures, spread_rounds
 
 # Bytes of activations per output pixel and byte of dtype, measured on the 84M-parameter image VAE.
@@ -50,16 +50,17 @@ class VAE:
         self.working_dtypes = [torch.bfloat16, torch.float32]
         self.output_device = model_management.intermediate_device()
         if kind is None:
-            ddconfig, embed_dim = config_from_state_dict(sd)
-            self.latent_channels = embed_dim or ddconfig["z_channels"]
-            self.output_channels = ddconfig["out_ch"]
-            self.downscale_ratio: Any = 2 ** (len(ddconfig["ch_mult"]) - 1)
-            self.upscale_ratio: Any = self.downscale_ratio
+            image = image_network(sd)
+            self.latent_channels, self.output_channels = image.latent_channels, image.out_channels
+            self.downscale_ratio: Any = image.factor
+            self.upscale_ratio: Any = image.factor
+            self.vae_dtype = dtype or image.dtype or self.vae_dtype
         else:
             self.latent_channels, self.output_channels = kind.latent_channels, kind.out_channels
             self.downscale_ratio, self.upscale_ratio = kind.downscale, kind.upscale
             self.working_dtypes = list(kind.working_dtypes)
         self.latent_dim = 2 if kind is None else 3
+        self._activations = image.activations if kind is None else 1.0
         self.crop_input = True
         self.disable_offload = False
         self.not_video = kind is None
@@ -68,7 +69,7 @@ class VAE:
             0.0, 1.0
         )
         with torch.device("meta"):
-            network = AutoencoderKL(ddconfig, embed_dim) if kind is None else kind.make()
+            network = image.make() if kind is None else kind.make()
         self.first_stage_model = self._with_weights(network, sd).eval()
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.first_stage_model, load_device=self.device, offload_device=model_management.vae_offload_device()
@@ -94,13 +95,14 @@ class VAE:
         """Bytes to decode a latent of this shape."""
         if self.video is not None:
             return self.video.kind.decode_bytes(shape) * model_management.dtype_size(dtype)
-        return DECODE_BYTES * shape[2] * shape[3] * self.upscale_ratio**2 * model_management.dtype_size(dtype)
+        pixels = shape[2] * shape[3] * self.upscale_ratio**2
+        return self._activations * DECODE_BYTES * pixels * model_management.dtype_size(dtype)
 
     def memory_used_encode(self, shape: Any, dtype: torch.dtype) -> float:
         """Bytes to encode pictures of this shape [B, 3, H, W]."""
         if self.video is not None:
             return self.video.kind.encode_bytes(shape) * model_management.dtype_size(dtype)
-        return ENCODE_BYTES * shape[2] * shape[3] * model_management.dtype_size(dtype)
+        return self._activations * ENCODE_BYTES * shape[2] * shape[3] * model_management.dtype_size(dtype)
 
     def _load(self, needed: float) -> int:
         """Bring the network to its device; returns how many pictures fit at once."""

@@ -22,6 +22,7 @@ from comfy_execution.node_call import failure
 from comfy_execution.node_execution import ends_program
 from comfy_execution.progress import install_progress_hook
 from comfy_execution.prompt_queue import ExecutionStatus, PromptQueue, QueueItem
+from latent_preview import previews_of
 
 GC_INTERVAL_S = 10.0
 IDLE_WAIT_S = 1000.0
@@ -148,11 +149,12 @@ class PromptWorker:
             if restored is not None:
                 item = asyncio.run(restart.check(item, restored))
             executor.may_run_again = self.rerun
-            self._run(item)
-            if executor.lost_rank is not None:
-                logging.warning("%s; prompt %s runs again", executor.lost_rank, prompt_id)
-                executor.may_run_again = False
+            with previews_of(item[3]):
                 self._run(item)
+                if executor.lost_rank is not None:
+                    logging.warning("%s; prompt %s runs again", executor.lost_rank, prompt_id)
+                    executor.may_run_again = False
+                    self._run(item)
         except BaseException as error:  # noqa: BLE001 - the queue must go on whatever happened to one prompt
             if ends_program(error):
                 raise

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import node_helpers
+from comfy.text_encoders.qwen_image import EDIT_TEMPLATE, PICTURE_WORDS
 from comfy_api.latest import io
 from comfy_nodes.conditioning import need_clip
 from comfy_nodes.image import scaled
@@ -15,13 +16,6 @@ from comfy_nodes.v3 import extension, prompt
 
 MEGAPIXEL = 1024 * 1024
 SEEN_PIXELS = 384 * 384
-# the prompt format of Qwen-Image-Edit-2509 (model card)
-EDIT_TEMPLATE = (
-    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
-    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
-    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
-    "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
 
 
 def resized(image: torch.Tensor, total: int, multiple: int = 1) -> torch.Tensor:
@@ -91,7 +85,7 @@ class TextEncodeQwenImageEditPlus(io.ComfyNode):
             if image is None:
                 continue
             seen.append(resized(image, SEEN_PIXELS))
-            names += f"Picture {number}: <|vision_start|><|image_pad|><|vision_end|>"
+            names += f"Picture {number}: {PICTURE_WORDS}"
             if vae is not None:
                 latents.append(vae.encode(resized(image, MEGAPIXEL, multiple=8)))
         tokens = clip.tokenize(names + prompt, images=seen, llama_template=EDIT_TEMPLATE)

@@ -1,4 +1,6 @@
-"""Guidance and areas for latents whose frames are a batch or an axis of their own."""
+"""Checkpoints with an image encoder in place of text encoders; guidance and areas for latents whose frames are a batch or an
+axis of their own.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,37 @@ from typing import Any
 
 import torch
 
+import folder_paths
 import node_helpers
+from comfy_extras.nodes_model_merging import CheckpointSave
 from comfy_nodes.fields import number
+from comfy_nodes.loaders import files
+from comfy_nodes.model_files import watches_files
 
 Scales = Callable[[int, float, float], torch.Tensor]
+
+
+@watches_files(ckpt_name="checkpoints")
+class ImageOnlyCheckpointLoader:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"ckpt_name": (files("checkpoints"),)}}
+
+    RETURN_TYPES = ("MODEL", "CLIP_VISION", "VAE")
+    FUNCTION = "load_checkpoint"
+    CATEGORY = "loaders/video_models"
+
+    def load_checkpoint(self, ckpt_name: str, output_vae: bool = True, output_clip: bool = True):
+        """The image encoder is None where the checkpoint has none."""
+        import comfy.sd
+
+        path = folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)
+        model, _, vae, vision = comfy.sd.load_checkpoint_guess_config(path, output_clip=False, output_clipvision=True)
+        return model, vision, vae
+
+
+class ImageOnlyCheckpointSave(CheckpointSave):
+    PARTS = {"model": "MODEL", "clip_vision": "CLIP_VISION", "vae": "VAE"}
 
 
 def linear(frames: int, low: float, high: float) -> torch.Tensor:
@@ -85,5 +114,13 @@ class ConditioningSetAreaPercentageVideo:
 
 
 NODE_CLASS_MAPPINGS = {
-    cls.__name__: cls for cls in (VideoLinearCFGGuidance, VideoTriangleCFGGuidance, ConditioningSetAreaPercentageVideo)
+    cls.__name__: cls
+    for cls in (
+        ImageOnlyCheckpointLoader,
+        ImageOnlyCheckpointSave,
+        VideoLinearCFGGuidance,
+        VideoTriangleCFGGuidance,
+        ConditioningSetAreaPercentageVideo,
+    )
 }
+NODE_DISPLAY_NAME_MAPPINGS = {"ImageOnlyCheckpointLoader": "Image Only Checkpoint Loader (img2vid model)"}

@@ -19,7 +19,15 @@ from comfy.taco_dit.core.config_manager import TacoConfig, parse_config
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = sorted(
     os.path.relpath(path, ROOT)
-    for pattern in ("README*.md", "SECURITY.md", "docs/*.md", "custom_nodes/README.md", "models/README.md")
+    for pattern in (
+        "README*.md",
+        "SECURITY.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "docs/*.md",
+        "custom_nodes/README.md",
+        "models/README.md",
+    )
     for path in glob.glob(os.path.join(ROOT, pattern))
 )
 OURS = [
@@ -147,3 +155,16 @@ def test_the_made_up_model_is_the_one_that_is_tested():
     assert len(shown) >= 10
     for code in shown:
         assert plain(code) in files, code
+
+
+def test_the_forms_for_issues_can_be_read():
+    for path in glob.glob(os.path.join(ROOT, ".github/ISSUE_TEMPLATE/*.yml")):
+        form = yaml.safe_load(read(path))
+        if os.path.basename(path) != "config.yml":
+            assert {"name", "description", "body"} <= set(form)
+            assert all(entry["type"] in ("textarea", "checkboxes") and entry["id"] for entry in form["body"])
+
+
+def test_paths_that_contributors_are_sent_to_exist():
+    named = re.findall(r"`((?:comfy|tests|app|comfy_\w+)/[\w/.*]*)`", read("CONTRIBUTING.md"))
+    assert len(named) > 8 and all(glob.glob(os.path.join(ROOT, path)) for path in named)

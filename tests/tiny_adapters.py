@@ -2,7 +2,8 @@
 
     python -m tests.tiny_models --family adapters --out models/
 
-writes clip_vision/, style_models/, model_patches/ and controlnet/ for the tiny Flux models of `tests.tiny_models`.
+writes clip_vision/, style_models/, model_patches/, photomaker/ and controlnet/ for the tiny models of `tests.tiny_models`
+(Flux) and `tests.tiny_families`.
 """
 
 from __future__ import annotations
@@ -259,6 +260,41 @@ def control_hunyuan(old: bool = False) -> StateDict:
     return random_weights(_shapes_of(network), 63)
 
 
+def control_qwen(channels: int = 16) -> StateDict:
+    """InstantX's layout for the tiny Qwen-Image; with 17 channels for inpainting."""
+    import comfy.ops
+    from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
+    from tests.tiny_families import TINY
+
+    network = QwenImageControlNetModel(
+        4 * (channels - 16), device="meta", operations=comfy.ops.disable_weight_init, **TINY["qwen_image"].config
+    )
+    return random_weights(_shapes_of(network), 64)
+
+
+def diffsynth(channels: int = 16, dim: int = 48, layers: int = 2) -> StateDict:
+    """DiffSynth's block-wise control, by default of the tiny Qwen-Image; with 17 channels for inpainting."""
+    from comfy.ldm.qwen_image.control_patch import QwenImageBlockWiseControlNet
+
+    network = QwenImageBlockWiseControlNet(layers, additional_in_dim=4 * (channels - 16), dim=dim, device="meta")
+    return random_weights(_shapes_of(network), 65)
+
+
+def photomaker() -> StateDict:
+    """PhotoMaker's identity encoder for the tiny encoders of SDXL."""
+    out = vision_shapes(24, 2, 14)
+    out["visual_projection_2.weight"] = (CLIP_WIDTH, VISION_WIDTH)
+    width = 2 * CLIP_WIDTH
+    norms = {"layer_norm": width}
+    for name, inputs in (("mlp1", 2 * width), ("mlp2", width)):
+        norms[f"{name}.layernorm"] = inputs
+        _linear(out, f"fuse_module.{name}.fc1", width, inputs)
+        _linear(out, f"fuse_module.{name}.fc2", width, width)
+    for name, inputs in norms.items():
+        out[f"fuse_module.{name}.weight"] = out[f"fuse_module.{name}.bias"] = (inputs,)
+    return random_weights(out, 66)
+
+
 FILES: dict[str, Callable[[], StateDict]] = {
     "clip_vision/tiny_clip_vision_l.safetensors": vision_l,
     "clip_vision/tiny_clip_vision_h.safetensors": lambda: to_open_clip(vision_h()),
@@ -266,6 +302,10 @@ FILES: dict[str, Callable[[], StateDict]] = {
     "style_models/tiny_redux.safetensors": redux,
     "style_models/tiny_t2i_style.safetensors": t2i_style,
     "model_patches/tiny_uso.safetensors": uso,
+    "model_patches/tiny_qwen_image_canny_diffsynth_controlnet.safetensors": diffsynth,
+    "model_patches/tiny_qwen_image_inpaint_diffsynth_controlnet.safetensors": lambda: diffsynth(17),
+    "controlnet/tiny_qwen_image_instantx.safetensors": control_qwen,
+    "photomaker/tiny_photomaker.safetensors": photomaker,
     "controlnet/tiny_flux_xlabs.safetensors": control_xlabs,
     "controlnet/tiny_flux_mistoline.safetensors": control_mistoline,
     "controlnet/tiny_flux_instantx.safetensors": control_instantx,

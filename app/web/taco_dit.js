@@ -2,6 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { nameCancelledJobs } from "./cancelled_jobs.js";
 import { prepareFirstScreen } from "./first_screen.js";
 import { textsFor } from "./panel/texts.js";
 import { Panel } from "./panel/view.js";
@@ -87,6 +88,7 @@ app.registerExtension({
   name: "TACO-DiT",
   async setup() {
     addStyle();
+    nameCancelledJobs(app.extensionManager.setting.get("Comfy.Locale"));
     app.extensionManager.registerSidebarTab(sidebarTab(textsFor(app.extensionManager.setting.get("Comfy.Locale"))));
     await prepareFirstScreen(); // before the page chooses its first workflow
   },

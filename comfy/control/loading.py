@@ -50,6 +50,8 @@ KINDS: list[Kind] = [
     Kind(has("controlnet_blocks.0.weight", "pos_embed_input.proj.weight", "transformer_blocks.0.adaLN_modulation.1.bias"),
          "comfy.control.sd3:stability"),
     Kind(has("controlnet_blocks.0.weight", "pos_embed_input.proj.weight"), "comfy.control.sd3:diffusers"),
+    Kind(has("controlnet_blocks.0.weight", "transformer_blocks.0.img_mlp.net.0.proj.weight"),
+         "comfy.control.qwen_image:instantx"),
     Kind(has("controlnet_blocks.0.weight", "controlnet_x_embedder.weight"), "comfy.control.flux:diffusers"),
     Kind(has("after_proj_list.0.bias", "before_proj.weight"), "comfy.control.hunyuan_dit:load"),
     Kind(has("lora_controlnet"), "comfy.control.lora:load"),

@@ -95,15 +95,17 @@ class ControlNet(ControlBase):
         hint = self.preprocess_image(hint)
         if self.latent_format is not None:
             loaded = comfy.model_management.loaded_models(only_currently_used=True)
-            hint = self.latent_format.process_in(self.vae.encode(hint.movedim(1, -1)))
+            # a VAE for videos would take several pictures for the frames of one
+            pictures = hint.movedim(1, -1).split(1 if self.latent_format.latent_dimensions == 3 else len(hint))
+            latents = torch.cat([self.vae.encode(part) for part in pictures])
+            hint = self.latent_format.process_in(latents)
             comfy.model_management.load_models_gpu(loaded)
-        further = [
-            comfy.image_scaling.repeat_to_batch_size(
-                upscale(extra.to(hint), hint.shape[-1], hint.shape[-2], self.upscale_algorithm, "center"),
-                hint.shape[0],
-            )
-            for extra in self.extra_concat_orig
-        ]
+        further = []
+        for extra in self.extra_concat_orig:
+            extra = upscale(extra.to(hint), hint.shape[-1], hint.shape[-2], self.upscale_algorithm, "center")
+            if extra.ndim < hint.ndim:
+                extra = extra.unsqueeze(2).expand(-1, -1, hint.shape[2], -1, -1)
+            further.append(comfy.image_scaling.repeat_to_batch_size(extra, hint.shape[0]))
         return torch.cat([hint, *further], dim=1)
 
     # --- residuals ---------------------------------------------------------------------------------------------------

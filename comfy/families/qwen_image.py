@@ -99,6 +99,21 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
     return config | {name: told[name] for name in _TOLD if name in told}
 
 
+def sizes_of_file(sd: StateDict) -> dict[str, Any]:
+    """Arguments of the network by a file's shapes, for networks of other sizes than Qwen-Image's.
+
+    Of a head an eighth is for the frame, as in Qwen-Image (16, 56 and 56 of 128), and the rest for row and column.
+    """
+    head = sd["transformer_blocks.0.attn.norm_q.weight"].shape[0]
+    frame = max(4, head // 8)
+    return {
+        "axes_dims_rope": [frame, (head - frame) // 2, (head - frame) // 2],
+        "attention_head_dim": head,
+        "num_attention_heads": sd["img_in.weight"].shape[0] // head,
+        "joint_attention_dim": sd["txt_norm.weight"].shape[0],
+    }
+
+
 def lora_keys(network: Any) -> dict[str, Any]:
     """Adapter key prefixes beyond the weights' own names: the file's keys bare, and as trainers write them."""
     out: dict[str, Any] = {}

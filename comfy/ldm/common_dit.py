@@ -25,6 +25,13 @@ def pad_to_patch_size(
     return F.pad(img, tuple(amounts), mode=padding_mode)
 
 
+def patches_of(x: torch.Tensor, patch: int) -> tuple[torch.Tensor, torch.Size]:
+    """Latent [B, C, T, h, w] -> patches [B, L, C*p*p], channel before row before column, and the padded shape."""
+    x = pad_to_patch_size(x, (1, patch, patch))
+    tokens = x.unflatten(4, (-1, patch)).unflatten(3, (-1, patch)).permute(0, 2, 3, 5, 1, 4, 6)
+    return tokens.flatten(4).flatten(1, 3), x.shape
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = 1e-6) -> torch.Tensor:
     """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), in x's dtype."""
     if weight is None:

@@ -16,6 +16,7 @@ code and takes whole streams; `forward_state` is ours and takes a state.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -234,9 +235,10 @@ def run_blocks(
     pace = Pace(is_long(len(tokens[0]), sum(part.shape[1] for part in tokens), sum(state.lengths.values())))
     span = functools.partial(_run_span, network, call, pace, prepare, after=after)
     blocks = network.block_list() if blocks is None else blocks
-    if call.cache is None or not _ours(blocks, call.options):
-        return span(blocks, state)
-    return call.cache.run(blocks, state, span)
+    with contextlib.nullcontext() if call.plan is None else call.plan.during_blocks():
+        if call.cache is None or not _ours(blocks, call.options):
+            return span(blocks, state)
+        return call.cache.run(blocks, state, span)
 
 
 def _ours(blocks: Sequence[Block], options: Mapping[str, Any]) -> bool:
@@ -312,7 +314,12 @@ def _run_foreign(block: Block, state: DiTState, options: Mapping[str, Any], repl
 
 
 def _run_patch(patch: Any, block: Block, state: DiTState, options: Mapping[str, Any]) -> DiTState:
-    """A patch after a block: whole tokens of each of its token arguments in, the same out."""
+    """A patch after a block: whole tokens of each of its token arguments in, the same out.
+
+    One of ours that treats tokens one by one has `forward_state(state, block index) -> state`, as blocks have.
+    """
+    if hasattr(patch, "forward_state"):
+        return patch.forward_state(state, block.index)
     tokens = block.arguments.tokens
     given: dict[str, Any] = {name: state.whole(*streams) for name, streams in tokens.items()}
     given.update({name: state.value(value) for name, value in block.arguments.patch_values.items()})

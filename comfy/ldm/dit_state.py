@@ -64,6 +64,9 @@ class TokenPlan(Protocol):
         """How the tokens between a block's cut linears are spread: attention runs on them. It is this plan itself unless
         linears are cut over ranks; None: they are not spread."""
 
+    def during_blocks(self) -> contextlib.AbstractContextManager[None]:
+        """Surrounds the blocks of a call, on all ranks: inside, each attention meets those of the others in order."""
+
     def outputs(self, layers: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
         """What these functions return, each the output [.., width] of one linear of per-sample tensors."""
 

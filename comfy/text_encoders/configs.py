@@ -23,7 +23,14 @@ def encoder_config(sd: StateDict) -> dict[str, Any] | None:
     if "bert.embeddings.word_embeddings.weight" in sd:
         return bert_config_from_state_dict(sd)
     kind = {"gemma2_2b": "gemma2_2b", "qwen25_7b": "qwen25", "llama": "llama3_8b"}.get(encoder_name(sd))
-    return None if kind is None else language_model_config(sd, kind)
+    if kind is None:
+        return None
+    config = language_model_config(sd, kind)
+    if kind == "qwen25":
+        from comfy.text_encoders.qwen_vl import vision_config
+
+        config["vision"] = vision_config(sd)
+    return config
 
 
 def encoder_name(sd: StateDict) -> str:

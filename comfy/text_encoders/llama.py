@@ -29,10 +29,14 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, weight.shape, weight + 1.0 if self.add_one else weight, self.eps)
 
 
-def rotary_tables(length: int, width: int, theta: float, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [L, width], the angles of both halves equal (Su et al. 2021, in GPT-NeoX' layout)."""
-    frequencies = theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies[None, :]
+def rotary_angles(positions: torch.Tensor, width: int, theta: float) -> torch.Tensor:
+    """Angles [..., L, width / 2] of tokens at `positions` [..., L] (Su et al. 2021, arXiv 2104.09864)."""
+    frequencies = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    return positions.to(torch.float32)[..., None] * frequencies
+
+
+def rotary_tables(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [..., width] of angles [..., width / 2], the same for both halves (GPT-NeoX' layout)."""
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -151,6 +155,14 @@ class LanguageModel(torch.nn.Module):
         """Replace the token embedding."""
         self.model.embed_tokens = embeddings
 
+    def positions(self, length: int, embeds_info: Any, device: Any) -> torch.Tensor:
+        """Places of the tokens for the rotary embedding, [L]; `embeds_info` says which of them are no words."""
+        return torch.arange(length, device=device)
+
+    def angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rotary angles [L, head_dim / 2] of what `positions` returned."""
+        return rotary_angles(positions, self.config["head_dim"], self.config["rope_theta"])
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -171,7 +183,7 @@ class LanguageModel(torch.nn.Module):
         mask = torch.full((length, length), lowest, dtype=x.dtype, device=x.device).triu_(1)
         if attention_mask is not None:
             mask = (mask + padding_bias(attention_mask, x.dtype)).clamp_(min=lowest)
-        tables = rotary_tables(length, self.config["head_dim"], self.config["rope_theta"], x.device)
+        tables = rotary_tables(self.angles(self.positions(length, embeds_info, x.device)))
         collector = LayerCollector(intermediate_output, self.num_layers)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, mask, (tables[0].to(x.dtype), tables[1].to(x.dtype)))

@@ -1,15 +1,15 @@
-"""The text encoder of Qwen-Image: the language model of Qwen2.5-VL 7B, which is told to describe a picture."""
+"""The text encoder of Qwen-Image: Qwen2.5-VL 7B, which is told to describe a picture, or how to change the ones it sees."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from comfy.missing import FeatureMissingError
 from comfy.sd1_clip import SD1ClipModel, SDClipModel, SDTokenizer
-from comfy.text_encoders.llama import LanguageModel
+from comfy.text_encoders.qwen_vl import VISION_7B, QwenVL
 from comfy.text_encoders.raw_tokenizers import DATA, OwnVocabulary
 from comfy.text_encoders.t5_family import UNLIMITED
 
@@ -17,13 +17,26 @@ QWEN25_7B_CONFIG = {
     "transformer_type": "llama", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
     "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128, "rms_norm_eps": 1e-6,
     "rms_norm_add": False, "rope_theta": 1000000.0, "mlp_activation": "silu", "qkv_bias": True,
+    "vision": VISION_7B,
 }  # fmt: skip
-TURN, USER, LINE = 151644, 872, 198  # <|im_start|>, "user", a line break
+TURN, USER, LINE, PICTURE = 151644, 872, 198, 151655  # <|im_start|>, "user", a line break, <|image_pad|>
 # the prompt formats of Qwen-Image and Qwen-Image-Edit (model cards)
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
+EDIT_SYSTEM = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
+    "<|im_end|>\n"
+)
+PICTURE_WORDS = "<|vision_start|><|image_pad|><|vision_end|>"
+# edit with the picture before the words, and with what stands for pictures among the words (2509)
+TEMPLATE_IMAGES = EDIT_SYSTEM + "<|im_start|>user\n" + PICTURE_WORDS + "{}<|im_end|>\n<|im_start|>assistant\n"
+EDIT_TEMPLATE = EDIT_SYSTEM + "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+# a text that begins with a turn of its own is taken as it is
+_TURNS = ("<|im_start|>", "<|start_header_id|>")
 
 
 class Qwen25Tokenizer(SDTokenizer):
@@ -44,7 +57,7 @@ class Qwen25Tokenizer(SDTokenizer):
 class QwenImageTokenizer:
     """{"qwen25_7b": one row}: the prompt in its template; prompt weights are text."""
 
-    template = TEMPLATE
+    template, template_images = TEMPLATE, TEMPLATE_IMAGES
 
     def __init__(self, embedding_directory: Any = None, tokenizer_data: dict[str, Any] | None = None) -> None:
         self.qwen25_7b = Qwen25Tokenizer(embedding_directory, tokenizer_data)
@@ -54,21 +67,24 @@ class QwenImageTokenizer:
         text: str,
         return_word_ids: bool = False,
         llama_template: str | None = None,
-        images: Any = (),
+        images: Sequence[torch.Tensor] = (),
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """See `SDTokenizer.tokenize_with_weights`. A text that begins with a turn of its own is taken as it is.
+        """See `SDTokenizer.tokenize_with_weights`.
 
-        Raises FeatureMissingError for pictures.
+        images: pictures [n, H, W, 3+] in 0..1, of each of which the first is seen, in the places of <|image_pad|>.
         """
-        if images:
-            raise FeatureMissingError(
-                "the vision tower of Qwen2.5-VL is not in this version, so the text encoder cannot see pictures; "
-                "encode the prompt alone, and give pictures to the model with ReferenceLatent"
-            )
-        whole = text if text.startswith("<|im_start|>") else (llama_template or self.template).format(text)
-        row = [(token, 1.0, 0) for token in self.qwen25_7b.tokenizer(whole)["input_ids"]]
-        return {"qwen25_7b": [row if return_word_ids else [pair[:2] for pair in row]]}
+        if not text.startswith(_TURNS):
+            template = llama_template or (self.template_images if len(images) else self.template)
+            text = template.format(text)
+        pictures = iter(images)
+        row: list[Any] = []
+        for token in self.qwen25_7b.tokenizer(text)["input_ids"]:
+            picture = next(pictures, None) if token == PICTURE else None
+            if picture is not None:
+                token = {"type": "image", "data": picture, "original_type": "image"}
+            row.append((token, 1.0, 0) if return_word_ids else (token, 1.0))
+        return {"qwen25_7b": [row]}
 
     def untokenize(self, token_weight_pair: list[Any]) -> list[tuple[Any, str]]:
         """Each pair with the token's text."""
@@ -80,7 +96,7 @@ class QwenImageTokenizer:
 
 
 class Qwen25Model(SDClipModel):
-    """The language model of Qwen2.5-VL 7B; the attention mask is returned."""
+    """Qwen2.5-VL 7B; the attention mask is returned."""
 
     def __init__(
         self, device: Any = "cpu", dtype: torch.dtype | None = None, model_options: dict[str, Any] | None = None,
@@ -88,7 +104,7 @@ class Qwen25Model(SDClipModel):
     ) -> None:  # fmt: skip
         super().__init__(
             device=device, dtype=dtype, layer=layer, layer_idx=layer_idx, textmodel_json_config=QWEN25_7B_CONFIG,
-            model_class=LanguageModel, special_tokens={"pad": 151643}, layer_norm_hidden_state=False,
+            model_class=QwenVL, special_tokens={"pad": 151643}, layer_norm_hidden_state=False,
             enable_attention_masks=True, return_attention_masks=True,
             model_options={**(model_options or {}), "model_name": "qwen25_7b"},
         )  # fmt: skip

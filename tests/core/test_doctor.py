@@ -55,9 +55,10 @@ def test_a_missing_gpu_is_named():
 
 def test_more_ranks_than_gpus_is_a_problem(monkeypatch, capsys):
     from comfy.taco_dit.core import launcher
+    from comfy.taco_dit.core.gpus import Gpu
     from comfy.taco_dit.doctor import __main__ as program
 
-    monkeypatch.setattr(launcher, "count_gpus", lambda: 2)
+    monkeypatch.setattr(launcher, "list_gpus", lambda: (Gpu(0), Gpu(1)))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert program.main(["--taco-ranks", "4"]) == 1
     assert "--taco-ranks 4 needs 4 GPUs but 2 can be used" in capsys.readouterr().err

@@ -56,7 +56,7 @@ def wait_until(test: Callable[[], bool], seconds: float) -> bool:
 
 
 class Server:
-    """A running program. `ranks` with main.py on the CPU, or any `command` that ends up as one.
+    """A running program. `ranks` with main.py on the CPU (None: as it chooses), or any `command` that ends up as one.
 
     Its console is kept in `log`; its records folder is where the test nodes write down what each rank did.
     """
@@ -64,7 +64,7 @@ class Server:
     def __init__(
         self,
         base: str,
-        ranks: int = 1,
+        ranks: int | None = 1,
         flags: Sequence[str] = (),
         command: Sequence[str] | None = None,
         env: dict[str, str] | None = None,
@@ -80,7 +80,7 @@ class Server:
         command = command or [sys.executable, "main.py"]
         folders = ["--base-directory", base, "--output-directory", os.path.join(self.record_folder, "output"),
                    "--temp-directory", os.path.join(self.record_folder, "temp")]  # fmt: skip
-        own = ["--cpu", "--taco-ranks", str(ranks)] if ranks else ["--cpu"]
+        own = [] if ranks is None else ["--cpu", "--taco-ranks", str(ranks)] if ranks else ["--cpu"]
         port = [] if "--port" in flags else ["--port", "0"]
         own += [] if persist else ["--no-persist"]  # servers that share a folder do not take each other's prompts
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "TACO_TOKEN")}

@@ -10,8 +10,6 @@ import time
 import pytest
 from safetensors.torch import save_file
 
-from comfy.cli_args import build_parser
-from comfy.taco_dit.core.launcher import LaunchError, plan_launch
 from tests.e2e.compare import furthest
 from tests.e2e.server import ROOT
 from tests.e2e.workflows import changed, flux, insert, node, parts
@@ -204,44 +202,3 @@ def test_flags_that_are_unknown(flags, words):
     status, said, _ = start(*flags)
     assert status == 2 and "Traceback" not in said
     assert all(word in said for word in words), said
-
-
-# --- GPUs that are not there: the decision alone, with made-up numbers of GPUs -------------------------------------
-
-
-def plan(present, *flags, environ=None):
-    return plan_launch(build_parser().parse_args(list(flags)), environ or {}, present)
-
-
-def test_the_start_script_on_a_machine_with_four_gpus():
-    """GPUs 3, 4, 5 with 0 to 3 present: one rank on GPU 3, and the others are named."""
-    found = plan(4, "--gpus", "3,4,5")
-    assert (found.ranks, found.gpus, found.cpu) == (1, (3,), False)
-    assert found.messages == ("GPU 4, 5 not found (4 present): left out",)
-
-
-def test_plans():
-    assert plan(6, "--gpus", "3,4,5").gpus == (3, 4, 5)
-    assert plan(6, "--gpus", "3,4,5").messages == ()
-    assert plan(4).ranks == 4 and plan(4).gpus == (0, 1, 2, 3)
-    assert plan(4, "--taco-ranks", "2").gpus == (0, 1)
-    assert plan(4, "--disable-taco-dit").ranks == 1
-    assert plan(8, environ={"CUDA_VISIBLE_DEVICES": "6,7"}).gpus == (6, 7)
-    assert plan(0, "--taco-ranks", "3").ranks == 3 and plan(0).ranks == 1
-    assert plan(4, "--cpu", "--taco-ranks", "5").cpu
-
-
-def test_too_many_ranks():
-    with pytest.raises(LaunchError, match=r"--taco-ranks 3 needs 3 GPUs but 2 can be used \(0, 1\); give at most 2"):
-        plan(2, "--taco-ranks", "3")
-    with pytest.raises(LaunchError, match=r"--taco-ranks 3 needs 3 GPUs but 1 can be used \(3\)"):
-        plan(4, "--gpus", "3,4,5", "--taco-ranks", "3")
-
-
-def test_no_gpu_at_all():
-    found = plan(0, "--gpus", "3,4,5")
-    assert found.cpu and found.ranks == 1
-    assert found.messages == ("GPU 3, 4, 5 not found (0 present): computing on the CPU, which is slow",)
-    hidden = plan(4, environ={"CUDA_VISIBLE_DEVICES": ""})
-    assert hidden.cpu and "CPU" in hidden.messages[0]
-    assert "left out" in plan(2, environ={"CUDA_VISIBLE_DEVICES": "1,7"}).messages[0]

@@ -120,7 +120,9 @@ def test_hazard_4_every_rank_its_own_device(monkeypatch):
     infos = [RankInfo(rank, 6, rank % 3, 3) for rank in range(6)]
     assert [rank_device(info, cpu=False).index for info in infos] == [0, 1, 2, 0, 1, 2]
     with pytest.raises(ValueError, match="needs GPU number 3 but only 3 are visible"):
-        rank_device(RankInfo(3, 4, 3, 4), cpu=False)
+        rank_device(RankInfo(3, 4, 3, 4), cpu=False, environ={})
+    monkeypatch.setenv("NCCL_HOSTID", "")  # so that what is set below is taken back
+    assert rank_device(RankInfo(3, 4, 3, 4), cpu=False, environ={"TACO_SHARE_GPU": "1"}).index == 0
     bound = []
     monkeypatch.setattr(torch.cuda, "set_device", bound.append)
     monkeypatch.setattr(management.args, "cpu", False)

@@ -12,6 +12,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from tests.e2e.compare import furthest
 from tests.e2e.server import ROOT, Server, is_alive, wait_until
@@ -128,14 +129,54 @@ def test_a_pack_that_prepares_the_start_does_so_once_for_all_ranks(tmp_path):
         assert server.log.count("prepared before torch: True") == 1, server.tail()
 
 
-def test_a_port_that_is_taken(base):
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_starts_that_cannot_succeed_end_at_once_in_one_line(base, tmp_path, ranks):
+    """Before any rank is started: all together take a few seconds. What the first process says is all that is said."""
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        server = Server(base, 1, ["--port", str(taken.getsockname()[1])])
-        assert server.process.wait(30) == 2
-        server.stop()
-    assert "choose another one with --port" in server.tail()
+        port = str(taken.getsockname()[1])
+        starts = {
+            ("--port", port): f"cannot listen on 127.0.0.1:{port} (Address already in use); is another server running? choose",
+            ("--port", "70000"): "argument --port: '70000' is not a port; give a number from 1 to 65535, or 0",
+            ("--taco-config", "no.yaml"): "configuration file no.yaml does not exist; give another with --taco-config",
+            ("--gpu", "3"): "unrecognized arguments: --gpu 3; did you mean --gpus? (--help lists all flags)",
+        }  # fmt: skip
+        more = {
+            ("--listen", "192.0.2.1"): "cannot listen on 192.0.2.1:8188 (Cannot assign requested address); give an address of",
+            ("--extra-model-paths-config", "no.yaml"): "--extra-model-paths-config no.yaml cannot be read (No such file",
+            ("--extra-model-paths-config", str(tmp_path / "bad.yaml")): f"{tmp_path}/bad.yaml is not valid YAML in line 2",
+            ("--tls-keyfile", "k", "--tls-certfile", "c"): "--tls-keyfile k: there is no such file; give a PEM file",
+            ("--tls-keyfile", "k"): "TLS needs both --tls-keyfile and --tls-certfile",
+            ("--user-directory", "nowhere"): "argument --user-directory: nowhere is not a directory",
+            ("--input-directory", "main.py"): "--input-directory main.py is a file; give a folder",
+        }  # fmt: skip
+        for flags, said in (starts | (more if ranks == 1 else {})).items():
+            command = [sys.executable, "main.py", "--cpu", "--taco-ranks", str(ranks), "--base-directory", base, *flags]
+            begun = time.monotonic()
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+            assert time.monotonic() - begun < 5
+            assert (done.returncode, done.stdout) == (2, ""), flags
+            assert done.stderr.startswith(f"TACO-DiT: {said}") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(("ranks", "moments"), [(1, [1.0]), (3, [0.3, 2.0])])
+def test_ctrl_c_while_it_starts_says_nothing(base, ranks, moments):
+    """While the first process parses, while torch is imported, while ranks load nodes."""
+    for seconds in moments:
+        command = [sys.executable, "main.py", "--cpu", "--taco-ranks", str(ranks), "--port", "0", "--base-directory",
+                   base]  # fmt: skip
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            time.sleep(seconds)
+            begun = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=10)
+        assert time.monotonic() - begun < 3
+        assert "Traceback" not in said and "Error" not in said, said
+        assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT, 0)
 
 
 def test_torchrun(base, serve):
@@ -192,23 +233,49 @@ def installed(tmp_path):
     return tmp_path
 
 
-def test_the_start_script_serves(base, installed, serve):
+ALL = "TACO-DiT: GPU 3, 4, 5 are not all there, so all of this machine are used: "
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the made-up GPUs would hide real ones")
+@pytest.mark.parametrize(
+    ("present", "ranks", "said"),
+    [
+        (0, 1, "TACO-DiT: no NVIDIA GPU found: computing on the CPU, which is slow"),
+        (2, 2, ALL + "GPU 0, 1 (Made-up GPU, 80 GiB each); 2 ranks"),
+        (6, 3, "TACO-DiT: using GPU 3, 4, 5 (Made-up GPU, 80 GiB each); 3 ranks"),
+    ],
+)
+def test_the_start_script_ends_in_a_page_and_a_picture(base, installed, serve, present, ranks, said):
+    """On made-up GPUs: the ranks compute on the CPU, since torch has none."""
     port = free_port()
-    environment = {"TACO_LISTEN": "127.0.0.1"}
-    with Server(base, 2, ["--port", str(port)], [str(installed / SCRIPT)], environment) as server:
+    paths = [os.path.join(ROOT, "tests/e2e/made_up_gpus"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        "TACO_LISTEN": "127.0.0.1",
+        "TACO_TEST_GPUS": str(present),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    with Server(base, None, ["--port", str(port)], [str(installed / SCRIPT)], environment) as server:
         assert server.port == port
-        assert len(server.pids()) == 2
+        assert len(server.pids()) == ranks
+        assert b"<html" in server.request("/")[1]
         assert furthest(server.pictures(flux(seed=804)), serve(1).pictures(flux(seed=804))) <= 1
-        assert not [line for line in server.log if "anyone on your network" in line]
+        assert [line for line in server.log if line.startswith("TACO-DiT: ")] == [said]
+        assert any("cannot use a GPU" in line for line in server.log) == (present > 0)
         check_ends(server, signal.SIGTERM, server.pids())
 
 
 @pytest.mark.parametrize(
     ("environment", "arguments", "expected"),
     [
-        ({}, [], "--gpus 3,4,5 --port 12215 --listen 0.0.0.0"),
+        ({}, [], "--prefer-gpus 3,4,5 --port 12215 --listen 0.0.0.0"),
         ({"TACO_GPUS": "0,1"}, [], "--gpus 0,1 --port 12215 --listen 0.0.0.0"),
-        ({"TACO_LISTEN": "127.0.0.1"}, ["--port", "9"], "--gpus 3,4,5 --listen 127.0.0.1 --port 9"),
+        ({"TACO_LISTEN": "127.0.0.1"}, ["--port", "9"], "--prefer-gpus 3,4,5 --listen 127.0.0.1 --port 9"),
+        ({"TACO_TOKEN": "t"}, ["--prefer-gpus", "1"], "--port 12215 --listen 0.0.0.0 --prefer-gpus 1"),
+        (
+            {"TACO_LISTEN": "::1"},
+            ["--cuda-device", "1"],
+            "--prefer-gpus 3,4,5 --port 12215 --listen ::1 --cuda-device 1",
+        ),
         ({}, ["--cpu", "--taco-ranks", "2", "--listen", "::1"], "--port 12215 --cpu --taco-ranks 2 --listen ::1"),
         ({"TACO_GPUS": "1"}, ["--gpus=0", "--port=7"], "--listen 0.0.0.0 --gpus=0 --port=7"),
     ],
@@ -220,7 +287,8 @@ def test_what_the_start_script_passes_on(installed, environment, arguments, expe
                           text=True, timeout=20, check=True)  # fmt: skip
     *said, passed = done.stdout.splitlines()
     assert passed == expected
-    assert bool(said) == ("0.0.0.0" in expected)
+    warned = "anyone on your network can use this server" in "".join(said)
+    assert bool(said) == ("0.0.0.0" in expected) and warned == (bool(said) and "TACO_TOKEN" not in environment)
 
 
 def test_the_start_script_runs_from_elsewhere_and_through_a_link(installed, tmp_path_factory):

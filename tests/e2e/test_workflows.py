@@ -131,6 +131,14 @@ def test_previews_with_metadata(serve):
     assert kinds == ["binary", "progress"] * steps
 
 
+def test_a_prompt_chooses_its_previews(serve):
+    """Without naming a method it gets the server's, which is latent2rgb here."""
+    for method, frames in (("none", 0), ("default", 2), ("latent2rgb", 2), ("best", 2), (None, 2)):
+        outcome = serve(3).run(flux(seed=320, steps=2, text=f"{method}"), extra_data={"preview_method": method})
+        assert sum(m["type"] == "binary" for m in outcome.messages) == frames, method
+    assert any("preview_method 'best' is not one of default, none, auto" in line for line in serve(3).log)
+
+
 def test_what_did_not_change_is_not_computed_again(serve):
     server = serve(3)
     first = server.run(flux(seed=322))

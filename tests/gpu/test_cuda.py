@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.prompt_server import BenchmarkServer
 from tests.e2e.workflows import flux, node, with_areas
-from tests.gpu.conftest import FP32
+from tests.gpu.conftest import FP32, gpu_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,7 +58,7 @@ def test_compiled_and_captured_equals_plain(compiled: bool) -> None:
 @pytest.mark.multigpu
 def test_ranks_agree_in_bf16(tmp_path: Path) -> None:
     """N ranks' bf16 result is no further from one rank's than bf16 is from itself (a few units in the last place)."""
-    ranks = [r for r in (1, 2, 3, 4) if r <= torch.cuda.device_count()]
+    ranks = [r for r in (1, 2, 3, 4) if r <= gpu_ranks()]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.denoise_step", "--model", "flux-small", "--repeats", "2", "--warmup", "2",
          "--ranks", ",".join(map(str, ranks))],
@@ -74,7 +74,7 @@ def test_ranks_agree_in_bf16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype, limit", [("float32", 1e-4), ("bfloat16", 5e-2)])
 def test_rows_of_the_vae_agree(dtype: str, limit: float) -> None:
     """Rows dealt over GPUs: the picture and latent of one GPU, in about 1/N of the memory. Without TF32, which rounds."""
-    ranks = [r for r in (1, 2, 3, 4) if r <= torch.cuda.device_count()]
+    ranks = [r for r in (1, 2, 3, 4) if r <= gpu_ranks()]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.vae", "--size", "1048", "--dtype", dtype, "--repeats", "2",
          "--ranks", ",".join(map(str, ranks))],
@@ -106,7 +106,7 @@ def test_whole_server(serve: Callable[..., BenchmarkServer], flags: tuple[str, .
     for make in (flux, with_areas):
         one = _render(serve(1, *flags), make)
         for ranks in (2, 3, 4):
-            if ranks <= torch.cuda.device_count():
+            if ranks <= gpu_ranks():
                 server = serve(ranks, *flags)
                 many = _render(server, make)
                 assert server.json("/taco_dit/status")["world_size"] == ranks

@@ -37,9 +37,14 @@ def through_node(kind: str, rank: int) -> Prompt:
     return prompt
 
 
-@pytest.fixture
-def server(serve: Callable[..., BenchmarkServer]) -> BenchmarkServer:
-    return serve(2)
+@pytest.fixture(scope="module", params=["collective", "peer"])
+def server(
+    serve: Callable[..., BenchmarkServer], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> BenchmarkServer:
+    """Two ranks that exchange tokens in every block, by either transport."""
+    config = tmp_path_factory.mktemp("config") / "taco.yaml"
+    config.write_text(f"parallel: {{ulysses_degree: 2, exchange: {request.param}}}\n")
+    return serve(2, "--taco-config", str(config))
 
 
 @pytest.fixture
@@ -47,7 +52,10 @@ def right(server: BenchmarkServer) -> np.ndarray:
     """The picture of the prompt that must come out right after each fault; drawn twice, so that calls are captured."""
     for _ in range(2):
         _, entry = server.run(flux(steps=6))
-    assert server.json("/taco_dit/status")["captured_calls"] > 0
+    status = server.json("/taco_dit/status")
+    assert status["captured_calls"] > 0 and status["last_run"]["plan"] == "ulysses 2"
+    wanted = {"peer": "copy engines", "collective": "collectives"}
+    assert status["exchange"] == wanted[status["config"]["parallel"]["exchange"]]
     return server.picture(entry)
 
 

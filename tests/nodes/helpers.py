@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def run(all_nodes, name, **inputs):
+def run(all_nodes, name, /, **inputs):
     """A node's outputs (or its dict, for nodes that show something), as the executor would call it."""
     node = all_nodes[name]
     if hasattr(node, "GET_SCHEMA"):

@@ -13,6 +13,7 @@ from comfy_execution.caching import fingerprint
 
 LOADERS = {
     "CheckpointLoaderSimple": {"ckpt_name": "checkpoints"},
+    "ImageOnlyCheckpointLoader": {"ckpt_name": "checkpoints"},
     "unCLIPCheckpointLoader": {"ckpt_name": "checkpoints"},
     "UNETLoader": {"unet_name": "diffusion_models"},
     "CLIPLoader": {"clip_name": "text_encoders"},
@@ -33,6 +34,7 @@ LOADERS = {
     "GLIGENLoader": {"gligen_name": "gligen"},
     "HypernetworkLoader": {"hypernetwork_name": "hypernetworks"},
     "ModelPatchLoader": {"name": "model_patches"},
+    "PhotoMakerLoader": {"photomaker_model_name": "photomaker"},
     "UpscaleModelLoader": {"model_name": "upscale_models"},
     "ConditioningLoader": {"conditioning_name": "embeddings"},
 }
@@ -107,3 +109,42 @@ def test_what_a_node_keeps_of_an_adapter_is_dropped_with_its_file(all_nodes, tin
     path.unlink()
     assert kept[0] is kept[1]
     assert kept[2]["x"].item() == 2.0
+
+
+def test_pixel_space_is_the_picture_itself(all_nodes, tiny):
+    vae = all_nodes["VAELoader"]().load_vae("pixel_space")[0]
+    picture = torch.rand(2, 33, 47, 3)
+    latent = vae.encode(picture)
+    assert latent.shape == (2, 3, 33, 47)
+    assert torch.equal(latent, picture.movedim(-1, 1) * 2 - 1)
+    assert (vae.decode(latent) - picture).abs().max() < 1e-6
+    for tiled in (vae.encode_tiled(picture), latent):
+        assert (vae.decode_tiled(tiled) - picture).abs().max() < 1e-6
+    with pytest.raises(ValueError, match="has 4 channels but this VAE decodes 3"):
+        vae.decode(torch.zeros(1, 4, 8, 8))
+
+
+def test_a_tiny_vae_is_a_vae(all_nodes, tiny, tiny_folder):
+    from comfy.taesd.taesd import TAESD
+
+    network = TAESD(latent_channels=16)
+    for parameter in network.parameters():
+        torch.nn.init.uniform_(parameter, -0.1, 0.1)
+    paths = [tiny_folder / "models" / "vae_approx" / f"taesd3_{part}.safetensors" for part in ("encoder", "decoder")]
+    paths[0].parent.mkdir(exist_ok=True)
+    for path, half in zip(paths, (network.taesd_encoder, network.taesd_decoder)):
+        save_file(half.state_dict(), path)
+    network.vae_scale.data, network.vae_shift.data = torch.tensor(1.5305), torch.tensor(0.0609)
+    try:
+        assert all_nodes["VAELoader"].vae_list()[-2:] == ["taesd3", "pixel_space"]
+        vae = all_nodes["VAELoader"]().load_vae("taesd3")[0]
+        picture = torch.rand(1, 24, 40, 3)
+        latent = vae.encode(picture)
+        assert latent.shape == (1, 16, 3, 5)
+        assert torch.allclose(latent, network.encode(picture.movedim(-1, 1) * 2 - 1), atol=1e-5)
+        assert torch.allclose(
+            vae.decode(latent), (network.decode(latent).movedim(1, -1) + 1).clamp(0, 2) / 2, atol=1e-5
+        )
+    finally:
+        for path in paths:
+            path.unlink()

@@ -93,6 +93,24 @@ def test_what_is_saved_is_loaded_again(all_nodes, tiny, other, tiny_folder):
     assert "shared.weight" in load_file(tiny_folder / "output/te_t5xxl_00001_.safetensors")
 
 
+def test_checkpoints_with_an_image_encoder(all_nodes, tiny, tiny_folder, monkeypatch):
+    """It is saved under the family's prefix and found there again; without one there is none."""
+    import comfy.supported_models
+
+    monkeypatch.setattr(comfy.supported_models.Flux, "clip_vision_prefix", "embedder.model.visual.")
+    vision = run(all_nodes, "CLIPVisionLoader", clip_name="tiny_clip_vision_l.safetensors")[0]
+    parts = {"model": tiny[0], "clip_vision": vision, "vae": tiny[2]}
+    run(all_nodes, "ImageOnlyCheckpointSave", **parts, filename_prefix="seeing")
+    path = tiny_folder / "output/seeing_00001_.safetensors"
+    (tiny_folder / "models/checkpoints/seeing.safetensors").write_bytes(path.read_bytes())
+    model, again, vae = run(all_nodes, "ImageOnlyCheckpointLoader", ckpt_name="seeing.safetensors")
+    torch.testing.assert_close(weight(model, IMG_IN), weight(tiny[0], IMG_IN))
+    image = torch.rand(1, 30, 30, 3, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(again.encode_image(image).image_embeds, vision.encode_image(image).image_embeds)
+    assert vae.get_sd().keys() == tiny[2].get_sd().keys()
+    assert run(all_nodes, "ImageOnlyCheckpointLoader", ckpt_name="tiny_flux_dev.safetensors")[1] is None
+
+
 def test_a_difference_becomes_a_lora(all_nodes, tiny, other, tiny_folder):
     difference = run(all_nodes, "ModelMergeSubtract", model1=other[0], model2=tiny[0], multiplier=1.0)[0]
     run(

@@ -5,9 +5,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from comfy import photomaker
+from comfy.clip_vision import clip_preprocess
 from comfy.style_models import load_style_model
-from tests import tiny_adapters
+from comfy.text_encoders.loader import load_text_encoder_state_dicts
+from comfy_extras.nodes_photomaker import without_word
+from tests import tiny_adapters, tiny_models
 from tests.nodes.helpers import encode, run, sample
+from tests.tiny_models import random_weights
 
 
 def seen(all_nodes, name="tiny_sigclip.safetensors", pictures=1):
@@ -116,3 +121,74 @@ def test_uso_needs_its_encoder(all_nodes, tiny, tiny_folder):
 
 def test_the_h_encoder_has_its_file(all_nodes, tiny):
     assert seen(all_nodes, "tiny_clip_vision_h.safetensors", 2).image_embeds.shape[0] == 2
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    """SDXL's text encoders, tiny."""
+    parts = [random_weights(shapes(), 3) for shapes in (tiny_models.clip_l_shapes, tiny_models.clip_g_shapes)]
+    return load_text_encoder_state_dicts(parts)
+
+
+def test_photomaker(all_nodes, tiny, sdxl, tmp_path):
+    """The face goes into the token before the word, and nowhere else; the file may be that of its authors."""
+    maker = run(all_nodes, "PhotoMakerLoader", photomaker_model_name="tiny_photomaker.safetensors")[0]
+    image = torch.rand(2, 40, 60, 3, generator=torch.Generator().manual_seed(4))
+    give = {"photomaker": maker, "clip": sdxl}
+    text = "a photograph of a man photomaker"
+    [[cond, fields]] = run(all_nodes, "PhotoMakerEncode", **give, image=image, text=text)[0]
+    plain, pooled = sdxl.encode_from_tokens(sdxl.tokenize(text), return_pooled=True)
+    assert torch.equal(fields["pooled_output"], pooled)
+    others = [i for i in range(77) if i != 5]
+    torch.testing.assert_close(cond[:, others], plain[:, others])
+
+    sd = tiny_adapters.photomaker()
+    pixels = clip_preprocess(image[:1], 28)
+    face = maker.model.vision_model(pixels)[2]
+    face = torch.cat([face @ sd["visual_projection.weight"].T, face @ sd["visual_projection_2.weight"].T], dim=-1)
+    word = plain[:, 5]
+
+    def mlp(x, name):
+        x = F.layer_norm(x, x.shape[-1:], sd[f"{name}.layernorm.weight"], sd[f"{name}.layernorm.bias"])
+        x = F.gelu(F.linear(x, sd[f"{name}.fc1.weight"], sd[f"{name}.fc1.bias"]))
+        return F.linear(x, sd[f"{name}.fc2.weight"], sd[f"{name}.fc2.bias"])
+
+    fused = word + mlp(torch.cat([word, face], dim=-1), "fuse_module.mlp1")
+    fused = fused + mlp(fused, "fuse_module.mlp2")
+    name = "fuse_module.layer_norm"
+    fused = F.layer_norm(fused, (128,), sd[f"{name}.weight"], sd[f"{name}.bias"])
+    torch.testing.assert_close(cond[:, 5], fused, rtol=1e-4, atol=1e-4)
+
+    [[without, _]] = run(all_nodes, "PhotoMakerEncode", **give, image=image, text="a photograph of a man")[0]
+    assert torch.equal(without, sdxl.encode_from_tokens(sdxl.tokenize("a photograph of a man")))
+    torch.save({"id_encoder": sd, "lora_weights": {"a": torch.zeros(1)}}, tmp_path / "photomaker-v1.bin")
+    again = photomaker.load(str(tmp_path / "photomaker-v1.bin"))
+    torch.testing.assert_close(again.merged(image, plain, 5), cond)
+
+
+def test_a_run_of_the_words_number_is_left_out():
+    """Runs of one weight have a number; the last token fills the row."""
+    row = [("start", 1.0, 0), ("a", 1.0, 1), ("b", 1.1, 2), ("end", 1.0, 0)]
+    assert without_word([row], 2) == [[row[0], row[1], row[3], row[3]]]
+    assert without_word([row], 7) == [row]
+
+
+def test_photomaker_says_what_does_not_fit(all_nodes, tiny, sdxl, tmp_path):
+    _, clip, _ = tiny
+    maker = run(all_nodes, "PhotoMakerLoader", photomaker_model_name="tiny_photomaker.safetensors")[0]
+    give = {"photomaker": maker, "image": torch.zeros(1, 28, 28, 3)}
+    with pytest.raises(ValueError, match="connect the CLIP of an SDXL checkpoint"):
+        run(all_nodes, "PhotoMakerEncode", **give, clip=clip, text="photograph of photomaker")
+    with pytest.raises(ValueError, match="number 81 of a prompt of 77 tokens; move it to the front"):
+        run(all_nodes, "PhotoMakerEncode", **give, clip=sdxl, text=" " * 80 + "photomaker")
+    torn = {**tiny_adapters.photomaker(), "qformer_perceiver.a": torch.zeros(1)}
+    save_file(torn, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="PhotoMaker 2"):
+        photomaker.load(str(tmp_path / "a.safetensors"))
+    del torn["qformer_perceiver.a"], torn["fuse_module.mlp1.fc1.bias"]
+    save_file(torn, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 1 weights, first fuse_module.mlp1.fc1.bias"):
+        photomaker.load(str(tmp_path / "b.safetensors"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="holds no identity encoder"):
+        photomaker.load(str(tmp_path / "c.safetensors"))

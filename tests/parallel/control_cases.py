@@ -185,6 +185,66 @@ def sd3_residuals(manager):
     return out
 
 
+class FrameVae(Vae):
+    """As `Vae`, for latents with an axis of frames."""
+
+    def encode(self, pictures):
+        return super().encode(pictures).unsqueeze(2)
+
+
+def qwen_residuals(manager):
+    """Deviations with tokens shared: InstantX's residuals, and Qwen-Image with DiffSynth's patch; what the patch changes."""
+    from comfy.control.loading import load_controlnet_state_dict
+    from comfy.ldm import dit
+    from comfy.ldm.qwen_image.control_patch import QwenImageBlockWiseControlNet, sizes_of
+    from comfy.taco_dit.core.config_manager import TacoConfig
+    from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
+    from comfy.taco_dit.core.lockstep import RankLockstep
+    from comfy.taco_dit.core.plan import ParallelDims
+    from comfy_extras.nodes_model_patch import DiffSynthCnetPatch
+    from tests.tiny_families import TINY
+
+    lockstep = RankLockstep(manager)
+    engine = TACODiTExecutionEngine(TacoConfig(), manager, lockstep)
+    lockstep.begin("qwen")
+    plan = engine.token_plan(ParallelDims(ulysses_degree=manager.world_size))
+    deviations = []
+
+    def compare(network, options, result, **call):
+        with torch.inference_mode():
+            one = result(network(**call, transformer_options=options))
+            many = result(network(**call, transformer_options=dit.DenoiserCall(plan=plan).within(options)))
+        deviations.append(((one - many).abs().max() / one.abs().max()).item())
+        return one
+
+    call = {"x": drawn(2, 16, 1, 7, 10, seed=1), "context": drawn(2, 5, 40, seed=3)}
+    control = load_controlnet_state_dict(tiny_adapters.control_qwen()).control_model
+    hint = {"timesteps": torch.tensor([0.3, 0.7]), "hint": drawn(1, 16, 1, 7, 10, seed=4)}
+    compare(control, {}, lambda out: torch.stack(out["input"][::30]), **call, **hint)
+
+    tiny = TINY["qwen_image_edit"]
+    network = tiny.model("cpu").diffusion_model
+    network.load_state_dict(random_weights(tiny.shapes(), 1))
+    sd = tiny_adapters.diffsynth()
+    patch_network = QwenImageBlockWiseControlNet(**sizes_of(sd))
+    patch_network.load_state_dict(sd)
+
+    class Patcher:
+        model = patch_network.requires_grad_(False)
+
+    class OnShards(DiffSynthCnetPatch):
+        def __call__(self, inputs):
+            raise AssertionError("tokens were gathered for the patch")
+
+    image = torch.rand(1, 56, 80, 3, generator=torch.Generator().manual_seed(2))
+    patch = OnShards(Patcher, FrameVae(), image, 0.8)
+    call |= {"timestep": torch.tensor([0.3, 0.7]), "ref_latents": [drawn(2, 16, 1, 5, 7, seed=5)]}
+    with_patch = compare(network, {"patches": {"double_block": [patch]}}, lambda out: out, **call)
+    plain = compare(network, {}, lambda out: out, **call)
+    lockstep.end()
+    return deviations, (with_patch - plain).abs().max().item()
+
+
 SD1 = {
     "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
     "context_dim": 24, "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .control_cases import WORST, control_results, sd3_residuals, unet_results
+from .control_cases import WORST, control_results, qwen_residuals, sd3_residuals, unet_results
 from .ranks import run_ranks
 
 
@@ -33,6 +33,12 @@ def test_others_share_tokens():
     """Residuals of SD3's and HunyuanDiT's control networks at an odd size."""
     for deviations in run_ranks(2, sd3_residuals):
         assert max(deviations) < WORST, deviations
+
+
+def test_qwen_image_shares_tokens():
+    """InstantX's residuals; DiffSynth's patch on the tokens that a rank has, with a reference picture behind them."""
+    for deviations, change in run_ranks(3, qwen_residuals):
+        assert max(deviations) < WORST and change > 1e-2, (deviations, change)
 
 
 def test_a_unet_splits_rows():

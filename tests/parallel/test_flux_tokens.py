@@ -10,7 +10,7 @@ import torch
 import comfy.ldm.flux.layers as layers
 from comfy.ldm import dit
 from comfy.taco_dit.core.plan import ParallelDims
-from comfy.taco_dit.parallel.exchange import CollectiveExchange
+from comfy.taco_dit.parallel.exchange import CollectiveExchange, Here
 from comfy.taco_dit.parallel.ring_parallel import native_plan
 from comfy.taco_dit.parallel.sequence_parallel import HeadMeeting, UlyssesPlan
 
@@ -209,7 +209,7 @@ def _without_exchange(manager):
             self._out = self._compute(*self._inputs, None)
 
         def send_back(self):
-            self._returned = self._out
+            self._returning = Here(self._out)
 
     class BrokenPlan(UlyssesPlan):
         def meet(self, spec, compute, in_order):

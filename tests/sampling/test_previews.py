@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import latent_preview
-from comfy.cli_args import args
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy.latent_formats import Flux
-from latent_preview import Latent2RGBPreviewer, TAESDPreviewerImpl, first_small
+from latent_preview import Latent2RGBPreviewer, TAESDPreviewerImpl, first_small, previews_of
 
 FORMAT = Flux()
 
@@ -76,3 +76,21 @@ def test_a_preview_of_16384_x_16384_takes_little_memory(monkeypatch: pytest.Monk
     latent = torch.zeros(1, 1, 1, 1).expand(2, 16, 2048, 2048)
     linear().decode_latent_to_preview(latent)
     assert seen == [(512, 512, 3)]
+
+
+def test_a_prompt_chooses_its_previews_and_a_node_may_change_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    rgb, auto, none = LatentPreviewMethod.Latent2RGB, LatentPreviewMethod.Auto, LatentPreviewMethod.NoPreviews
+    monkeypatch.setattr(args, "preview_method", rgb)
+    for extra, inside in (
+        ({"preview_method": "none"}, none),
+        ({"preview_method": "default"}, rgb),
+        ({"preview_method": ["none"]}, rgb),
+        ({}, rgb),
+        (None, rgb),
+    ):
+        with previews_of(extra):
+            assert args.preview_method is inside
+        assert args.preview_method is rgb
+    with previews_of({"preview_method": "none"}):
+        args.preview_method = auto
+    assert args.preview_method is auto

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import logging
 import os
+import re
 import ssl
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -161,6 +164,27 @@ def test_flags_without_effect_are_named(caplog, flags, named):
     assert caplog.messages == ([] if named is None else [f"without effect in this version: {named}"])
 
 
+OF_DEFAULTS = {"cache_classic", "normalvram", "disable_cuda_malloc"}  # they name what is so without them
+
+
+def test_flags_in_the_help_work_and_others_are_not_in_it():
+    """Each is read somewhere in the program; those without effect are accepted only."""
+    import argparse
+
+    from comfy.cli_args import ALWAYS_SO, WITHOUT_EFFECT
+
+    program = ["*.py", "app/*.py", "comfy*/**/*.py", "utils/*.py"]
+    files = {path for pattern in program for path in glob.glob(os.path.join(ROOT, pattern), recursive=True)}
+    texts = [Path(path).read_text(encoding="utf-8") for path in files]
+    read = set(re.findall(r"""(?:args|namespace)\.(\w+)|"(\w+)\"""", "\n".join(texts)))
+    used = {name for pair in read for name in pair}
+    shown = [action for action in build_parser()._actions if action.help != argparse.SUPPRESS]
+    assert {action.dest for action in shown} - used <= OF_DEFAULTS | {"help"}
+    assert not {action.option_strings[0] for action in shown} & {*WITHOUT_EFFECT, *ALWAYS_SO}
+    text = build_parser().format_help()
+    assert "--use-sage-attention" in text and not any(f"{flag} " in text for flag in WITHOUT_EFFECT)
+
+
 def test_the_allocator_is_chosen_before_torch_is_imported(tmp_path):
     """In a process of its own: torch reads the variable once."""
     code = (
@@ -185,3 +209,31 @@ def test_no_persist_keeps_nothing_on_disk(tmp_path, monkeypatch):
     store = _open_store(build_parser().parse_args([]))
     assert os.listdir(tmp_path / "taco_dit")
     store.close()
+
+
+@pytest.mark.parametrize("address, host", [
+    ("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("10.0.0.7", "10.0.0.7"),
+])  # fmt: skip
+def test_the_address_that_is_printed_can_be_opened(address, host):
+    from server import _host_to_open
+
+    assert _host_to_open(address) == host
+
+
+def test_settings_in_the_base_directory_come_first(tmp_path):
+    """Without any there, those beside main.py count."""
+    from app.start_checks import extra_path_files
+    from comfy.taco_dit.core.launcher import read_config
+
+    program, base = tmp_path / "program", tmp_path / "base"
+    for folder, enabled in ((program, "true"), (base, "false")):
+        folder.mkdir()
+        (folder / "taco_dit_config.yaml").write_text(f"parallel:\n  enabled: {enabled}\n")
+        (folder / "extra_model_paths.yaml").write_text("")
+    args = build_parser().parse_args(["--base-directory", str(base), "--extra-model-paths-config", "a", "b"])
+    assert not read_config(args, str(program), 1).parallel.enabled
+    assert extra_path_files(args, str(program)) == [str(base / "extra_model_paths.yaml"), "a", "b"]
+    for name in ("taco_dit_config.yaml", "extra_model_paths.yaml"):
+        (base / name).unlink()
+    assert read_config(args, str(program), 1).parallel.enabled
+    assert extra_path_files(args, str(program)) == [str(program / "extra_model_paths.yaml"), "a", "b"]

@@ -116,7 +116,7 @@ def test_reload_keeps_graph_and_history(page: tuple[Server, Browser]) -> None:
 
 
 def test_cancel_and_queue_again(page: tuple[Server, Browser]) -> None:
-    _, browser = page
+    server, browser = page
     _load(browser, workflows.flux(seed=13, steps=3000))
     browser.run("window.__stopped = new Promise(r => app.api.addEventListener('execution_interrupted', () => r(true)))"
                 ".constructor && true")  # fmt: skip
@@ -124,6 +124,11 @@ def test_cancel_and_queue_again(page: tuple[Server, Browser]) -> None:
     browser.wait("fetch('/api/jobs?status=in_progress&limit=10&offset=0').then(r => r.json()).then(j => j.jobs.length)")
     browser.run("app.api.interrupt()")
     assert browser.run("window.__stopped")
+    browser.wait("fetch('/api/jobs?status=cancelled').then(r => r.json()).then(j => j.jobs.length)")
+    cancelled = server.json("/jobs?status=cancelled")["jobs"][0]["id"]
+    browser.run("[...document.querySelectorAll('button')].find(b => b.innerText.includes('Expand job queue'))?.click()")
+    row = f"[...document.querySelectorAll('[data-job-id=\"{cancelled}\"] span[title]')].map(e => e.innerText).join('|')"
+    browser.wait(f"{row} === 'Cancelled|'")
     before = _finished(browser)
     _load(browser, workflows.flux(seed=14))
     browser.run("app.queuePrompt(0)")

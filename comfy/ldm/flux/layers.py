@@ -18,7 +18,15 @@ from comfy.ldm import dit
 from comfy.ldm.modules.attention import AttentionSpec, joined_heads, meet
 from comfy.ldm.modules.copy_runs import joined_tokens
 from comfy.ldm.modules.eight_bit import BeforeGelu, Rows, reads_rows
-from comfy.ldm.modules.fused import first_linear, linear_of_pair, mlp_gelu, split_linear, split_linear_rest
+from comfy.ldm.modules.fused import (
+    SecondPart,
+    first_linear,
+    linear_of_pair,
+    linear_of_second,
+    mlp_gelu,
+    split_linear,
+    split_linear_rest,
+)
 from comfy.ldm.modules.modulate import (
     add_gated,
     add_gated_norm_modulate,
@@ -388,9 +396,15 @@ class SingleStreamBlock(nn.Module):
         return split_linear_rest(self.linear1, self.mlp_act, rest, 3 * self.hidden_size)
 
     @dit.stage
+    def _before_result(self, x: torch.Tensor, mlp: torch.Tensor | BeforeGelu) -> torch.Tensor | BeforeGelu | SecondPart:
+        """What the output projection adds for the MLP [B, L, M], while the attention's output is on its way."""
+        return linear_of_second(self.linear2, x, mlp)
+
+    @dit.stage
     def _after_attention(
-        self, x: torch.Tensor, out: torch.Tensor, mlp: torch.Tensor | BeforeGelu, mod: ModulationOut, dims: Any
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, out: torch.Tensor, mlp: torch.Tensor | BeforeGelu | SecondPart, mod: ModulationOut,
+        dims: Any,
+    ) -> torch.Tensor:  # fmt: skip
         """Add attention [B, L, C] and MLP [B, L, M], projected together, to x [B, L, C]."""
         return _clamped(_add_gated(x, linear_of_pair(self.linear2, out, mlp), mod.gate, dims))
 
@@ -408,7 +422,8 @@ class SingleStreamBlock(nn.Module):
         mlp = self._middle(rest)
         meeting.attend()
         meeting.send_back()
-        return state.with_joint(self._after_attention(x, joined_heads(meeting.result()), mlp, mod, dims))
+        early = self._before_result(x, mlp)
+        return state.with_joint(self._after_attention(x, joined_heads(meeting.result()), early, mod, dims))
 
     def forward(
         self,

@@ -1,7 +1,9 @@
-"""The image VAE with latent diffusion's keys; all sizes are read from the file."""
+"""The image VAE with latent diffusion's keys, whose sizes are read from the file, and which network a file belongs to."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import comfy.ops
 from comfy.ldm.modules.diffusionmodules.model import Decoder, Encoder
+from comfy.taesd.taesd import TAESD
 
 StateDict = dict[str, torch.Tensor]
 
@@ -38,6 +41,54 @@ class AutoencoderKL(nn.Module):
         if self.embed_dim is not None:
             z = self.post_quant_conv(z)
         return self.decoder(z, **kwargs)
+
+
+class PixelSpace(nn.Module):
+    """No VAE at all, for networks that denoise pixels: the latent is the picture, in -1..1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixel_space_vae = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Picture [B, 3, H, W] -> the same."""
+        return x
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Picture [B, 3, H, W] -> the same."""
+        return z
+
+
+@dataclass(frozen=True)
+class ImageNetwork:
+    """The network of an image VAE's file.
+
+    `factor`: pixels per latent cell and side. `dtype`: in which it must compute, None for the device's usual one.
+    `activations`: memory it needs per pixel, compared with AutoencoderKL.
+    """
+
+    make: Callable[[], nn.Module]
+    latent_channels: int
+    out_channels: int
+    factor: int
+    dtype: torch.dtype | None = None
+    activations: float = 1.0
+
+
+def image_network(sd: StateDict) -> ImageNetwork:
+    """The network for an image VAE's weights. Raises ValueError when the keys are those of none."""
+    if "pixel_space_vae" in sd:
+        return ImageNetwork(PixelSpace, 3, 3, 1, torch.float32, 0.02)
+    if "taesd_decoder.1.weight" in sd:
+        channels = sd["taesd_decoder.1.weight"].shape[1]
+        return ImageNetwork(lambda: TAESD(latent_channels=channels), channels, 3, 8, activations=0.15)
+    ddconfig, embed_dim = config_from_state_dict(sd)
+    return ImageNetwork(
+        lambda: AutoencoderKL(ddconfig, embed_dim),
+        embed_dim or ddconfig["z_channels"],
+        ddconfig["out_ch"],
+        2 ** (len(ddconfig["ch_mult"]) - 1),
+    )
 
 
 def config_from_state_dict(sd: StateDict) -> tuple[dict[str, Any], int | None]:

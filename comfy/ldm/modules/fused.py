@@ -6,6 +6,7 @@ it knows: layers with weights of another dtype, with patches applied at use, or 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
@@ -112,17 +113,41 @@ def split_linear_rest(
     return activation(rest)
 
 
-def linear_of_pair(linear: nn.Module, first: torch.Tensor, second: torch.Tensor | BeforeGelu) -> torch.Tensor:
+@dataclass(frozen=True)
+class SecondPart:
+    """What the last inputs of a linear add to its outputs, [.., out]."""
+
+    outputs: torch.Tensor
+
+
+def linear_of_second(
+    linear: nn.Module, first: torch.Tensor, second: torch.Tensor | BeforeGelu
+) -> torch.Tensor | BeforeGelu | SecondPart:
+    """What `linear_of_pair` can compute of `second` before `first` is known, else `second`.
+
+    first: any tensor of its dtype and device.
+    """
+    if isinstance(second, BeforeGelu) or reads_rows(linear) or not computes_directly(linear, first):
+        return second
+    return SecondPart(F.linear(second, linear.weight[:, linear.weight.shape[1] - second.shape[-1] :]))
+
+
+def linear_of_pair(
+    linear: nn.Module, first: torch.Tensor, second: torch.Tensor | BeforeGelu | SecondPart
+) -> torch.Tensor:
     """`linear(cat(first, second))` over the last axis, without writing the concatenation."""
+    if isinstance(second, SecondPart):
+        assert isinstance(linear, nn.Linear)
+        bias = linear.bias if cut_of(linear) is None else None  # it is added to the sum over ranks
+        out = F.linear(first, linear.weight[:, : first.shape[-1]], bias) + second.outputs
+        return left(linear, out)
     gelu = isinstance(second, BeforeGelu)
     second = second.tokens if isinstance(second, BeforeGelu) else second
     if reads_rows(linear):
         return linear(quantise(first, linear.eight_bit.form, second, gelu))
     if gelu:
         second = F.gelu(second, approximate="tanh")
-    if computes_directly(linear, first):
-        size = first.shape[-1]
-        bias = linear.bias if cut_of(linear) is None else None  # it is added to the sum over ranks
-        out = F.linear(first, linear.weight[:, :size], bias) + F.linear(second, linear.weight[:, size:])
-        return left(linear, out)
+    early = linear_of_second(linear, first, second)
+    if isinstance(early, SecondPart):
+        return linear_of_pair(linear, first, early)
     return linear(torch.cat((first, second), dim=-1))

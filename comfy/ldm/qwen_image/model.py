@@ -15,7 +15,7 @@ from torch import nn
 import comfy.ops
 import comfy.patcher_extension
 from comfy.ldm import dit
-from comfy.ldm.common_dit import pad_to_patch_size
+from comfy.ldm.common_dit import patches_of
 from comfy.ldm.flux.layers import EmbedND, timestep_embedding
 from comfy.ldm.modules.attention import AttentionSpec, joined_heads, meet
 from comfy.ldm.modules.copy_runs import joined_tokens
@@ -294,9 +294,8 @@ class QwenImageTransformer2DModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Size]:
         """Latent [B, C, T, h, w] -> patches [B, L, C*p*p], their places [1, L, 3] about the centre, the padded shape."""
         patch = self.patch_size
-        x = pad_to_patch_size(x, (1, patch, patch))
-        frames, rows, cols = x.shape[2], x.shape[3] // patch, x.shape[4] // patch
-        tokens = x.unflatten(4, (cols, patch)).unflatten(3, (rows, patch)).permute(0, 2, 3, 5, 1, 4, 6)
+        tokens, shape = patches_of(x, patch)
+        frames, rows, cols = shape[2], shape[3] // patch, shape[4] // patch
         first_row, first_col = ((offset + patch // 2) // patch for offset in (h_offset, w_offset))
         axes = [
             torch.arange(frames, device=x.device) + (index if frames == 1 else 0),
@@ -304,7 +303,7 @@ class QwenImageTransformer2DModel(nn.Module):
             torch.arange(first_col, first_col + cols, device=x.device) - cols // 2,
         ]
         ids = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).to(torch.float32)
-        return tokens.flatten(4).flatten(1, 3), ids.reshape(1, -1, 3), x.shape
+        return tokens, ids.reshape(1, -1, 3), shape
 
     def _with_references(
         self, tokens: torch.Tensor, ids: torch.Tensor, refs: Sequence[torch.Tensor], method: str

@@ -41,6 +41,7 @@ class ParallelConfig:
     data_parallel: bool = True
     data_parallel_degree: int | None = None
     spatial_parallel: bool = True
+    exchange: str = "collective"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "recovery": RecoveryConfig,
 }
 _CHOICES = {
+    "parallel.exchange": ("collective", "peer", "auto"),
     "optimization.engine": ("native", "xfuser"),
     "optimization.linear_precision": ("auto", "bf16", "fp8", "int8"),
     "optimization.attention": ("auto", "sdpa", "cudnn", "flash", "sage"),

@@ -7,9 +7,11 @@ not come: NCCL communicators are aborted, streams closed.
 
 from __future__ import annotations
 
+import collections
 import datetime
 import gc
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,7 @@ from torch.distributed.distributed_c10d import (
 )
 
 from .control_client import ControlClient
+from .peer_memory import PeerMemory
 from .socket_group import SocketGroup
 
 ABORT_DEADLINE_S = 8.0
@@ -204,14 +207,18 @@ class RendezvousStore(dist.Store):
     def __init__(self, control: ControlClient, prefix: str, stop: Callable[[], bool]) -> None:
         super().__init__()
         self._control = control
-        self._prefix = prefix
+        self._prefix = self.name = prefix
         self._stop = stop
 
+    def _key(self, key: str) -> str:
+        """The control plane's key of one of torch's."""
+        return self._prefix + key
+
     def set(self, key: str, value: Any) -> None:
-        self._control.set(self._prefix + key, value.encode() if isinstance(value, str) else bytes(value))
+        self._control.set(self._key(key), value.encode() if isinstance(value, str) else bytes(value))
 
     def get(self, key: str) -> bytes:
-        value = self._control.get(self._prefix + key, self._stop)
+        value = self._control.get(self._key(key), self._stop)
         if value is None:
             raise ConnectionAbortedError(ABANDONED)
         return value
@@ -221,17 +228,36 @@ class RendezvousStore(dist.Store):
             self.get(key)
 
     def check(self, keys: list[str]) -> bool:
-        return all(self._control.peek(self._prefix + key) for key in keys)
+        return all(self._control.peek(self._key(key)) for key in keys)
 
     def add(self, key: str, amount: int) -> int:
-        return self._control.add(self._prefix + key, amount)
+        return self._control.add(self._key(key), amount)
 
     def delete_key(self, key: str) -> bool:
-        self._control.delete(self._prefix + key)
+        self._control.delete(self._key(key))
         return True
 
     def clone(self) -> RendezvousStore:
         return self
+
+
+class SymmetricStore(RendezvousStore):
+    """What symmetric memory's ranks find each other through.
+
+    Torch numbers their exchanges (`NAME/NUMBER/RANK`) by a counter of the process. A rank that was started again has
+    counted less than its peers and would wait for ever, so numbers are counted from the first that this store sees.
+    """
+
+    def __init__(self, control: ControlClient, prefix: str, stop: Callable[[], bool]) -> None:
+        super().__init__(control, prefix, stop)
+        self._first: dict[str, int] = {}
+
+    def _key(self, key: str) -> str:
+        found = re.fullmatch(r"(.*)/(\d+)/(\d+)", key)
+        if found is None:
+            return self._prefix + key
+        name, number, rank = found.groups()
+        return f"{self._prefix}{name}/{int(number) - self._first.setdefault(name, int(number))}/{rank}"
 
 
 def _abort_group(group: Group) -> None:
@@ -250,7 +276,8 @@ class DataPlane:
         self.world_size = world_size
         self.device = device
         self.generation = 0
-        self._groups: dict[tuple[str, tuple[int, ...], str], Group] = {}
+        self._groups: dict[tuple[str, tuple[int, ...], str], Any] = {}
+        self._peer_memories: collections.Counter[tuple[int, ...]] = collections.Counter()  # made in this generation
         self._lock = threading.RLock()
         self._aborted = False
         self._releases: list[Callable[[], None]] = []
@@ -266,12 +293,14 @@ class DataPlane:
         with self._lock:
             if self._aborted:
                 raise ConnectionAbortedError(ABANDONED)
-            if (kind, members, purpose) in self._groups:
-                return self._groups[kind, members, purpose]
+            known: Group | None = self._groups.get((kind, members, purpose))
+            if known is not None:
+                return known
         made = self._make(kind, members, purpose)  # without the lock: NCCL waits for peers
         with self._lock:
             if not self._aborted:
-                return self._groups.setdefault((kind, members, purpose), made)
+                kept: Group = self._groups.setdefault((kind, members, purpose), made)
+                return kept
         made.abort()
         raise ConnectionAbortedError(ABANDONED)
 
@@ -288,6 +317,31 @@ class DataPlane:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = datetime.timedelta(hours=1)
         return NcclGroup(dist.ProcessGroupNCCL(store, index, len(members), options), members, self.rank, store)
+
+    def peer_memory(self, ranks: Sequence[int], slot_bytes: int) -> PeerMemory:
+        """Memory that these ranks of this host write to directly, with slots of so many bytes; what they had is dropped.
+
+        All of them call it. Raises NoPeerMemory on all of them, and ConnectionAbortedError as `group` does.
+        """
+        members = tuple(ranks)
+        self.drop_peer_memory(members)
+        self._peer_memories[members] += 1
+        name = f"generation/{self.generation}/peers{self._peer_memories[members]}/{'-'.join(map(str, members))}/"
+        generation = self.generation
+        store = SymmetricStore(self._control, name, lambda: self._aborted or self.generation != generation)
+        count = torch.cuda.device_count()
+        made = PeerMemory(store, members, self.rank, self.device, [rank % count for rank in members], slot_bytes)
+        with self._lock:
+            if not self._aborted:
+                self._groups["peers", members, ""] = made
+                return made
+        made.abort()
+        raise ConnectionAbortedError(ABANDONED)
+
+    def drop_peer_memory(self, ranks: Sequence[int]) -> None:
+        """Forget the memory of these ranks, if there is any; it is freed when nothing else refers to it."""
+        with self._lock:
+            self._groups.pop(("peers", tuple(ranks), ""), None)
 
     def abort(self, deadline_s: float = ABORT_DEADLINE_S) -> bool:
         """Leave every collective and refuse new ones until `renew`. May be called from any thread.
@@ -330,6 +384,7 @@ class DataPlane:
         """Start a new generation of groups."""
         with self._lock:
             self._groups = {}
+            self._peer_memories.clear()  # a rank that was started again counts from the beginning
             self.generation = generation
             self._aborted = False
         gc.collect()

@@ -18,6 +18,7 @@ from .control_client import ControlClient
 from .control_hub import Hub
 from .control_plane import DOOR, INCARNATION, connect
 from .data_plane import DataPlane
+from .processes import shares_gpus
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,18 @@ class RankInfo:
         return info
 
 
-def rank_device(info: RankInfo, cpu: bool) -> torch.device:
+def rank_device(info: RankInfo, cpu: bool, environ: Mapping[str, str] | None = None) -> torch.device:
     """The device of a rank: its local rank's GPU, or the CPU.
 
-    Raises ValueError when there are fewer GPUs than ranks on this host.
+    Raises ValueError when there are fewer GPUs than ranks on this host and they may not share (`shares_gpus`).
     """
     if cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if info.local_world_size > count and shares_gpus(os.environ if environ is None else environ):
+        # NCCL refuses two ranks on one GPU of one host: for it each rank is a host of its own, reached by sockets.
+        os.environ["NCCL_HOSTID"] = f"taco-rank-{info.rank}"
+        return torch.device("cuda", info.local_rank % count)
     if info.local_rank >= count:
         raise ValueError(
             f"rank {info.rank} needs GPU number {info.local_rank} but only {count} are visible; start at most {count} "

@@ -43,6 +43,7 @@ from .machine_profile import MachineProfile, assumed
 from .network_cost import NetworkCost, of_network
 from .plan import ParallelDims, Plan, Workload, choose_plan
 from .rows import can_cut, collect_rows, foreign_parts, replaced_parts, rows_of
+from .transports import Transports, entries_of_call
 
 
 class TACODiTExecutionEngine:
@@ -72,6 +73,8 @@ class TACODiTExecutionEngine:
         self.pipelines = Pipelines(config.parallel, manager)
         self._eight_bit: str | None = None
         self.runner = CapturedCalls(*_fast_ways(config.optimization, manager.device), gather=lockstep.gather)
+        exchange = config.parallel.exchange
+        self.transports = Transports(exchange, manager, lockstep.gather, self.runner.forget, self.clock)
         comfy.model_management.add_memory_holder(self.runner.release_memory)
         self.step_cache = _step_cache(config.optimization)
         if self.step_cache is not None:
@@ -143,7 +146,9 @@ class TACODiTExecutionEngine:
         assert data is not None
         group, copy = functools.partial(self._copies_group, layout), layout.place_of(rank).copy
         if self.config.optimization.engine != "xfuser":
-            return native_plan(group, dims, copy, self.clock)
+            return native_plan(
+                group, dims, copy, self.clock, lambda copies: self.transports.exchange(layout.ranks_of(copies, rank))
+            )
         if dims.ulysses_degree != self.manager.world_size:
             self._warn_once(
                 "xfuser's attention runs by Ulysses over all ranks or not at all; this plan uses the native exchange"
@@ -224,15 +229,27 @@ class TACODiTExecutionEngine:
     ) -> list[torch.Tensor]:
         token_plan = self.token_plan(dims, layout)
         if dims.cfg_degree * dims.data_degree == 1:
+            self._reserve(model, token_plan, batches)
             return self._run(model, batches, model_options, token_plan, layout, pipeline)
         copy = layout.place_of(self.manager.rank).copy
         cfg, data, _, _ = dims.coordinates(copy)
         mine = rows_of(batches, dims, cfg, data)
         parts = [batches[i].select_conds(conds).select_samples(*samples) for i, conds, samples in mine]
         places = [(i, start) for i, _, (start, _) in mine]
+        self._reserve(model, token_plan, parts)
         outs = self._run(model, parts, model_options, token_plan, layout, pipeline, places)
         group = self._copies_group(layout, dims.row_group(copy))
         return collect_rows(batches, dims, outs, functools.partial(self._gather_rows, group))
+
+    def _reserve(self, model: Any, token_plan: UlyssesPlan | TensorPlan | None, batches: list[DenoiserBatch]) -> None:
+        """Room for what the ranks of a token group send one another in these batches, the same for all of them."""
+        inside = None if token_plan is None else token_plan.inside
+        if inside is None or not batches or self._plan is None or self._plan.work is None:
+            return
+        work, rows = self._plan.work, max(batch.x.shape[0] for batch in batches)
+        width = work.hidden_size // max(1, getattr(model.diffusion_model, "num_heads", 1)) * work.heads
+        entries = entries_of_call(rows, work.tokens, width, work.heads, inside.size)
+        self.transports.reserve(inside, entries, model)
 
     def _run(
         self,
@@ -372,6 +389,7 @@ class TACODiTExecutionEngine:
             "reason": None if self._plan is None else self._plan.reason,
             "workload": None if self._plan is None or self._plan.work is None else dataclasses.asdict(self._plan.work),
             "predicted_ms": None if self._plan is None else self._plan.predicted_ms,
+            "exchange": self.transports.text,
             "machine": {"measured": self.profile.measured, "text": self.profile.describe()},
             "considered": [] if self._plan is None else self._plan.considered_as_dicts(),
             "total_calls": self.total_calls,

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .config_manager import DEFAULT_FILE, ConfigError, TacoConfig, load_config, validate_for
-from .processes import die_with_parent, name_process
+from .gpus import Choice, Gpu, choose_gpus, concerns, describe_used, list_gpus
+from .processes import die_with_parent, name_process, shares_gpus
 
 START_MESSAGES = "TACO_START_MESSAGES"  # messages of the start, one per line, for rank 0 to show in the page
 
@@ -26,6 +27,7 @@ class LaunchPlan:
     cpu: bool
     gpus: tuple[int, ...] = ()
     messages: tuple[str, ...] = ()
+    used: str = ""  # the GPUs, for the console; empty on the CPU
 
 
 def is_worker(environ: Mapping[str, str]) -> bool:
@@ -33,77 +35,47 @@ def is_worker(environ: Mapping[str, str]) -> bool:
     return "RANK" in environ and "WORLD_SIZE" in environ
 
 
-def count_gpus() -> int:
-    """NVIDIA GPUs of this machine, without touching them; 0 without a driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
-    try:
-        return pynvml.nvmlDeviceGetCount()
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _visible(environ: Mapping[str, str], present: int) -> tuple[list[str], list[str]]:
-    """(usable, missing) entries of CUDA_VISIBLE_DEVICES, or all GPUs without it."""
-    listed = environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is None:
-        return [str(i) for i in range(present)], []
-    entries = [entry.strip() for entry in listed.split(",") if entry.strip()]
-    known = [e for e in entries if not e.lstrip("-").isdigit() or 0 <= int(e) < present]
-    return known if present else [], [e for e in entries if e not in known or not present]
-
-
-def plan_launch(args: argparse.Namespace, environ: Mapping[str, str], present: int) -> LaunchPlan:
-    """Decide ranks and devices from flags, environment and the number of GPUs present.
+def plan_launch(args: argparse.Namespace, environ: Mapping[str, str], present: Sequence[Gpu]) -> LaunchPlan:
+    """Decide ranks and devices from flags, environment and the GPUs present (`gpus.choose_gpus`).
 
     GPUs that do not exist are left out and named; without any the CPU computes. Raises LaunchError.
     """
-    messages = []
-    if args.cpu:
-        usable: list[str] = []
-    elif args.gpus is not None:
-        usable = [str(gpu) for gpu in args.gpus if gpu < present]
-        missing = [str(gpu) for gpu in args.gpus if gpu >= present]
-        if missing and usable:
-            messages.append(f"GPU {', '.join(missing)} not found ({present} present): left out")
-        if not usable:
-            wanted = ", ".join(str(gpu) for gpu in args.gpus)
-            messages.append(f"GPU {wanted} not found ({present} present): computing on the CPU, which is slow")
-    else:
-        usable, missing = _visible(environ, present)
-        if missing:
-            messages.append(f"CUDA_VISIBLE_DEVICES names GPU {', '.join(missing)}, not found: left out")
-        if not usable:
-            messages.append("no NVIDIA GPU found: computing on the CPU, which is slow")
+    choice = choose_gpus(args, environ, present)
+    usable = list(choice.devices)
     if args.cuda_device is not None and usable:
-        if args.cuda_device >= present:
-            raise LaunchError(f"--cuda-device {args.cuda_device}: this machine has GPUs 0 to {present - 1}")
+        if args.cuda_device >= len(present):
+            raise LaunchError(f"--cuda-device {args.cuda_device}: this machine has GPUs 0 to {len(present) - 1}")
         usable = [str(args.cuda_device)]
+        choice = Choice()  # what would be said of others
     if args.default_device is not None and str(args.default_device) in usable:
         usable = [str(args.default_device), *(g for g in usable if g != str(args.default_device))]
     cpu = not usable
     ranks = args.taco_ranks or max(1, len(usable))
     if args.disable_taco_dit:
         ranks = 1
-    if not cpu and ranks > len(usable):
+    if not cpu and ranks > len(usable) and not shares_gpus(environ):
         raise LaunchError(
             f"--taco-ranks {ranks} needs {ranks} GPUs but {len(usable)} can be used ({', '.join(usable)}); "
             f"give at most {len(usable)}, or add --cpu"
         )
-    gpus = tuple(int(g) for g in usable[:ranks] if g.isdigit())
-    return LaunchPlan(ranks, cpu, gpus, tuple(messages))
+    used = usable[:ranks]
+    gpus = tuple(int(g) for g in used if g.isdigit())
+    said = "" if cpu else describe_used(used, choice.why, present, ranks)
+    return LaunchPlan(ranks, cpu, gpus, (*choice.messages, *concerns(used, present)), said)
+
+
+def settings_file(args: argparse.Namespace, root: str, name: str) -> str:
+    """Where a person's settings are read from: in --base-directory when the file is there, else beside main.py (`root`)."""
+    own = os.path.join(args.base_directory or root, name)
+    return own if os.path.isfile(own) else os.path.join(root, name)
 
 
 def read_config(args: argparse.Namespace, root: str, ranks: int) -> TacoConfig:
-    """The configuration file named by --taco-config, else `taco_dit_config.yaml` in `root`, else defaults.
+    """The configuration file named by --taco-config, else `taco_dit_config.yaml` (`settings_file`), else defaults.
 
     Raises ConfigError.
     """
-    path = args.taco_config or os.path.join(root, DEFAULT_FILE)
+    path = args.taco_config or settings_file(args, root, DEFAULT_FILE)
     if args.taco_config is None and not os.path.isfile(path):
         return TacoConfig()
     return validate_for(load_config(path), ranks)
@@ -143,6 +115,6 @@ def name_rank(environ: Mapping[str, str]) -> None:
 
 
 __all__ = [
-    "ConfigError", "LaunchError", "LaunchPlan", "count_gpus", "die_with_parent", "is_worker", "launch", "name_rank",
-    "plan_launch", "read_config", "worker_environment",
+    "ConfigError", "LaunchError", "LaunchPlan", "die_with_parent", "is_worker", "launch", "list_gpus", "name_rank",
+    "plan_launch", "read_config", "settings_file", "worker_environment",
 ]  # fmt: skip

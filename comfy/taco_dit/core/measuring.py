@@ -26,6 +26,7 @@ from utils import atomic_files
 from .data_plane import Group
 from .distributed_manager import TACODiTDistributedManager
 from .machine_profile import DeviceRates, Link, MachineProfile, assumed
+from .processes import shares_gpus
 from .wire import decode, encode
 
 FILE = os.path.join("taco_dit", "machine.json")  # in the user folder
@@ -248,9 +249,11 @@ def agreed_profile(manager: TACODiTDistributedManager, path: str, captured: bool
     """The profile of this machine, the same on every rank: kept in the file at `path`, else measured now.
 
     captured: whether calls run in CUDA graphs. again: measure even if there is a kept one. Every rank calls it at its
-    start. CPU ranks are measured only with `again`.
+    start. CPU ranks are measured only with `again`, ranks that share a GPU never: they plan as if each had its own, since
+    trying what that does is what sharing is for.
     """
-    if manager.device.type != "cuda" and not again:
+    cuda = manager.device.type == "cuda"
+    if not (cuda or again) or (cuda and manager.world_size > 1 and shares_gpus(os.environ)):
         return assumed(manager.world_size)
     if manager.control is None:
         return _alone(manager, path, captured, again)

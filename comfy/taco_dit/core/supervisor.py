@@ -44,6 +44,10 @@ class GivingUp(Exception):
         self.status = status
 
 
+class Stopped(Exception):
+    """A signal asked for the end while ranks were being started."""
+
+
 class Supervisor:
     """Runs `command` on `ranks` processes with `environment`; `run` returns the job's exit status."""
 
@@ -85,11 +89,13 @@ class Supervisor:
                     status = self._look_at_processes()
                     if status is not None:
                         return status
+            except Stopped:
+                return 128 + (self._signal or 0)
             except GivingUp as end:
                 _say(str(end))
                 return end.status
             finally:
-                self._end_all(self._signal or signal.SIGTERM)
+                self._end_all(signal.SIGTERM)
                 self._close_template()
                 self._hub.close()
 
@@ -117,6 +123,8 @@ class Supervisor:
 
     def _take_signal(self, number: int, frame: Any) -> None:
         self._signal = number
+        if self._template is not None and not self._processes:
+            self._template.abandon()  # it may be importing for some seconds yet
 
     # --- processes -------------------------------------------------------------------------------------------------
 
@@ -125,6 +133,8 @@ class Supervisor:
         self._incarnations = dict.fromkeys(range(self._ranks), 0)
         for rank in range(self._ranks):
             self._start(rank)
+            if self._signal is not None:
+                raise Stopped
 
     def _start(self, rank: int) -> None:
         """Start a rank; from the main thread only: Linux ends a child with the thread that started it (`die_with_parent`)."""
@@ -150,6 +160,8 @@ class Supervisor:
             try:
                 return self._template.start(environment, door)
             except RuntimeError as error:
+                if self._signal is not None:
+                    raise Stopped from None
                 _say(f"ranks are started one by one: {error}")
                 self._fork = False
         return subprocess.Popen(self._command, env=environment, start_new_session=True, pass_fds=[door])

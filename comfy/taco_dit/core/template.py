@@ -141,6 +141,10 @@ class RankTemplate:
         self._ranks.clear()
         self._socket.close()
 
+    def abandon(self) -> None:
+        """End the template, so that a `start` that waits for it raises RuntimeError; from a signal handler."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the template; ranks must have ended."""
         if self.alive:
@@ -269,7 +273,7 @@ def _become_rank(environment: dict[str, str], changes: Mapping[str, str | None],
 
     os.setsid()
     for number in (signal.SIGCHLD, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.default_int_handler)
+        signal.signal(number, signal.SIG_DFL)
     os.set_inheritable(door, True)  # for `execv`
     os.environ.clear()
     os.environ.update(environment)

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
     args = parse_command_line(flags)
     try:
-        plan = launcher.plan_launch(args, os.environ, launcher.count_gpus())
+        plan = launcher.plan_launch(args, os.environ, launcher.list_gpus())
     except launcher.LaunchError as error:
         print(f"problem: {error}", file=sys.stderr)
         return 1

@@ -20,11 +20,37 @@ from comfy.taco_dit.core.plan import share
 Range = tuple[int, int]
 
 
+class Arriving(Protocol):
+    """Something on its way."""
+
+    def result(self) -> Any:
+        """It, when it can be used: on a GPU at once, where the current stream waits instead."""
+
+
+class Here:
+    """An `Arriving` that has arrived."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def result(self) -> Any:
+        return self._value
+
+
 class Exchange(Protocol):
     """A transport of heads and tokens within one token group."""
 
     size: int
     index: int
+
+    def during_blocks(self) -> contextlib.AbstractContextManager[None]:
+        """See `comfy.ldm.dit_state.TokenPlan.during_blocks`."""
+
+    def start_heads(self, parts: Sequence[torch.Tensor], heads: Sequence[Range], tokens: Sequence[int]) -> Arriving:
+        """Begin `to_heads`. The result must have been read when the fourth transfer after it is begun."""
+
+    def start_tokens(self, out: torch.Tensor, heads: Sequence[Range], tokens: Sequence[int]) -> Arriving:
+        """Begin `to_tokens`; the same rule holds."""
 
     def to_heads(
         self, parts: Sequence[torch.Tensor], heads: Sequence[Range], tokens: Sequence[int]
@@ -111,6 +137,15 @@ class SingleExchange:
 
     size, index = 1, 0
 
+    def during_blocks(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def start_heads(self, parts: Sequence[torch.Tensor], heads: Sequence[Range], tokens: Sequence[int]) -> Arriving:
+        return Here(list(parts))
+
+    def start_tokens(self, out: torch.Tensor, heads: Sequence[Range], tokens: Sequence[int]) -> Arriving:
+        return Here(out)
+
     def to_heads(
         self, parts: Sequence[torch.Tensor], heads: Sequence[Range], tokens: Sequence[int]
     ) -> list[torch.Tensor]:
@@ -171,6 +206,20 @@ class CollectiveExchange:
         self.index = group.index
         self._timed = contextlib.nullcontext if clock is None else clock.exchange
 
+    def during_blocks(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def start_heads(self, parts: Sequence[torch.Tensor], heads: Sequence[Range], tokens: Sequence[int]) -> Arriving:
+        return Here(CollectiveExchange.to_heads(self, parts, heads, tokens))
+
+    def start_tokens(self, out: torch.Tensor, heads: Sequence[Range], tokens: Sequence[int]) -> Arriving:
+        return Here(CollectiveExchange.to_tokens(self, out, heads, tokens))
+
+    def check_tokens(self, local: int, tokens: Sequence[int]) -> None:
+        """Raises ValueError when this rank does not hold what the plan says."""
+        if local != tokens[self.index]:
+            raise ValueError(f"rank {self.index} holds {local} tokens where the plan says {tokens[self.index]}")
+
     def _all_to_all(self, send: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         """Flat exchange; counts are elements per rank."""
         out = send.new_empty(sum(received))
@@ -182,8 +231,7 @@ class CollectiveExchange:
         self, parts: Sequence[torch.Tensor], heads: Sequence[Range], tokens: Sequence[int]
     ) -> list[torch.Tensor]:
         batch, _, local, size = parts[0].shape
-        if local != tokens[self.index]:
-            raise ValueError(f"rank {self.index} holds {local} tokens where the plan says {tokens[self.index]}")
+        self.check_tokens(local, tokens)
         counts = [stop - start for start, stop in heads]
         send = pack_heads(tuple(parts), tuple(heads))
         unit = batch * len(parts) * size

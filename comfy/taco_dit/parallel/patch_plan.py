@@ -146,7 +146,7 @@ class RememberedMeeting(HeadMeeting):
     def send(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         super().send(q, k, v)
         plan, lengths = self._plan, self._spec.sources.lengths
-        _, k, v = self._inputs
+        _, k, v = self._inputs.result()
         # from the order of ranks, in which they arrived, to that of patches
         index = plan.orders(lengths, k.device)[0][plan.places(lengths, k.device)]
         layer = plan.layer(self._spec.layer)

@@ -11,9 +11,10 @@ log-sum-exp and must see all tokens of its heads, so such a call takes Ulysses o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,12 @@ class RingPlan(UlyssesPlan):
         self.heads, self.ring = heads, ring
         self.zigzag = functools.cache(self._zigzag)
 
+    @contextlib.contextmanager
+    def during_blocks(self) -> Iterator[None]:
+        """See `comfy.ldm.dit.TokenPlan.during_blocks`."""
+        with self.exchange.during_blocks(), self.heads.during_blocks():
+            yield
+
     def part(self, counts: tuple[int, ...], index: int) -> tuple[int, int]:
         """[start, stop) in rank order of the tokens of part `index`; `counts` are the tokens of each rank."""
         first = index * self.heads.size
@@ -77,16 +84,23 @@ class RingPlan(UlyssesPlan):
 
 
 def native_plan(
-    group: Callable[[tuple[int, ...]], Any], dims: ParallelDims, rank: int, clock: Any = None
-) -> UlyssesPlan:
-    """The token plan of `rank` under `dims`; `group` makes the process group of some ranks."""
-    exchange = CollectiveExchange(group(dims.token_group(rank)), clock)
+    group: Callable[[tuple[int, ...]], Any], dims: ParallelDims, rank: int, clock: Any = None,
+    exchange_of: Callable[[tuple[int, ...]], Exchange] | None = None,
+) -> UlyssesPlan:  # fmt: skip
+    """The token plan of `rank` under `dims`.
+
+    group: makes the process group of some ranks. exchange_of: makes the exchange of heads among some; default:
+    collectives.
+    """
+
+    def collectives(ranks: tuple[int, ...]) -> Exchange:
+        return CollectiveExchange(group(ranks), clock)
+
+    exchange_of = exchange_of or collectives
     if dims.ring_degree == 1:
-        return UlyssesPlan(exchange)
-    heads: Exchange = SingleExchange()
-    if dims.ulysses_degree > 1:
-        heads = CollectiveExchange(group(dims.ulysses_group(rank)), clock)
-    return RingPlan(exchange, heads, CollectiveRing(group(dims.ring_group(rank)), clock))
+        return UlyssesPlan(exchange_of(dims.token_group(rank)))
+    heads = SingleExchange() if dims.ulysses_degree == 1 else exchange_of(dims.ulysses_group(rank))
+    return RingPlan(collectives(dims.token_group(rank)), heads, CollectiveRing(group(dims.ring_group(rank)), clock))
 
 
 class RingMeeting:
@@ -207,7 +221,8 @@ class RingMeeting:
         plan, out = self._plan, self._out
         if self._dealt:
             out = plan.zigzag(self._spec.queries.lengths, out.device).take_back(plan.ring, out)
-        self._returned = plan.heads.to_tokens(out, self._ranges[0], self._queries)
+        self._returning = plan.heads.start_tokens(out, self._ranges[0], self._queries)
 
     def result(self) -> torch.Tensor:
-        return self._returned
+        returned: torch.Tensor = self._returning.result()
+        return returned

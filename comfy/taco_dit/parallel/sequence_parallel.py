@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -51,6 +52,28 @@ def _counts(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
     return tuple(sum(stop - start for start, stop in parts) for parts in bounds)
 
 
+class ArrivingHeads:
+    """Queries, keys and values on their way to the ranks of their heads."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        ranges: tuple[list[Range], list[Range]],
+        queries: Sequence[int],
+        sources: Sequence[int],
+    ) -> None:
+        (q, k, v), (heads, shared) = inputs, ranges
+        if q.shape == k.shape and queries == sources and heads == shared:
+            self._parts = [exchange.start_heads((q, k, v), heads, queries)]
+        else:
+            self._parts = [exchange.start_heads((q,), heads, queries), exchange.start_heads((k, v), shared, sources)]
+
+    def result(self) -> list[torch.Tensor]:
+        """q, k and v as from `bring_heads`."""
+        return [tensor for part in self._parts for tensor in part.result()]
+
+
 def bring_heads(
     exchange: Exchange,
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -62,10 +85,7 @@ def bring_heads(
 
     ranges: as from `head_ranges`. queries, sources: tokens of each rank on both sides.
     """
-    (q, k, v), (heads, shared) = inputs, ranges
-    if q.shape == k.shape and queries == sources and heads == shared:
-        return exchange.to_heads((q, k, v), heads, queries)
-    return [*exchange.to_heads((q,), heads, queries), *exchange.to_heads((k, v), shared, sources)]
+    return ArrivingHeads(exchange, inputs, ranges, queries, sources).result()
 
 
 class UlyssesPlan:
@@ -83,6 +103,10 @@ class UlyssesPlan:
     def inside(self) -> UlyssesPlan:
         """See `comfy.ldm.dit.TokenPlan.inside`."""
         return self
+
+    def during_blocks(self) -> AbstractContextManager[None]:
+        """See `comfy.ldm.dit.TokenPlan.during_blocks`."""
+        return self.exchange.during_blocks()
 
     def outputs(self, layers: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
         """See `comfy.ldm.dit.TokenPlan.outputs`."""
@@ -140,11 +164,11 @@ class HeadMeeting:
         self._sources = plan.counts(spec.sources.lengths)
 
     def send(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        self._inputs = bring_heads(self._plan.exchange, (q, k, v), self._ranges, self._queries, self._sources)
+        self._inputs = ArrivingHeads(self._plan.exchange, (q, k, v), self._ranges, self._queries, self._sources)
 
     def attend(self) -> None:
         plan, spec = self._plan, self._spec
-        q, k, v = self._inputs
+        q, k, v = self._inputs.result()
         mine, keys = (ranges[plan.index] for ranges in self._ranges)
         k, v = plan.fitting_keys(spec, mine, keys, k, v)
         if q.shape[1] == 0:  # more ranks than heads: this one only keeps tokens
@@ -163,10 +187,11 @@ class HeadMeeting:
         return t.index_select(2, self._plan.orders(lengths, t.device)[back])
 
     def send_back(self) -> None:
-        self._returned = self._plan.exchange.to_tokens(self._out, self._ranges[0], self._queries)
+        self._returning = self._plan.exchange.start_tokens(self._out, self._ranges[0], self._queries)
 
     def result(self) -> torch.Tensor:
-        return self._returned
+        returned: torch.Tensor = self._returning.result()
+        return returned
 
 
 class RowMeeting:

@@ -79,6 +79,10 @@ class TensorPlan:
         """This rank's tokens [B, L, C] of the sum over the copy's ranks of y [B, L', C]."""
         return self.among.sum_parts(y, 1, self._inside(lengths))
 
+    def during_blocks(self) -> contextlib.AbstractContextManager[None]:
+        """See `comfy.ldm.dit.TokenPlan.during_blocks`."""
+        return contextlib.nullcontext() if self.inside is None else self.inside.during_blocks()
+
     def outputs(self, layers: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
         """See `comfy.ldm.dit.TokenPlan.outputs`: each rank computes its part of each, which are gathered together."""
         found: list[tuple[LinearPart, torch.Tensor]] = []

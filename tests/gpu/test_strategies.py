@@ -1,4 +1,4 @@
-"""Parts of weights on GPUs: NCCL's collectives in captured graphs, gathers on a side stream, memory."""
+"""Strategies on GPUs: NCCL's collectives in captured graphs, gathers and rings on side streams."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.prompt_server import BenchmarkServer
 from tests.e2e.workflows import flux, with_areas, with_lora
-from tests.gpu.conftest import FP32
+from tests.gpu.conftest import FP32, gpu_ranks
 
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("graphs", ["auto", "false"])
 @pytest.mark.parametrize("ranks,layout,content", [
+    (2, "whole", "parallel: {ulysses_degree: 2}"),
+    (2, "whole", "parallel: {ring_degree: 2}"),
+    (3, "whole", "parallel: {ulysses_degree: 3}"),
+    (4, "whole", "parallel: {ulysses_degree: 2, ring_degree: 2}"),
+    (2, "whole", "parallel: {ulysses_degree: 2, exchange: peer}"),
+    (3, "whole", "parallel: {ulysses_degree: 3, exchange: peer}"),
+    (4, "whole", "parallel: {ulysses_degree: 2, ring_degree: 2, exchange: peer}"),
+    (2, "pipeline 2", "parallel: {pipeline_parallel: true}"),
     (2, "tensor 2", "parallel: {tensor_parallel: true, tensor_parallel_degree: 2}"),
     (3, "tensor 3", "parallel: {tensor_parallel: true}"),
     (2, "sharded", "memory: {shard_weights: true}"),
@@ -26,8 +33,8 @@ def test_same_pictures(
     serve: Callable[..., BenchmarkServer], tmp_path: Path, ranks: int, layout: str, content: str, graphs: str
 ) -> None:
     """In fp32 at most 1/255 from one rank, plainly, captured, replayed, and after a LoRA came and went."""
-    if ranks > torch.cuda.device_count():
-        pytest.skip(f"needs {ranks} GPUs")
+    if ranks > gpu_ranks():
+        pytest.skip(f"needs {ranks} ranks on GPUs")
     config = tmp_path / "taco.yaml"
     config.write_text(f"{content}\noptimization: {{use_cuda_graph: {graphs}}}\n")
     one = serve(1, *FP32)
@@ -40,5 +47,6 @@ def test_same_pictures(
             assert abs(picture - wanted).max() <= 1
         status = many.json("/taco_dit/status")
         assert status["layout"] == layout
+        assert "exchange: peer" not in content or status["exchange"] == "copy engines"
         replayed = sum(prompt["counts"].get("calls_replayed", 0) for prompt in status["last_prompts"])
-        assert (replayed > 0) is (graphs == "auto")
+        assert (replayed > 0) is (graphs == "auto" and not layout.startswith("pipeline"))
