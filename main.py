@@ -54,9 +54,6 @@ def main(argv: list[str]) -> int:
             argv = [*argv, "--cpu"]
             args.cpu = True
         if plan.ranks > 1:
-            from app.run import apply_directories
-
-            apply_directories(args, ROOT)  # so should one in the files that name folders
             fork = sys.platform == "linux" and os.environ.get(FORK) != "0"
             return launcher.launch(plan, os.path.join(ROOT, "main.py"), argv, fork)
         os.environ.update(launcher.worker_environment(plan, os.environ))
