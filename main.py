@@ -8,7 +8,6 @@ torchrun --nproc-per-node 4 main.py             started by torchrun directly, al
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -30,20 +29,22 @@ def main(argv: list[str]) -> int:
     args = parse_command_line(argv)
     args.original_argv = list(argv)
     os.environ.update(NO_TELEMETRY)
+    prepared = None
     if args.cuda_malloc:  # read by torch when it is imported
         chosen = [part for part in [os.environ.get(ALLOCATOR, "")] if part]
         os.environ[ALLOCATOR] = ",".join([*chosen, "backend:cudaMallocAsync"])
     if TEMPLATE in os.environ:
+        from app.run import prepare
         from comfy.taco_dit.core.template import serve
 
-        serve()  # goes on from here in each rank
+        prepared = serve(lambda: prepare(args, ROOT))  # goes on from here in each rank
     try:
         if launcher.is_worker(os.environ):
             from app.run import run_rank
 
             launcher.die_with_parent()
             launcher.name_rank(os.environ)
-            return run_rank(args, ROOT)
+            return run_rank(args, ROOT, prepared)
         from app.start_checks import check_start
 
         plan = launcher.plan_launch(args, os.environ, launcher.list_gpus())
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
             argv = [*argv, "--cpu"]
             args.cpu = True
         if plan.ranks > 1:
-            return launcher.launch(plan, os.path.join(ROOT, "main.py"), argv, _may_fork(args))
+            fork = sys.platform == "linux" and os.environ.get(FORK) != "0"
+            return launcher.launch(plan, os.path.join(ROOT, "main.py"), argv, fork)
         os.environ.update(launcher.worker_environment(plan, os.environ))
         from app.run import run_rank
 
@@ -63,17 +65,6 @@ def main(argv: list[str]) -> int:
     except (launcher.LaunchError, launcher.ConfigError) as error:
         print(f"TACO-DiT: {error}", file=sys.stderr, flush=True)
         return 2
-
-
-def _may_fork(args: argparse.Namespace) -> bool:
-    """Whether ranks may be forked from a process that has imported torch: not before a pack's own preparations."""
-    if sys.platform != "linux" or os.environ.get(FORK) == "0":
-        return False
-    from app.prestartup import scripts
-    from app.run import apply_directories
-
-    apply_directories(args, ROOT)
-    return not scripts(args)
 
 
 if __name__ == "__main__":

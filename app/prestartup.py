@@ -1,12 +1,17 @@
-"""`prestartup_script.py` of node packs: run before the program sets itself up, so that packs can prepare for it."""
+"""`prestartup_script.py` of node packs: run before the program sets itself up, so that packs can prepare for it.
+
+Where ranks are forked from one process, that process runs the scripts, once for all of them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
 import time
+from collections.abc import Iterator
 
 import folder_paths
 
@@ -25,17 +30,39 @@ def scripts(args: argparse.Namespace) -> list[str]:
     return found
 
 
-def run_prestartup_scripts(args: argparse.Namespace) -> None:
+Times = list[tuple[float, str, bool]]  # seconds, folder of the pack, whether its script worked
+
+
+def run_prestartup_scripts(args: argparse.Namespace) -> Times:
     """Run the script of every pack that the flags let in; one that fails is named and skipped."""
-    times: list[tuple[float, str, bool]] = []
+    times: Times = []
     for script in scripts(args):
         before = time.perf_counter()
-        good = _run(script)
+        with _one_at_a_time(script):
+            good = _run(script)
         times.append((time.perf_counter() - before, os.path.dirname(script), good))
+    return times
+
+
+def report(times: Times) -> None:
+    """Log how long the scripts took."""
     if times:
         logging.info("Prestartup times for custom nodes:")
         for seconds, path, good in sorted(times):
             logging.info("%6.1f seconds%s: %s", seconds, "" if good else " (PRESTARTUP FAILED)", path)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(script: str) -> Iterator[None]:
+    """No two ranks that were started as programs of their own run a script at once: scripts write files."""
+    with open(script, "rb") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # not on this system, or not on this file system
+            pass
+        yield
 
 
 def _run(script: str) -> bool:

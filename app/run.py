@@ -10,24 +10,35 @@ import shutil
 import signal
 import sys
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from app.prestartup import Times
 
 # How long Python lets one thread run while another waits. The server's thread gives way at each write to a page, so with
 # Python's 5 ms a message to a hundred pages took half a second while a node was computing.
 SWITCH_INTERVAL_S = 0.0005
 
 
-def run_rank(args: argparse.Namespace, root: str) -> int:
-    """Set this process up as one rank and run it until it is stopped.
-
-    Raises ConfigError for a configuration that does not fit the ranks.
-    """
+def prepare(args: argparse.Namespace, root: str) -> Times:
+    """What comes before torch is imported: folders, and the packs' scripts, which may set what torch reads then."""
     from app.prestartup import run_prestartup_scripts
 
-    _set_up_logging(args, int(os.environ.get("RANK", "0")))
     apply_directories(args, root)
     _make_directories(first=os.environ.get("RANK", "0") == "0")
-    run_prestartup_scripts(args)  # before torch is imported: they may set what it reads then
+    return run_prestartup_scripts(args)
+
+
+def run_rank(args: argparse.Namespace, root: str, prepared: Times | None = None) -> int:
+    """Set this process up as one rank and run it until it is stopped.
+
+    `prepared` is what `prepare` returned where it has run, in the process that this one is a fork of. Raises ConfigError
+    for a configuration that does not fit the ranks.
+    """
+    from app.prestartup import report
+
+    _set_up_logging(args, int(os.environ.get("RANK", "0")))
+    report(prepare(args, root) if prepared is None else prepared)
     from comfy import media
     from comfy.taco_dit.core.distributed_manager import RankInfo
 
@@ -144,15 +155,19 @@ def _attention_flag(args: argparse.Namespace, device: Any) -> str | None:
     return next((name for name, given in flags.items() if given and device.type == "cuda"), None)
 
 
-def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEventLoop) -> None:
+def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEventLoop, manager: Any) -> None:
     import nodes
+    from comfy.taco_dit.core.pack_turns import PackTurns
 
+    turns = PackTurns(manager.control, manager.rank)
     loop.run_until_complete(
         nodes.init_extra_nodes(
             init_custom_nodes=not args.disable_all_custom_nodes or bool(args.whitelist_custom_nodes),
             init_api_nodes=not args.disable_api_nodes,
+            turn=turns.turn,
         )
     )
+    turns.over()
     server.add_routes()
 
 
@@ -170,7 +185,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     panel = _make_panel(server, current)
     demo.add_workflows()
     queue = PromptQueue(server, _open_store(args))
-    _load_nodes(args, server, loop)
+    _load_nodes(args, server, loop, current.manager)
     announce = getattr(current.lockstep, "announce", None)
     cache_type, cache_args = cache_choice(args)
     worker = PromptWorker(
@@ -304,7 +319,7 @@ def _follow(args: argparse.Namespace, current: Any) -> int:
     asyncio.set_event_loop(loop)
     server = PromptServer(loop, listening=False)
     logging.getLogger().setLevel(logging.ERROR)  # rank 0 lists the packs that could not be imported
-    _load_nodes(args, server, loop)
+    _load_nodes(args, server, loop, current.manager)
     logging.getLogger().setLevel(logging.WARNING)
     cache_type, cache_args = cache_choice(args)
     worker = PromptWorker(None, server, lockstep=current.lockstep, cache_type=cache_type, cache_args=cache_args)

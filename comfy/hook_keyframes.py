@@ -113,7 +113,11 @@ class HookKeyframeGroup:
     def prepare_current_keyframe(
         self, curr_t: float | torch.Tensor, transformer_options: dict[str, Any] | None = None
     ) -> bool:
-        """Move on to the keyframe that holds at sigma `curr_t`; returns whether the strength changed."""
+        """Move on to the keyframe that holds at sigma `curr_t`; returns whether the strength changed.
+
+        Progress turned into sigmas is in double precision. Sigmas of steps are float32, and so is the comparison with
+        them: else a keyframe that begins exactly at a step would begin one step later.
+        """
         current_t = float(curr_t)
         if self.is_empty() or current_t == self._current_t:
             return False
@@ -125,7 +129,7 @@ class HookKeyframeGroup:
         if self._used_steps >= self._current.get_effective_guarantee_steps(highest):
             for i in range(self._index + 1, len(self.keyframes)):
                 candidate = self.keyframes[i]
-                if candidate.start_t < current_t:
+                if candidate.start_t < curr_t:  # in the precision of `curr_t`
                     break
                 self._index, self._current, self._used_steps = i, candidate, 0
                 if candidate.get_effective_guarantee_steps(highest) > 0:

@@ -56,7 +56,7 @@ def current_task() -> tuple[str, str]:
 
 
 def is_alone() -> bool:
-    """Whether this code runs on rank 0 only."""
+    """Whether this code runs without the other ranks, as nodes do that run on rank 0 only."""
     return _alone.get()
 
 
@@ -164,6 +164,10 @@ class Lockstep:
     def share(self, topic: str, produce: Callable[[], Any]) -> Any:
         """Like `decide` for large results: rank 0's `produce()`, tensors included, on every rank (on the CPU)."""
         return produce()
+
+    def offer(self, topic: str, produce: Callable[[], Any]) -> tuple[bool, Any]:
+        """Like `share`, where it may turn out that the value cannot be sent: `(sent, value)`, None where it is not there."""
+        return True, produce()
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -89,8 +89,10 @@ class NodeCall:
         """Fill in the inputs; returns the names that are not there yet."""
         if not self.first_only:
             self.ranks.share_inputs(self.unique_id, self.execution_list.get_cache)
-        if self.skipped:
-            return {}
+        return {} if self.skipped else self.read_inputs()
+
+    def read_inputs(self) -> dict[str, bool]:
+        """Fill in the inputs from what this rank has; the names that are not there yet."""
         self.input_data_all, missing, self.v3_data = get_input_data(
             self.inputs, self.class_def, self.unique_id, self.execution_list, self.dynprompt, self.extra_data
         )

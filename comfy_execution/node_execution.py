@@ -193,6 +193,43 @@ class _Finished(NamedTuple):
     has_subgraph: bool
 
 
+async def _call(call: NodeCall, executed: Any) -> tuple[Any, dict[str, Any], bool, bool]:
+    """Call the node's function on this rank; what `get_output_data` returns."""
+
+    def before(call_index: int) -> None:
+        GraphBuilder.set_default_prefix(call.unique_id, call_index, 0)
+
+    alone: AbstractContextManager[Any] = call.ranks.lockstep.alone() if call.first_only else nullcontext()
+    collecting_files: AbstractContextManager[Any] = nullcontext([]) if _is_watched() else writers.collecting()
+    with alone, call.ranks.files_aside(call.class_def), collecting_files as call.files:
+        return await seams.replaceable().get_output_data(
+            call.prompt_id,
+            call.unique_id,
+            call.class_def if is_v3(call.class_def) else call.instance(),
+            call.input_data_all or {},
+            execution_block_cb=call.blocked(executed),
+            pre_execute_cb=before,
+            v3_data=call.v3_data,
+        )
+
+
+async def _hand_over(call: NodeCall, output: Any, ui: dict[str, Any], executed: Any) -> tuple[Any, dict[str, Any]]:
+    """Give the other ranks what a node returned on rank 0; where it cannot be sent, they run the node by themselves.
+
+    Their random generators are where rank 0's were before it ran the node, and their inputs are the same.
+    """
+    sent, values = call.ranks.lockstep.offer(f"outputs of node {call.unique_id}", lambda: output)
+    if not sent:
+        call.ranks.share_inputs(call.unique_id, call.execution_list.get_cache)
+        if call.skipped:
+            call.read_inputs()
+            values, ui, has_subgraph, _ = await _call(call, executed)
+            if has_subgraph:
+                raise RuntimeError(f"{call.class_type} returned a sub-graph that it did not return on rank 0")
+    call.first_only = False  # every rank has the outputs
+    return values, ui
+
+
 async def _run(call: NodeCall, executed: Any, pending_async_nodes: dict[str, Any]) -> tuple[Any, dict[str, Any], str]:
     """Call the node (or collect a call begun earlier): `(outputs, ui, outcome)`."""
     unique_id = call.unique_id
@@ -202,7 +239,7 @@ async def _run(call: NodeCall, executed: Any, pending_async_nodes: dict[str, Any
     ui: dict[str, Any] = {}
     has_subgraph = pending = False
     if not collecting:
-        await call.ranks.align_random(call.first_only)
+        await call.ranks.align_random(unique_id, call.first_only)
     if call.skipped:
         pending_async_nodes.pop(unique_id, None)
     elif collecting:
@@ -213,29 +250,20 @@ async def _run(call: NodeCall, executed: Any, pending_async_nodes: dict[str, Any
             values = await seams.replaceable().resolve_map_node_over_list_results(begun)
             output, ui, has_subgraph = get_output_from_returns(values, call.class_def)
     else:
-
-        def before(call_index: int) -> None:
-            GraphBuilder.set_default_prefix(unique_id, call_index, 0)
-
-        alone: AbstractContextManager[Any] = call.ranks.lockstep.alone() if call.first_only else nullcontext()
-        collecting_files: AbstractContextManager[Any] = nullcontext([]) if _is_watched() else writers.collecting()
-        with alone, collecting_files as call.files:
-            output, ui, has_subgraph, pending = await seams.replaceable().get_output_data(
-                call.prompt_id,
-                unique_id,
-                call.class_def if is_v3(call.class_def) else call.instance(),
-                call.input_data_all or {},
-                execution_block_cb=call.blocked(executed),
-                pre_execute_cb=before,
-                v3_data=call.v3_data,
-            )
+        output, ui, has_subgraph, pending = await _call(call, executed)
     outcome = PENDING if pending else EXPAND if has_subgraph else DONE
-    if not call.ranks.several or not (call.first_only or is_async):
+    if not call.ranks.several:
+        return output, ui, outcome
+    if not (call.first_only or is_async):
+        if outcome == DONE:
+            output = call.ranks.agree_on_texts(unique_id, output)
         return output, ui, outcome
     agreed = await call.ranks.decide("outcome", lambda: outcome)
     if call.first_only:
         if agreed == EXPAND:
             output = call.ranks.lockstep.share(f"sub-graph of node {unique_id}", lambda: output)
+        elif agreed == DONE and call.ranks.hands_over(unique_id, call.first_only):
+            output, ui = await _hand_over(call, output, ui, executed)
     elif outcome == PENDING and agreed != PENDING:
         values = await seams.replaceable().resolve_map_node_over_list_results(output)
         output, ui, has_subgraph = get_output_from_returns(values, call.class_def)

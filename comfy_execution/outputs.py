@@ -21,14 +21,20 @@ def _as_tuple(result: Any, obj: Any) -> Any:
 
 
 def merge_result_data(results: list[Any], obj: Any) -> list[list[Any]]:
-    """Per output slot the values of all calls; slots marked OUTPUT_IS_LIST are joined."""
-    slots = len(results[0])
-    is_list = list(getattr(obj, "OUTPUT_IS_LIST", ())) or [False] * slots
+    """Per output slot the values of all calls; slots marked OUTPUT_IS_LIST are joined.
+
+    Where a call returned fewer values than the node declares, the rest are None.
+    """
+    slots = max(len(obj.RETURN_TYPES), *(len(result) for result in results))
+    is_list = list(getattr(obj, "OUTPUT_IS_LIST", ()))
     merged: list[list[Any]] = []
-    for slot, flatten in zip(range(slots), is_list, strict=False):
+    for slot in range(slots):
+        flatten = slot < len(is_list) and is_list[slot]
         values: list[Any] = []
         for result in results:
-            if flatten and not isinstance(result[slot], ExecutionBlocker):
+            if slot >= len(result):
+                values.append(None)
+            elif flatten and not isinstance(result[slot], ExecutionBlocker):
                 values.extend(result[slot])
             else:
                 values.append(result[slot])

@@ -8,7 +8,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -139,8 +140,18 @@ async def load_custom_node(module_path: str, ignore: Collection[str] = (), modul
     return False
 
 
-async def init_external_custom_nodes() -> None:
-    """Load every pack in the custom_nodes folders, as the flags allow, and log how long each took."""
+Turn = Callable[[str], AbstractContextManager[None]]
+
+
+def _at_once(name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+async def init_external_custom_nodes(turn: Turn = _at_once) -> None:
+    """Load every pack in the custom_nodes folders, as the flags allow, and log how long each took.
+
+    With several ranks `turn(path)` says when this one may load a pack.
+    """
     import nodes
     from comfy.cli_args import args
 
@@ -158,8 +169,9 @@ async def init_external_custom_nodes() -> None:
             if args.disable_all_custom_nodes and entry not in args.whitelist_custom_nodes:
                 logging.info("Skipping %s due to --disable-all-custom-nodes", entry)
                 continue
-            before = time.perf_counter()
-            loaded = await load_custom_node(path, known)
+            with turn(path):
+                before = time.perf_counter()
+                loaded = await load_custom_node(path, known)
             times.append((time.perf_counter() - before, path, loaded))
     if times:
         logging.info("\nImport times for custom nodes:")
@@ -176,14 +188,16 @@ async def init_builtin_extra_nodes() -> list[str]:
     ]
 
 
-async def init_extra_nodes(init_custom_nodes: bool = True, init_api_nodes: bool = True) -> list[str]:
+async def init_extra_nodes(
+    init_custom_nodes: bool = True, init_api_nodes: bool = True, turn: Turn = _at_once
+) -> list[str]:
     """Load the extra nodes, then the custom ones. Returns the built-in files that failed; they are logged as well.
 
     `init_api_nodes` is there for callers written for ComfyUI: there are no remote, paid nodes here.
     """
     failed = await init_builtin_extra_nodes()
     if init_custom_nodes:
-        await init_external_custom_nodes()
+        await init_external_custom_nodes(turn)
     if failed:
         logging.warning("WARNING: some comfy_extras nodes did not import: %s", ", ".join(failed))
     return failed

@@ -458,6 +458,9 @@ BoundingBox = _with_type("BOUNDING_BOX")
 Array = _with_type("ARRAY", list)
 ImageCompare = _with_type("IMAGECOMPARE")
 File3DAny = _with_type("FILE_3D")
+File3DGLB, File3DGLTF = _with_type("FILE_3D_GLB"), _with_type("FILE_3D_GLTF")
+File3DFBX, File3DOBJ = _with_type("FILE_3D_FBX"), _with_type("FILE_3D_OBJ")
+File3DSTL, File3DUSDZ = _with_type("FILE_3D_STL"), _with_type("FILE_3D_USDZ")
 AnyType = _with_type("*")
 
 

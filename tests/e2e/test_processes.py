@@ -108,17 +108,25 @@ def test_a_server_that_starts_again_in_its_process(base, serve):
         assert after[0] == pids[0] and after[1] != pids[1]
 
 
-def test_a_pack_that_prepares_the_start_has_ranks_started_one_by_one(tmp_path):
-    """Its script must run before torch is imported, on every rank."""
+def test_a_pack_that_prepares_the_start_does_so_once_for_all_ranks(tmp_path):
+    """Before torch is imported, in the process that ranks are forked from; also for a rank that is replaced."""
     pack = tmp_path / "custom_nodes" / "prepares"
     pack.mkdir(parents=True)
     (pack / "prestartup_script.py").write_text(
-        "import sys\nprint('prepared before torch:', 'torch' not in sys.modules, flush=True)\n"
+        "import os, sys\nprint('prepared before torch:', 'torch' not in sys.modules, flush=True)\n"
+        "os.environ['PREPARED'] = os.environ.get('PREPARED', '') + 'yes'\nos.environ.pop('NOT_WANTED')\n"
     )
-    (pack / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
-    with Server(str(tmp_path), 2) as server:
-        assert psutil.Process(server.pids()[0]).parent().pid == server.process.pid
-        assert wait_until(lambda: server.log.count("prepared before torch: True") == 2, 5), server.tail()
+    (pack / "__init__.py").write_text(
+        "import os\nassert os.environ['PREPARED'] == 'yes' and 'NOT_WANTED' not in os.environ\n"
+        "NODE_CLASS_MAPPINGS = {}\nprint('imported', flush=True)\n"
+    )
+    with Server(str(tmp_path), 2, env={"NOT_WANTED": "1"}) as server:
+        first, second = server.pids()
+        parent = psutil.Process(first).parent()
+        assert parent.pid != server.process.pid and parent.parent().pid == server.process.pid, "ranks are forked"
+        os.kill(second, signal.SIGKILL)
+        assert wait_until(lambda: server.log.count("imported") == 3, 15), server.tail()
+        assert server.log.count("prepared before torch: True") == 1, server.tail()
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

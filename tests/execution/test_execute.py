@@ -6,7 +6,7 @@ import math
 import time
 
 import pytest
-from fakes import CALLS, CHANGED, Runner, node
+from fakes import CALLS, CHANGED, Runner, make, node
 
 import comfy.model_management
 import nodes
@@ -220,6 +220,16 @@ def test_a_cycle_in_a_sub_graph_is_an_error(run, server, monkeypatch):
     error = server.of("execution_error")[0]
     assert "Dependency cycle detected" in error["exception_message"]
     assert (error["node_id"], error["node_type"]) == ("e", "Expand")  # the page knows only nodes of the workflow
+
+
+@pytest.mark.parametrize("returned, declared", [((4,), 3), ((), 2), ({"ui": {"text": ["a"]}}, 1)])
+def test_a_node_that_returns_less_than_it_declares_gives_none_for_the_rest(run, monkeypatch, returned, declared):
+    few = make("Few", {"required": {}}, ("INT",) * declared, lambda self: returned)
+    seen = make("Seen", {"value": ("INT", {})}, ("INT",), lambda self, value: (-1 if value is None else value,))
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Few", few)
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Seen", seen)
+    prompt = {"few": node("Few"), "s": node("Seen", value=["few", declared - 1]), "out": node("Show", value=["s", 0])}
+    assert run(prompt) == {"out": {"value": [-1]}} | ({} if isinstance(returned, tuple) else {"few": {"text": ["a"]}})
 
 
 def test_asynchronous_nodes_overlap(run):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from fakes import CALLS, CHANGED, FakeServer, make, node
 
 import comfy.model_management
+import folder_paths
 import nodes
+from comfy_execution import ranks
 from comfy_execution.caching import CacheType
 from comfy_execution.lockstep import Lockstep, RankError
 from comfy_execution.worker import PromptWorker
@@ -90,6 +95,18 @@ class ThreadLockstep(Lockstep):
 
     def share(self, topic, produce):
         return self._meet(topic, produce() if self.rank == 0 else None)[0]
+
+    def offer(self, topic, produce):
+        sent = None
+        if self.rank == 0:
+            try:
+                sent = pickle.dumps(produce())
+            except (pickle.PicklingError, AttributeError, TypeError):
+                sent = b""
+        sent = self._meet(topic, sent)[0]
+        if self.rank == 0:
+            return bool(sent), produce()
+        return bool(sent), pickle.loads(sent) if sent else None
 
     def check(self):
         with self.meeting.changed:
@@ -240,20 +257,159 @@ def test_a_class_can_say_where_it_runs(group, monkeypatch):
     assert group.calls(1) == ["add", "show"]
 
 
-@pytest.mark.parametrize("kind, everywhere", [("INT", False), ("MODEL", True), ("*", True)])
-def test_an_output_node_whose_output_is_used(group, monkeypatch, kind, everywhere):
-    """One that handles plain data saves something, once; another may be a sampler, which all ranks are needed for."""
-    through = make(
-        "Through",
-        {"required": {"value": ("INT", {})}, "optional": {"more": (kind, {})}},
-        ("INT",),
-        lambda self, value: (CALLS.note("through"), (value,))[1],
-        OUTPUT_NODE=True,
-    )
-    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Through", through)
-    prompt = {"v": node("Value", value=1), "t": node("Through", value=["v", 0]), "out": node("Show", value=["t", 0])}
-    assert group(prompt, ["t", "out"]) == {"out": {"value": [1]}}
+class Anything(str):
+    """As packs declare it: equal to every type, and, since it has `__eq__` only, not hashable."""
+
+    def __eq__(self, other):
+        return True
+
+    def __ne__(self, other):
+        return False
+
+
+def through(kind, returns, run=lambda self, value: (value,), **attributes):
+    """A node class that notes its calls and gives its input, of a declared type, to `run`."""
+
+    def noted(self, value):
+        CALLS.note("through")
+        return run(self, value)
+
+    return make("Through", {"value": (kind, {})}, (returns,), noted, **attributes)
+
+
+LINKED = {"v": node("Value", value=1), "t": node("Through", value=["v", 0]), "out": node("Show", value=["t", 0])}
+
+
+@pytest.mark.parametrize(
+    "source, kind, returns, everywhere",
+    [
+        ("INT", "INT", "INT", False),
+        ("*", "IMAGE,INT", "INT", False),
+        (["1", "2"], ["1", "2"], ["1", "2"], False),
+        ("INT", "INT", "FILENAMES", False),
+        ("INT", "*", "INT", False),
+        ("INT", Anything("*"), Anything("*"), False),
+        ("MODEL", "MODEL", "INT", True),
+        ("MODEL", "*", "INT", True),
+        ("INT", "INT", "MODEL", True),
+        ("*", "*", "INT", True),
+        (Anything("*"), Anything("*"), Anything("*"), True),
+    ],
+)
+def test_an_output_node_whose_output_is_used(group, monkeypatch, source, kind, returns, everywhere):
+    """One that is given plain data saves something, once; another may be a sampler, which all ranks are needed for."""
+    monkeypatch.setattr(nodes.NODE_CLASS_MAPPINGS["Value"], "RETURN_TYPES", (source,))
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Through", through(kind, returns, OUTPUT_NODE=True))
+    assert group(LINKED, ["t", "out"]) == {"out": {"value": [1]}}
     assert group.calls(1) == ["value 1", *["through"] * everywhere]
+
+
+def test_an_input_that_is_not_linked_does_not_matter(group, monkeypatch):
+    declared = {"required": {"value": ("INT", {})}, "optional": {"vae": ("VAE",)}}
+    saving = make("Through", declared, ("INT",), lambda self, value: (CALLS.note("through"), (value,))[1],
+                  OUTPUT_NODE=True)  # fmt: skip
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Through", saving)
+    assert group(LINKED, ["t", "out"]) == {"out": {"value": [1]}}
+    assert group.calls(1) == ["value 1"]
+
+
+def test_an_output_node_on_every_rank_saves_once_and_tells_the_same(group, monkeypatch, tmp_path):
+    """A sampler that saves: its files are those of rank 0, and so is the path that it returns."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
+    os.makedirs(tmp_path / "output")
+    seen = []
+
+    def save(self, value):
+        with saving:  # ranks are threads here, so that they share what the folders are
+            path = os.path.join(folder_paths.get_output_directory(), "saved.txt")
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("once")
+        return (path,)
+
+    saving = threading.Lock()
+    monkeypatch.setattr(ranks.Ranks, "files_aside", _in_turns(ranks.Ranks.files_aside))
+    monkeypatch.setattr(nodes.NODE_CLASS_MAPPINGS["Value"], "RETURN_TYPES", ("MODEL",))
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Through", through("MODEL", "STRING", save, OUTPUT_NODE=True))
+    look = make("Look", {"path": ("STRING", {})}, ("INT",), lambda self, path: (seen.append(path), (1,))[1])
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Look", look)
+    prompt = {**LINKED, "l": node("Look", path=["t", 0]), "out": node("Show", value=["l", 0])}
+    group(prompt, ["t", "out"])
+    assert seen == [str(tmp_path / "output" / "saved.txt")] * 2
+    assert (tmp_path / "output" / "saved.txt").read_text() == "once"
+    assert folder_paths.get_output_directory() == str(tmp_path / "output")
+
+
+def test_a_file_that_every_rank_writes_is_complete_when_it_is_read(group, monkeypatch, tmp_path):
+    """A pack's node that is no output node: no rank reads before all have written, and all read the same file."""
+    written = []
+
+    def write(self, value):
+        if on_rank(1):
+            time.sleep(0.05)
+        path = tmp_path / f"file of {threading.current_thread().name}"
+        path.write_text("whole")
+        written.append(path)
+        return (str(path), value)
+
+    def read(self, path):
+        CALLS.note(f"{len(written)} {os.path.basename(path)}")
+        return (1,)
+
+    pack = {"RELATIVE_PYTHON_MODULE": "custom_nodes.pack"}
+    monkeypatch.setitem(
+        nodes.NODE_CLASS_MAPPINGS, "Write", make("Write", {"value": ("INT", {})}, ("STRING", "INT"), write, **pack)
+    )
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Read", make("Read", {"path": ("STRING", {})}, ("INT",), read))
+    prompt = {"w": node("Write", value=1), "r": node("Read", path=["w", 0]), "out": node("Show", value=["r", 0])}
+    assert group(prompt, ["out"]) == {"out": {"value": [1]}}
+    assert group.calls(0)[0] == group.calls(1)[0] == "2 file of rank0"
+
+
+def _in_turns(files_aside):
+    turn = threading.Lock()
+
+    @contextmanager
+    def one_rank_at_a_time(self, class_def):
+        with turn, files_aside(self, class_def):
+            yield
+
+    return one_rank_at_a_time
+
+
+@pytest.mark.parametrize("returns", ["MODEL", "THING", Anything("*")])
+def test_a_node_that_is_not_idempotent_and_returns_what_cannot_be_sent(group, monkeypatch, returns):
+    """It runs on every rank, with the random numbers of rank 0, instead of failing."""
+    states = {0: 5, 1: 77}
+
+    def drawn(self, value):
+        number = states[0 if on_rank(0) else 1]
+        states[0 if on_rank(0) else 1] += 1
+        return (lambda: number + value,)
+
+    def set_state(state):
+        states[1] = state
+
+    monkeypatch.setattr(ranks.randomness, "get_state", lambda: states[0])
+    monkeypatch.setattr(ranks.randomness, "set_state", set_state)
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Through", through("INT", returns, drawn, NOT_IDEMPOTENT=True))
+    called = make("Call", {"value": ("*", {})}, ("INT",), lambda self, value: (CALLS.note(f"got {value()}"), (9,))[1])
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Call", called)
+    prompt = {
+        "u": node("Unique", value=1),  # on rank 0 alone: random states differ after it
+        "t": node("Through", value=["u", 0]),
+        "c": node("Call", value=["t", 0]),
+        "out": node("Show", value=["c", 0]),
+    }
+    assert group(prompt, ["out"]) == {"out": {"value": [9]}}
+    assert group.calls(1) == ["through", "got 6"]
+    assert "got 6" in group.calls(0)
+
+
+def test_what_can_be_sent_is_not_computed_again(group, monkeypatch):
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Through", through("INT", "THING", NOT_IDEMPOTENT=True))
+    assert group(LINKED, ["out"]) == {"out": {"value": [1]}}
+    assert group.calls(1) == ["value 1"]
 
 
 def test_a_first_only_node_may_expand(group, monkeypatch):

@@ -175,5 +175,6 @@ def test_kinds_of_inputs():
     }
     assert io.MultiType.Input(io.Float.Input("m", default=1.0), [io.Int]).get_io_type() == "FLOAT,INT"
     assert io.Custom("MINE").Output().get_io_type() == "MINE"
+    assert io.File3DGLB.Output().get_io_type() == "FILE_3D_GLB"
     assert io.Int.Input("i", display_mode=io.NumberDisplay.slider).as_dict() == {"display": "slider"}
     assert issubclass(ComfyExtension, object)

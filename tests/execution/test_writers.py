@@ -111,8 +111,9 @@ def test_the_bytes_are_those_of_pillow(run, prompt, output):
         assert (output / f"x_{i + 1:05}_.png").read_bytes() == expected.getvalue()
 
 
-def test_a_file_that_cannot_be_written_fails_the_prompt(run, server, prompt, output, monkeypatch):
+def test_a_file_that_cannot_be_written_fails_the_prompt(run, server, prompt, output, slow, monkeypatch):
     def full(*arguments):
+        slow.threads.append(threading.current_thread())
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -19,7 +19,8 @@ from tests.e2e.workflows import flux, node
 SAMPLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "samples")
 NODES = {"SampleTell", "SamplePick", "SampleRepeat", "SampleWait", "SampleDice", "SampleSaveText", "SampleStarted",
          "SampleCombine", "SampleReport", "SampleCounts", "SampleFolders", "SampleLoadPacked", "SampleLoadPackedText",
-         "SampleMarks", "SamplePatch"}  # fmt: skip
+         "SampleMarks", "SamplePatch", "SampleSettings", "SampleDraw", "SampleDrawOnly",
+         "SampleLook", "SampleThrough", "SampleSaveWith", "SampleFew", "SampleRead"}  # fmt: skip
 
 
 pytestmark = pytest.mark.timeout(90)
@@ -125,6 +126,40 @@ def test_numbers_without_a_seed_are_the_same_on_all_ranks(servers):
             outcome = server.run(prompt)
             assert len(outcome.files()) == 2
             assert not [line for line in server.log[before:] if "disagreed" in line]
+
+
+def test_packs_are_imported_by_rank_0_first_and_then_by_one_rank_after_the_other(servers):
+    """They write files then, which would be corrupted otherwise."""
+    for server in servers:
+        prompt = {"s": node("SampleSettings"), "report": node("SampleReport", value=["s", 0])}
+        assert server.run(prompt).outputs["report"]["text"] == [f"{list(range(server.ranks))} True"]
+
+
+def test_what_is_hard_on_several_ranks(server):
+    """Values that cannot be sent, types that cannot be hashed, files that are saved and read, outputs that are missing."""
+    prompt = {
+        "dice": node("SampleDice"),  # random states differ before and after a node on rank 0 alone
+        "load": node("CheckpointLoaderSimple", ckpt_name="tiny_flux_dev.safetensors"),
+        "draw": node("SampleDraw", model=["load", 0]),
+        "only": node("SampleDrawOnly", model=["draw", 0]),
+        "look": node("SampleLook", model=["draw", 0], drawn=["draw", 1]),
+        "again": node("SampleLook", model=["draw", 0], drawn=["only", 0]),
+        "through": node("SampleThrough", value=["look", 0]),
+        "save": node("SampleSaveWith", model=["draw", 0], text=["through", 0]),
+        "few": node("SampleFew"),
+        "read": node("SampleRead", path=["save", 0], few=["few", 1]),
+        "report": node("SampleReport", value=["read", 0]),
+        "other": node("SampleReport", value=["again", 0]),
+    }
+    shown = server.run(prompt).outputs
+    folder = os.path.join(server.record_folder, "output", "hard")
+    assert os.listdir(folder) == ["file_00001_.txt"], "saved once"
+    assert shown["report"]["text"] == [f"{folder}/file_00001_.txt True"]
+    ranks = list(range(server.ranks))
+    drawn, read = server.records("drawn"), server.records("read")
+    assert list(drawn) == list(read) == ranks
+    assert all(sorted(drawn[rank]) == sorted(drawn[0]) and len(drawn[rank]) == 2 for rank in ranks)
+    assert all(read[rank] == ["file_00001_.txt True None"] for rank in ranks)
 
 
 def test_routes_and_messages_of_packs(server):

@@ -147,6 +147,21 @@ def test_keyframes_change_the_strength():
     assert seen[0] == 0.0 and seen[-1] == pytest.approx(0.5)
 
 
+def test_a_keyframe_that_begins_exactly_at_a_step_holds_from_that_step_on():
+    """Its sigma is known in double precision, a step's in single: 0.1 is less than the float32 next to it."""
+    frames = comfy.hooks.HookKeyframeGroup()
+    frames.add(comfy.hooks.HookKeyframe(strength=0.0, start_percent=0.0))
+    frames.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.9))
+    frames.keyframes[1].start_t = 0.1
+    sigmas = torch.tensor([0.2, 0.1, 0.05])
+    assert float(sigmas[1]) > 0.1
+    strengths = []
+    for sigma in sigmas:
+        frames.prepare_current_keyframe(sigma, {"sample_sigmas": sigmas})
+        strengths.append(frames.strength)
+    assert strengths == [0.0, 1.0, 1.0]
+
+
 def test_transformer_options_hook():
     """A HookedOnly hook reaches the calls of its conditioning alone."""
     seen = {}

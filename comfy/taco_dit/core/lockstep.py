@@ -29,12 +29,17 @@ from .wire import UnsendableError, decode, encode
 
 T = TypeVar("T")
 _LARGE = 1 << 16  # bytes from which a value is sent over the data plane
-_HERE, _PLAIN, _OBJECT = b"h", b"p", b"o"  # where a value of rank 0 follows, and how it is written
+# where a value of rank 0 follows, and how it is written; or that it cannot be sent
+_HERE, _PLAIN, _OBJECT, _NOTHING = b"h", b"p", b"o", b"n"
 FIRST_END_S = 300.0  # how long rank 0 may take to leave a prompt that failed; to end it costs the queue
 
 
 class OutOfStepError(RuntimeError):
     """Ranks ask for different things at the same turn."""
+
+
+class _NotSentError(TypeError):
+    """Rank 0 has a value that cannot be sent."""
 
 
 class RankLockstep(RankGroup):
@@ -178,11 +183,17 @@ class RankLockstep(RankGroup):
         return self._of_first("decision", topic, choose)
 
     def share(self, topic: str, produce: Callable[[], Any]) -> Any:
-        def on_its_own() -> Any:
-            with self.alone():
-                return produce()
+        return self._of_first("sharing", topic, partial(self._on_its_own, produce))
 
-        return self._of_first("sharing", topic, on_its_own)
+    def offer(self, topic: str, produce: Callable[[], Any]) -> tuple[bool, Any]:
+        try:
+            return True, self._of_first("offer", topic, partial(self._on_its_own, produce), demanded=False)
+        except _NotSentError:
+            return False, None if self.rank else produce()
+
+    def _on_its_own(self, produce: Callable[[], Any]) -> Any:
+        with self.alone():
+            return produce()
 
     def gather(self, topic: str, value: T) -> list[T]:
         if is_alone():
@@ -191,11 +202,12 @@ class RankLockstep(RankGroup):
         self._put(turn, "gathering", topic, encode(value))
         return [decode(self._read(turn, rank, "gathering", topic)) for rank in range(self.world_size)]
 
-    def _of_first(self, kind: str, topic: str, produce: Callable[[], Any]) -> Any:
+    def _of_first(self, kind: str, topic: str, produce: Callable[[], Any], demanded: bool = True) -> Any:
         """Rank 0's `produce()` on every rank.
 
         Small plain data travels in the control plane. Anything else follows on the data plane, and what is not plain data
-        is pickled: the receivers trust their own rank 0, whose nodes may return objects of any class.
+        is pickled: the receivers trust their own rank 0, whose nodes may return objects of any class. A value that cannot
+        be sent is rank 0's failure, or, where none is `demanded`, a `_NotSentError` on every rank.
         """
         if is_alone():
             return produce()
@@ -205,10 +217,13 @@ class RankLockstep(RankGroup):
         self.check()
         try:
             value = produce()
-            try:
-                form, payload = _PLAIN, encode(value)
-            except UnsendableError:
-                form, payload = _OBJECT, _pickled(value)
+            form, payload = _written(topic, value)
+        except _NotSentError as error:
+            if demanded:
+                self.fail(error)
+            else:
+                self._put(turn, kind, topic, _NOTHING)
+            raise
         except BaseException as error:
             self.fail(error)
             raise
@@ -221,6 +236,8 @@ class RankLockstep(RankGroup):
 
     def _from_first(self, head: bytes) -> Any:
         form, rest = head[:1], head[1:]
+        if form == _NOTHING:
+            raise _NotSentError
         if form == _HERE:
             return decode(rest)
         buffer = torch.empty(decode(rest), dtype=torch.uint8)
@@ -315,10 +332,20 @@ class RankLockstep(RankGroup):
         return self.troubled() or self.cancelled_too_long()
 
 
-def _pickled(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+def _written(topic: str, value: Any) -> tuple[bytes, bytes]:
+    """(form, bytes) of a value. Raises _NotSentError."""
+    try:
+        return _PLAIN, encode(value)
+    except UnsendableError:
+        buffer = io.BytesIO()
+        try:
+            torch.save(value, buffer)
+        except Exception as error:  # noqa: BLE001 - whatever objects of nodes raise when they are pickled
+            raise _NotSentError(
+                f"{topic}: these values cannot be sent to other ranks ({error}). The node that returns them has to run "
+                "on every rank: TACO_RANKS = 'all'"
+            ) from error
+        return _OBJECT, buffer.getvalue()
 
 
 def _unpickled(payload: bytes) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 import comfy.model_management
 from comfy_execution.lockstep import Lockstep, RankError
 
+from . import pack_turns
 from .control_channel import ConnectionLost
 from .control_plane import RANK_0_RESTARTED, STOPPING
 from .distributed_manager import TACODiTDistributedManager
@@ -83,6 +84,7 @@ class RankGroup(Lockstep):
             starts = self._control.add("starts of rank 0", 1)
             if starts > 1:
                 self.epoch = (starts - 1) * 1_000_000
+                pack_turns.forget(self._control)
                 for rank in range(1, self.world_size):
                     self._control.end_rank(rank, RANK_0_RESTARTED)
                 return self._control.last_event()

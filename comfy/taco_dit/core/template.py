@@ -1,4 +1,4 @@
-"""A process that has imported everything a rank needs, and forks the ranks.
+"""A process that has run the packs' own preparations and imported everything a rank needs, and forks the ranks.
 
 Importing torch and our code takes most of a rank's start: with the template it is done once, and a rank that ended is
 back within moments. Ranks share the memory of what was imported. The template never touches a GPU, since CUDA cannot be
@@ -20,11 +20,12 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from .processes import die_with_parent, name_process
 
+T = TypeVar("T")
 TEMPLATE = "TACO_TEMPLATE_FD"
 _PACKET = 1 << 18  # bytes: a request carries a rank's whole environment
 _MODULES = (
@@ -155,15 +156,20 @@ class RankTemplate:
 # --- the template's side --------------------------------------------------------------------------------------------------
 
 
-def serve() -> None:
-    """In the template: import everything, then fork ranks. Returns in each rank, with its environment in place.
+def serve(prepare: Callable[[], T]) -> T:
+    """In the template: `prepare`, import everything, then fork ranks.
 
-    The template itself leaves by SystemExit, when the supervisor closes the socket.
+    Returns what `prepare` did in each rank, with its environment in place: what `prepare` changed in the environment is
+    changed there too. The template itself leaves by SystemExit, when the supervisor closes the socket.
     """
     die_with_parent()
     name_process("taco-template")
-    requests = socket.socket(fileno=int(os.environ.pop(TEMPLATE)))
     with _without_cuda():
+        before = dict(os.environ)
+        prepared = prepare()
+        # not earlier: a pack that starts the program anew, to use what it has installed, starts the template anew
+        requests = socket.socket(fileno=int(os.environ.pop(TEMPLATE)))
+        changes = _changes(before, os.environ)
         for module in _MODULES:
             importlib.import_module(module)
     reason = _unfit()
@@ -178,10 +184,16 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             requests.close()
-            _become_rank(wanted, doors[0])
-            return
+            _become_rank(wanted, changes, doors[0])
+            return prepared
         os.close(doors[0])
         requests.send(json.dumps({"pid": pid}).encode())
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
+    """Variables that were set, and as None those that were removed, except for the template's own."""
+    names = {*before, *after} - {TEMPLATE}
+    return {name: after.get(name) for name in names if before.get(name) != after.get(name)}
 
 
 @contextlib.contextmanager
@@ -252,7 +264,7 @@ def _report_ends(requests: socket.socket) -> None:
             raise SystemExit(0) from None
 
 
-def _become_rank(environment: dict[str, str], door: int) -> None:
+def _become_rank(environment: dict[str, str], changes: Mapping[str, str | None], door: int) -> None:
     """In the fork: what a process started with this environment would be."""
     import numpy
     import torch
@@ -265,6 +277,11 @@ def _become_rank(environment: dict[str, str], door: int) -> None:
     os.set_inheritable(door, True)  # for `execv`
     os.environ.clear()
     os.environ.update(environment)
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     os.environ[DOOR] = str(door)
     numpy.random.seed()
     torch.seed()
