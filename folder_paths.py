@@ -52,6 +52,8 @@ _MODEL_FOLDERS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
 }
 _LEGACY_NAMES = {"unet": "diffusion_models", "clip": "text_encoders"}
 _ANNOTATIONS = ("output", "input", "temp")
+# folders of the user directory that are a program's, not a person's: no request may name them as its user
+SYSTEM_USER_PREFIX = "__"
 
 # kind -> (names, {directory: mtime}, time of the listing)
 filename_list_cache: dict[str, tuple[list[str], dict[str, float], float]] = {}
@@ -173,6 +175,23 @@ def get_input_directory() -> str:
 
 def get_user_directory() -> str:
     return user_directory
+
+
+def get_system_user_directory(name: str = "system") -> str:
+    """Folder of what a part of the program keeps (`__manager` for ComfyUI-Manager), which no request may read.
+
+    It need not exist. Raises ValueError for a name of other signs than letters, digits and `_`, or that begins with `_`.
+    """
+    if not isinstance(name, str) or name.startswith("_") or not name.replace("_", "").isalnum():
+        raise ValueError(f"{name!r} is no name of a system user: letters, digits and _ only, not beginning with _")
+    return os.path.join(get_user_directory(), SYSTEM_USER_PREFIX + name)
+
+
+def get_public_user_directory(user_id: str) -> str | None:
+    """Folder of a user that requests may name; None for an empty name and for system users."""
+    if not user_id or user_id.startswith(SYSTEM_USER_PREFIX):
+        return None
+    return os.path.join(get_user_directory(), user_id)
 
 
 def get_directory_by_type(type_name: str | None) -> str | None:

@@ -13,6 +13,7 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
+SCRIPT = os.path.join(ROOT, "main.py")
 TEMPLATE = "TACO_TEMPLATE_FD"  # of a process that ranks are forked from
 FORK = "TACO_FORK"  # 0: every rank is a program of its own from the start
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
@@ -20,6 +21,7 @@ ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 def main(argv: list[str]) -> int:
     """Run the program; returns the exit status (2 for a command line or configuration that cannot work)."""
+    from app import manager
     from comfy.cli_args import parse_command_line
     from comfy.taco_dit.core import launcher
 
@@ -39,22 +41,58 @@ def main(argv: list[str]) -> int:
             launcher.die_with_parent()
             launcher.name_rank(os.environ)
             return run_rank(args, ROOT)
-        plan = launcher.plan_launch(args, os.environ, launcher.count_gpus())
-        launcher.read_config(args, ROOT, plan.ranks)  # a mistake in it should show before ranks start
-        for message in plan.messages:
-            print(f"TACO-DiT: {message}", flush=True)
-        if plan.cpu and not args.cpu:
-            argv = [*argv, "--cpu"]
-            args.cpu = True
-        if plan.ranks > 1:
-            return launcher.launch(plan, os.path.join(ROOT, "main.py"), argv, _may_fork(args))
-        os.environ.update(launcher.worker_environment(plan, os.environ))
-        from app.run import run_rank
-
-        return run_rank(args, ROOT)
-    except (launcher.LaunchError, launcher.ConfigError) as error:
+        if manager.PREPARING in os.environ:
+            return _prepare(args)
+        return _start(args, argv)
+    except (launcher.LaunchError, launcher.ConfigError, manager.ManagerMissing) as error:
         print(f"TACO-DiT: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def _start(args: argparse.Namespace, argv: list[str]) -> int:
+    """Become the ranks that flags and GPUs ask for; the exit status. Raises LaunchError, ConfigError, ManagerMissing."""
+    from app import manager, restart
+    from comfy.taco_dit.core import launcher
+
+    manager.check(args)
+    plan = launcher.plan_launch(args, os.environ, launcher.count_gpus())
+    launcher.read_config(args, ROOT, plan.ranks)  # a mistake in it should show before ranks start
+    for message in plan.messages:
+        print(f"TACO-DiT: {message}", flush=True)
+    if plan.cpu and not args.cpu:
+        argv = [*argv, "--cpu"]
+        args.cpu = True
+    _do_what_was_put_off(args, argv)
+    if plan.ranks > 1:
+        status = launcher.launch(plan, SCRIPT, argv, _may_fork(args))
+        if restart.requested(os.environ):
+            restart.start_again()
+        return status
+    os.environ.update(launcher.worker_environment(plan, os.environ))
+    from app.run import run_rank
+
+    return run_rank(args, ROOT)
+
+
+def _do_what_was_put_off(args: argparse.Namespace, argv: list[str]) -> None:
+    """What ComfyUI-Manager put off until this start; a restart that it asks for afterwards is this start."""
+    from app import manager, restart
+    from app.run import apply_directories
+
+    apply_directories(args, ROOT)
+    restart.offer(os.environ)
+    manager.do_what_was_put_off(SCRIPT, argv, os.environ)
+    restart.cancel(os.environ)
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    """Run the preparations of all packs and end, in a process of its own."""
+    from app.prestartup import run_prestartup_scripts
+    from app.run import apply_directories
+
+    apply_directories(args, ROOT)
+    run_prestartup_scripts(args)
+    return 0
 
 
 def _may_fork(args: argparse.Namespace) -> bool:

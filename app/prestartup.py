@@ -9,26 +9,31 @@ import os
 import time
 
 import folder_paths
+from app import manager
 
 SCRIPT = "prestartup_script.py"
 
 
-def scripts(args: argparse.Namespace) -> list[str]:
-    """The scripts of all packs that the flags let in, in the order in which they run."""
+def scripts(args: argparse.Namespace, rank: int = 0) -> list[str]:
+    """The scripts of all packs that this rank is to load, in the order in which they run."""
     found = []
     for folder in folder_paths.get_folder_paths("custom_nodes"):
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             script = os.path.join(folder, name, SCRIPT)
             unwanted = args.disable_all_custom_nodes and name not in args.whitelist_custom_nodes
-            if not unwanted and not name.endswith(".disabled") and os.path.isfile(script):
+            if unwanted or name.endswith(".disabled") or not os.path.isfile(script):
+                continue
+            if not manager.skips(args, os.path.join(folder, name), rank):
                 found.append(script)
     return found
 
 
-def run_prestartup_scripts(args: argparse.Namespace) -> None:
-    """Run the script of every pack that the flags let in; one that fails is named and skipped."""
+def run_prestartup_scripts(args: argparse.Namespace, rank: int = 0) -> None:
+    """Run the script of every pack that this rank is to load; one that fails is named and skipped."""
+    if rank == 0:
+        manager.prestartup(args)
     times: list[tuple[float, str, bool]] = []
-    for script in scripts(args):
+    for script in scripts(args, rank):
         before = time.perf_counter()
         good = _run(script)
         times.append((time.perf_counter() - before, os.path.dirname(script), good))

@@ -24,9 +24,10 @@ def run_rank(args: argparse.Namespace, root: str) -> int:
     """
     from app.prestartup import run_prestartup_scripts
 
-    _set_up_logging(args, int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    _set_up_logging(args, rank)
     apply_directories(args, root)
-    run_prestartup_scripts(args)  # before torch is imported: they may set what it reads then
+    run_prestartup_scripts(args, rank)  # before torch is imported: they may set what it reads then
     from comfy import media
     from comfy.taco_dit.core.distributed_manager import RankInfo
 
@@ -147,11 +148,14 @@ def _attention_flag(args: argparse.Namespace, device: Any) -> str | None:
 
 def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEventLoop) -> None:
     import nodes
+    from app import manager
 
+    rank = 0 if server.listening else 1
     loop.run_until_complete(
         nodes.init_extra_nodes(
             init_custom_nodes=not args.disable_all_custom_nodes or bool(args.whitelist_custom_nodes),
             init_api_nodes=not args.disable_api_nodes,
+            skips=lambda path: manager.skips(args, path, rank),
         )
     )
     server.add_routes()
@@ -159,7 +163,7 @@ def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEve
 
 def _serve(args: argparse.Namespace, current: Any) -> int:
     import comfy.model_management as management
-    from app import demo
+    from app import demo, manager
     from comfy_execution.worker import PromptWorker, cache_choice
     from execution import PromptQueue
     from server import PromptServer
@@ -170,6 +174,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     server = PromptServer(loop)
     panel = _make_panel(server, current)
     demo.add_workflows()
+    manager.start(args)
     queue = PromptQueue(server, _open_store(args))
     _load_nodes(args, server, loop)
     announce = getattr(current.lockstep, "announce", None)
@@ -205,6 +210,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         loop.add_signal_handler(number, loop.stop)
     try:
         loop.create_task(server.publish_loop())
+        logging.info("Starting server")  # ComfyUI-Manager takes this line for the end of the start
         addresses = [(address.strip(), args.port) for address in args.listen.split(",") if address.strip()]
         shown = not args.dont_print_server
         loop.run_until_complete(server.start_multi_address(addresses, _opener(args), verbose=shown))
@@ -212,6 +218,9 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     except (OSError, ValueError) as error:  # an address that is taken, TLS files that cannot be used
         logging.error("%s", error)
         return 2
+    except SystemExit as end:  # a pack's route ends the program: ComfyUI-Manager's Restart
+        if end.code:
+            raise
     finally:
         queue.close()  # a prompt that runs is not over: after the next start it runs again
         management.interrupt_current_processing()
@@ -271,7 +280,12 @@ def _make_panel(server: Any, current: Any) -> Any:
 
 
 def _exit_soon() -> None:
-    """End the process even if a computation is stuck in the worker thread."""
+    """End the process, or start it again if that was asked for, even if a computation is stuck in the worker thread."""
+    from app import restart
+    from comfy.taco_dit.core.launcher import is_worker
+
+    if restart.requested(os.environ) and not is_worker(os.environ):
+        restart.start_again()
     logging.info("Stopped")
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import ModuleType
 from typing import Any
 
@@ -133,8 +133,8 @@ async def load_custom_node(module_path: str, ignore: Collection[str] = (), modul
     return False
 
 
-async def init_external_custom_nodes() -> None:
-    """Load every pack in the custom_nodes folders, as the flags allow, and log how long each took."""
+async def init_external_custom_nodes(skips: Callable[[str], bool] = lambda path: False) -> None:
+    """Load every pack in the custom_nodes folders, as the flags and `skips(path)` allow, and log how long each took."""
     import nodes
     from comfy.cli_args import args
 
@@ -151,6 +151,8 @@ async def init_external_custom_nodes() -> None:
                 continue
             if args.disable_all_custom_nodes and entry not in args.whitelist_custom_nodes:
                 logging.info("Skipping %s due to --disable-all-custom-nodes", entry)
+                continue
+            if skips(path):
                 continue
             before = time.perf_counter()
             loaded = await load_custom_node(path, known)
@@ -170,14 +172,18 @@ async def init_builtin_extra_nodes() -> list[str]:
     ]
 
 
-async def init_extra_nodes(init_custom_nodes: bool = True, init_api_nodes: bool = True) -> list[str]:
+async def init_extra_nodes(
+    init_custom_nodes: bool = True, init_api_nodes: bool = True, skips: Callable[[str], bool] = lambda path: False
+) -> list[str]:
     """Load the extra nodes, then the custom ones. Returns the built-in files that failed; they are logged as well.
+
+    `skips(path)`: custom packs that are left out.
 
     `init_api_nodes` is there for callers written for ComfyUI: there are no remote, paid nodes here.
     """
     failed = await init_builtin_extra_nodes()
     if init_custom_nodes:
-        await init_external_custom_nodes()
+        await init_external_custom_nodes(skips)
     if failed:
         logging.warning("WARNING: some comfy_extras nodes did not import: %s", ", ".join(failed))
     return failed
