@@ -8,18 +8,31 @@ from typing import Any
 from aiohttp import web
 
 from app import frontend_management as frontend
+from app.paths import UnsafePath, inside
 
+HELP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "web", "help")  # of our own nodes
 _NEVER_KEPT = {"Cache-Control": "no-cache", "Pragma": "no-cache", "Expires": "0"}
 
 
 def add_page(routes: web.RouteTableDef, server: Any) -> None:
-    """`/`: the page, or how to install it."""
+    """`/`: the page, or how to install it; help of nodes; templates."""
 
     @routes.get("/")
     async def index(request: web.Request) -> web.StreamResponse:
         if server.web_root is None:
             return web.Response(text=frontend.MISSING_PAGE, content_type="text/html", headers=_NEVER_KEPT)
         return web.FileResponse(os.path.join(server.web_root, "index.html"), headers=_NEVER_KEPT)
+
+    @routes.get("/docs/{name:.*}")
+    async def node_help(request: web.Request) -> web.StreamResponse:
+        for folder in filter(None, (HELP, frontend.docs_folder())):
+            try:
+                path = inside(folder, request.match_info["name"])
+            except UnsafePath:
+                break
+            if os.path.isfile(path):
+                return web.FileResponse(path)
+        raise web.HTTPNotFound()
 
     @routes.get("/templates/{name:.*}")
     async def template(request: web.Request) -> web.StreamResponse:
@@ -30,13 +43,10 @@ def add_page(routes: web.RouteTableDef, server: Any) -> None:
 
 
 def add_static(app: web.Application, server: Any) -> None:
-    """Web folders of node packs, node help, and last of all the page's own files."""
+    """Web folders of node packs, and last of all the page's own files."""
     import nodes
 
     for name, folder in nodes.EXTENSION_WEB_DIRS.items():
         app.add_routes([web.static(f"/extensions/{name}", folder)])
-    docs = frontend.docs_folder()
-    if docs is not None:
-        app.add_routes([web.static("/docs", docs)])
     if server.web_root is not None:
         app.add_routes([web.static("/", server.web_root)])

@@ -83,9 +83,20 @@ function showTextIn(nodeType) {
   };
 }
 
+const badges = []; // of the page's About panel, which reads them when it is opened
+
+async function addBadge() {
+  const answer = await api.fetchApi("/system_stats");
+  if (!answer.ok) return;
+  const { system } = await answer.json();
+  badges.push({ label: `TACO-DiT ${system.taco_dit_version}`, url: api.apiURL("/taco_dit/status"), icon: "pi pi-microchip" });
+}
+
 app.registerExtension({
   name: "TACO-DiT",
+  aboutPageBadges: badges,
   async setup() {
+    addBadge();
     addStyle();
     app.extensionManager.registerSidebarTab(sidebarTab(textsFor(app.extensionManager.setting.get("Comfy.Locale"))));
     await prepareFirstScreen(); // before the page chooses its first workflow

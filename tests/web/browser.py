@@ -118,7 +118,11 @@ class Browser:
         service = next(service for site, service in self._services.items() if request["url"].startswith(site))
         body = json.loads(request["postData"]) if request.get("postData") else None
         found = None if request["method"] == "OPTIONS" else service(request["url"], body)
-        headers = {"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Headers": "*", "Content-Type": "application/json"}
+        headers = {
+            "Access-Control-Allow-Origin": "*",
+            "Access-Control-Allow-Headers": "*",
+            "Content-Type": "application/json",
+        }
         await self._send("Fetch.fulfillRequest", {
             "requestId": number,
             "responseCode": 404 if found is None and request["method"] != "OPTIONS" else 200,

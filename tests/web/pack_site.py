@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 NAME, NODE = "packed-text", "PackedText"
 REGISTRY = "https://api.comfy.org/"  # the page asks it itself
 _CHANNEL = "https://raw.githubusercontent.com/ltdrdata/ComfyUI-Manager/main"
-_PACK = '''
+_PACK = """
 class PackedText:
     RETURN_TYPES, OUTPUT_NODE, FUNCTION, CATEGORY = (), True, "say", "test"
 
@@ -27,7 +27,7 @@ class PackedText:
 
 
 NODE_CLASS_MAPPINGS = {{"PackedText": PackedText}}
-'''
+"""
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -80,7 +80,11 @@ class PackSite:
         path = urlsplit(url).path
         if path in ("/nodes", "/nodes/search"):
             return {"nodes": [self.entry], "total": 1, "page": 1, "limit": 30, "totalPages": 1}
-        return {f"/nodes/{NAME}": self.entry, f"/nodes/{NAME}/versions": [], f"/comfy-nodes/{NODE}/node": self.entry}.get(path)
+        return {
+            f"/nodes/{NAME}": self.entry,
+            f"/nodes/{NAME}/versions": [],
+            f"/comfy-nodes/{NODE}/node": self.entry,
+        }.get(path)
 
     def configure(self, user: str) -> None:
         """Give a Manager whose user folder is `user` its settings and, as downloaded before, its lists."""
@@ -111,6 +115,7 @@ def _hash(text: str) -> int:
 def workflow() -> dict[str, Any]:
     """A workflow, in the page's form, of the pack's one node."""
     node = {"id": 1, "type": NODE, "pos": [100, 100], "size": [220, 80], "flags": {}, "order": 0, "mode": 0, "inputs": [],
-            "outputs": [], "properties": {"cnr_id": NAME, "Node name for S&R": NODE}, "widgets_values": ["release"]}  # fmt: skip
+            "outputs": [], "properties": {"cnr_id": NAME, "Node name for S&R": NODE},
+            "widgets_values": ["release"]}  # fmt: skip
     return {"nodes": [node], "links": [], "groups": [], "config": {}, "extra": {}, "version": 0.4,
             "last_node_id": 1, "last_link_id": 0}  # fmt: skip
