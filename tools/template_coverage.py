@@ -17,13 +17,11 @@ import collections
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# nodes that live in the page only
-FRONT_END_TYPES = frozenset({"MarkdownNote", "Note", "PrimitiveNode", "Reroute", "GroupNode"})
-NEVER, BYPASSED = 2, 4  # node modes: such nodes do not run
+from app.template_requirements import FRONT_END_TYPES, active_nodes
 
 
 @dataclass
@@ -40,28 +38,9 @@ class Template:
         return sorted(self.types - known - FRONT_END_TYPES)
 
 
-def _all_nodes(graph: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield from graph.get("nodes", [])
-    for subgraph in graph.get("definitions", {}).get("subgraphs", []):
-        yield from subgraph.get("nodes", [])
-        yield from _all_nodes({"definitions": subgraph.get("definitions", {})})
-
-
-def _subgraph_ids(graph: Mapping[str, Any]) -> set[str]:
-    found = set()
-    for subgraph in graph.get("definitions", {}).get("subgraphs", []):
-        found |= {subgraph["id"], *_subgraph_ids(subgraph)}
-    return found
-
-
 def node_types(graph: Mapping[str, Any]) -> set[str]:
     """Types of a workflow's nodes, sub-graphs taken apart, nodes that are switched off left out."""
-    own = _subgraph_ids(graph)
-    return {
-        str(node["type"])
-        for node in _all_nodes(graph)
-        if node.get("mode") not in (NEVER, BYPASSED) and node["type"] not in own
-    }
+    return {str(node["type"]) for node in active_nodes(graph)}
 
 
 def load_templates() -> list[Template]:
