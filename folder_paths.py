@@ -390,11 +390,11 @@ def _list_folder(kind: str) -> tuple[list[str], dict[str, float], float]:
     return sorted(last, key=lambda name: (last[name], name)), times, time.perf_counter()
 
 
-def has_own_files(folder_name: str) -> bool:
-    """Whether a kind has a file besides those that come with the program. Raises KeyError for an unknown kind."""
-    paths = (get_full_path(folder_name, name) for name in get_filename_list(folder_name))
+def own_files(folder_name: str) -> list[str]:
+    """Names of a kind's files without those that come with the program. Raises KeyError for an unknown kind."""
     last = tuple(os.path.join(directory, "") for directory in _last_directories)
-    return any(path is not None and not path.startswith(last) for path in paths)
+    found = ((name, get_full_path(folder_name, name)) for name in get_filename_list(folder_name))
+    return [name for name, path in found if path is not None and not path.startswith(last)]
 
 
 def _still_valid(kind: str, listing: tuple[list[str], dict[str, float], float]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from app import demo
+from app import first_workflow
 from app.responses import json_object, json_response
 
 
@@ -39,7 +39,7 @@ def add_routes(routes: web.RouteTableDef, server: Any) -> None:
 
     @routes.get("/taco_dit/first_screen")
     async def first_screen(request: web.Request) -> web.Response:
-        return json_response({"graph": await asyncio.to_thread(demo.first_graph)})
+        return json_response({"graph": await asyncio.to_thread(first_workflow.first_graph)})
 
     @routes.get("/metrics")
     async def metrics(request: web.Request) -> web.Response:

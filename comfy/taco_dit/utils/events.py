@@ -36,7 +36,7 @@ _REMEDIES = (
      "Name GPUs that exist: nvidia-smi -L lists them, TACO_GPUS=0,1 or --gpus 0,1 chooses."),
     ("no_effect", r"without effect in this version",
      "Nothing breaks; leave these flags out of the command line."),
-    ("unknown_model", r"holds no diffusion model this version knows",
+    ("unknown_model", r"holds no diffusion model this version knows|is a model of .*, which is not in this version",
      "Use a model family that this version has, or the loader for the part that the file contains."),
     ("broken_file", r"is not a complete safetensors file",
      "Download the file again."),
