@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
 
 from aiohttp import web
 
 from app import frontend_management as frontend
+from app import template_index
 from app.paths import UnsafePath, inside
+from app.responses import json_response
 
 HELP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "web", "help")  # of our own nodes
 _NEVER_KEPT = {"Cache-Control": "no-cache", "Pragma": "no-cache", "Expires": "0"}
@@ -34,9 +37,22 @@ def add_page(routes: web.RouteTableDef, server: Any) -> None:
                 return web.FileResponse(path)
         raise web.HTTPNotFound()
 
+    index_of_templates = template_index.TemplateIndex()
+
     @routes.get("/templates/{name:.*}")
     async def template(request: web.Request) -> web.StreamResponse:
-        path = frontend.template_file(request.match_info["name"])
+        import nodes
+
+        name = request.match_info["name"]
+        if template_index.file_of_index(name):
+            memory = await asyncio.to_thread(template_index.memory_here)
+            known = frozenset(nodes.NODE_CLASS_MAPPINGS)
+            marked = await asyncio.to_thread(index_of_templates.marked, name, known, memory)
+            if marked is not None:
+                answer = json_response(marked)
+                answer.headers.update(_NEVER_KEPT)
+                return answer
+        path = frontend.template_file(name)
         if path is None:
             raise web.HTTPNotFound()
         return web.FileResponse(path)

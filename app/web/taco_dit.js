@@ -57,6 +57,18 @@ function sidebarTab(texts) {
   };
 }
 
+/** Say what a workflow that was opened needs and this version lacks: families, formats, nodes. */
+async function sayWhatIsMissing(texts) {
+  const answer = await api.fetchApi("/taco_dit/missing", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ workflow: app.rootGraph.serialize(), language: app.extensionManager.setting.get("Comfy.Locale") }),
+  });
+  const { missing, text } = answer.ok ? await answer.json() : { missing: [] };
+  if (!missing.some((entry) => entry.kind !== "node")) return; // of nodes alone the page speaks itself
+  app.extensionManager.toast.add({ severity: "warn", summary: texts.cannotRun, detail: text });
+}
+
 /** Give a display node a field that shows the text of its last run. */
 function showTextIn(nodeType) {
   const created = nodeType.prototype.onNodeCreated;
@@ -100,6 +112,9 @@ app.registerExtension({
     addStyle();
     app.extensionManager.registerSidebarTab(sidebarTab(textsFor(app.extensionManager.setting.get("Comfy.Locale"))));
     await prepareFirstScreen(); // before the page chooses its first workflow
+  },
+  afterConfigureGraph() {
+    sayWhatIsMissing(textsFor(app.extensionManager.setting.get("Comfy.Locale")));
   },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (DISPLAYS.includes(nodeData.name)) showTextIn(nodeType);

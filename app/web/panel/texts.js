@@ -3,6 +3,7 @@
 
 const EN = {
   tooltip: "TACO-DiT: the GPUs at work",
+  cannotRun: "This workflow cannot run here",
   connecting: "Asking the server…",
   sampling: "sampling",
   idle: "idle",
@@ -61,6 +62,7 @@ const EN = {
 
 const ZH = {
   tooltip: "TACO-DiT：各 GPU 的工作状态",
+  cannotRun: "这个工作流在这里不能运行",
   connecting: "正在询问服务器…",
   sampling: "采样中",
   idle: "空闲",
