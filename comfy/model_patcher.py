@@ -78,6 +78,10 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         self.offload_device = torch.device(offload_device)
         self.weight_inplace_update = weight_inplace_update
         self.force_cast_weights = False
+        # The class whose `evaluate_batches` and `denoiser_memory_budget` count, and its settings. Clones of every class
+        # keep them: packs make clones of classes of their own.
+        self.evaluator: type[ModelPatcher] | None = None
+        self.taco_parallel: Any = None
         self.patches: dict[str, list[Any]] = {}
         self.object_patches: dict[str, Any] = {}
         self.weight_wrapper_patches: dict[str, list[Any]] = {}
@@ -137,6 +141,7 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         other.weight_wrapper_patches = {key: list(w) for key, w in self.weight_wrapper_patches.items()}
         other.model_options = create_model_options_clone(self.model_options)
         other.force_cast_weights = self.force_cast_weights
+        other.evaluator, other.taco_parallel = self.evaluator, self.taco_parallel
         other.parent = self
         self._clone_extensions(other)
         self._clone_hooks(other)
@@ -356,7 +361,11 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         with self.use_ejected():
             self._set_objects(self.object_patches)
             if load_weights:
-                self.load(device_to, lowvram_model_memory, force_patch_weights, full_load=lowvram_model_memory == 0)
+                # by name: packs' `load` passes some of these on and sets others
+                self.load(
+                    device_to, lowvram_model_memory=lowvram_model_memory, force_patch_weights=force_patch_weights,
+                    full_load=lowvram_model_memory == 0,
+                )  # fmt: skip
         self.inject_model()
         return self.model
 
@@ -403,10 +412,14 @@ class ModelPatcher(OptionsMixin, ExtensionsMixin, HooksMixin):
         """Evaluate the batches of one denoiser call; parallel patchers spread them over ranks."""
         from comfy.denoiser_batch import evaluate_serially
 
+        if self.evaluator is not None:
+            return self.evaluator.evaluate_batches(self, model, batches, model_options)
         return evaluate_serially(model, batches, model_options)
 
     def denoiser_memory_budget(self, device: torch.device) -> int:
         """Bytes available to the batches of one denoiser call."""
+        if self.evaluator is not None:
+            return self.evaluator.denoiser_memory_budget(self, device)
         return comfy.model_management.get_free_memory(device)
 
     def pre_run(self) -> None:

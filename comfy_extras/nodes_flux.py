@@ -114,7 +114,9 @@ class FluxKontextMultiReferenceLatentMethod(io.ComfyNode):
             category=CATEGORY,
             inputs=[
                 io.Conditioning.Input("conditioning"),
-                io.Combo.Input("reference_latents_method", options=["offset", "index", "uxo/uno"]),
+                io.Combo.Input(
+                    "reference_latents_method", options=["offset", "index", "uxo/uno", "index_timestep_zero"]
+                ),
             ],
             outputs=[io.Conditioning.Output()],
             is_experimental=True,

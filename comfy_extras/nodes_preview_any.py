@@ -1,4 +1,4 @@
-"""Shows any value as text."""
+"""Shows any value as text, and gives the text on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class PreviewAny:
     def INPUT_TYPES(cls):
         return {"required": {"source": ("*", {})}}
 
-    RETURN_TYPES = ()
+    RETURN_TYPES = ("STRING",)
     FUNCTION = "main"
     OUTPUT_NODE = True
     CATEGORY = "utils"
@@ -26,7 +26,7 @@ class PreviewAny:
                 shown = json.dumps(source)
             except (TypeError, ValueError):
                 shown = str(source)
-        return {"ui": {"text": (shown,)}}
+        return {"ui": {"text": (shown,)}, "result": (shown,)}
 
 
 NODE_CLASS_MAPPINGS = {"PreviewAny": PreviewAny}

@@ -33,10 +33,6 @@ def pixels(name: str) -> Any:
     return io.Int.Input(name, default=512, min=0, max=MAX_RESOLUTION, step=1)
 
 
-def multiple(default: int) -> Any:
-    return io.Int.Input("multiple", default=default, min=1, max=MAX_RESOLUTION, step=1)
-
-
 def _choices() -> list[Any]:
     crop = io.Combo.Input(
         "crop",
@@ -52,9 +48,9 @@ def _choices() -> list[Any]:
         option(SHORTER, [pixels("shorter_size")]),
         option(WIDTH, [pixels("width")]),
         option(HEIGHT, [pixels("height")]),
-        option(PIXELS, [share("megapixels", 1.0, 16.0, 0.01), multiple(1)]),
+        option(PIXELS, [share("megapixels", 1.0, 16.0, 0.01)]),
         option(MATCH, [io.MultiType.Input("match", [io.Image, io.Mask]), crop]),
-        option(MULTIPLE, [multiple(8)]),
+        option(MULTIPLE, [io.Int.Input("multiple", default=8, min=1, max=MAX_RESOLUTION, step=1)]),
     ]
 
 
@@ -88,10 +84,8 @@ def target_size(size: Size, rule: dict[str, Any]) -> Size:
         by_width = (width > height) == (kind == LONGER)
         return _fitted(size, side, 0) if by_width else _fitted(size, 0, side)
     if kind == PIXELS:
-        step = rule["multiple"]
         factor = math.sqrt(int(rule["megapixels"] * 1024 * 1024) / (width * height))
-        across, down = (max(1, round(side * factor / step)) * step for side in size)
-        return across, down
+        return max(1, round(width * factor)), max(1, round(height * factor))
     if kind == MATCH:
         other = _planes(rule["match"])
         return other.shape[-1], other.shape[-2]

@@ -229,13 +229,13 @@ def control_sd3(blocks: int = 2, channels: int = 16) -> StateDict:
     return out | {key: value for key, value in sd.items() if key.startswith(("controlnet_blocks", "pos_embed_input"))}
 
 
-def control_sd35(double: bool, kind: int = 2) -> StateDict:
-    """Stability AI's for an SD3.5 of four blocks, as for its large (`double`) and medium model."""
+def control_sd35(double: bool, kind: int = 2, depth: int = SD3_DEPTH, pooled: int = 48) -> StateDict:
+    """Stability AI's for an SD3.5 of `depth` blocks, as for its large (`double`) and medium model."""
     import comfy.ops
     from comfy.cldm.dit_embedder import ControlNetEmbedder
 
     network = ControlNetEmbedder(
-        SD3_DEPTH, 2, double, adm_in_channels=48, device="meta", operations=comfy.ops.disable_weight_init
+        depth, 2, double, adm_in_channels=pooled, device="meta", operations=comfy.ops.disable_weight_init
     )
     sd = random_weights(_shapes_of(network), 62)
     names = {"y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1"}

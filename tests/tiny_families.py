@@ -283,9 +283,9 @@ def kohya_lora(tiny: Tiny, rank: int = 4) -> StateDict:
     return out
 
 
-def checkpoint(name: str) -> StateDict:
+def checkpoint(tiny: Tiny) -> StateDict:
     """A whole tiny model under the keys of an all-in-one file."""
-    tiny, kind = TINY[name], TINY[name].kind()
+    kind = tiny.kind()
     vae = tiny_models.vae_shapes() if tiny.channels == 16 else tiny_models.vae_4_shapes()
     parts = {"model.diffusion_model.": tiny.shapes(), kind.vae_key_prefix[0]: vae}
     for encoder in tiny.encoders:
@@ -313,7 +313,7 @@ def files(name: str) -> dict[str, Callable[[], StateDict]]:
         diffusers = f"diffusion_models/tiny_{name}_diffusers.safetensors"
         out[diffusers] = lambda: tiny_models.renamed(weights, targets)
     if tiny.encoders:
-        out[f"checkpoints/tiny_{name}.safetensors"] = lambda: checkpoint(name)
+        out[f"checkpoints/tiny_{name}.safetensors"] = lambda: checkpoint(tiny)
     for seed, encoder in enumerate(tiny.encoders, 2):
         shapes = _ENCODERS[encoder]()
         path = f"text_encoders/tiny_{encoder}.safetensors"

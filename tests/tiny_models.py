@@ -14,7 +14,8 @@ checkpoints and text encoders where the vocabulary of these comes with the progr
 blocks, but real widths: 130 and 300 MB)
     checkpoints/tiny_sd15.safetensors, tiny_sdxl.safetensors
     loras/tiny_sd15_kohya.safetensors
-`adapters` writes ControlNets, image encoders and style models (`tests.tiny_adapters`).
+`adapters` writes ControlNets, image encoders and style models (`tests.tiny_adapters`), `parts` text encoders, vocabularies
+and video VAEs (`tests.tiny_parts`).
 Pictures made with them are coloured noise: the weights are random.
 """
 
@@ -259,13 +260,15 @@ def write_flux(out: str) -> list[str]:
     return write_files(files, out)
 
 
-def write_files(files: Mapping[str, Callable[[], StateDict]], out: str) -> list[str]:
-    """Write files by their names below `out`; returns their paths."""
+def write_files(
+    files: Mapping[str, Callable[[], StateDict]], out: str, metadata: dict[str, str] | None = None
+) -> list[str]:
+    """Write files by their names below `out`, all with the same metadata; returns their paths."""
     written = []
     for name, make in files.items():
         path = os.path.join(out, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_file({key: value.contiguous() for key, value in make().items()}, path)
+        save_file({key: value.contiguous() for key, value in make().items()}, path, metadata)
         written.append(path)
     return written
 
@@ -274,17 +277,20 @@ def write_family(name: str, out: str) -> list[str]:
     """Write the tiny files of a family below `out`; returns their paths."""
     if name == "flux":
         return write_flux(out)
-    from tests import tiny_adapters, tiny_families, tiny_unets
+    from tests import tiny_adapters, tiny_families, tiny_parts, tiny_unets
 
+    if name == "parts":
+        return [*tiny_parts.write_vocabularies(out), *write_files(tiny_parts.FILES, out)]
     own = {"adapters": tiny_adapters.FILES, **tiny_unets.FILES}
-    return write_files(own.get(name) or tiny_families.files(name), out)
+    metadata = tiny_families.TINY[name].metadata if name in tiny_families.TINY else None
+    return write_files(own.get(name) or tiny_families.files(name), out, metadata)
 
 
 def main() -> None:
     """Command line."""
     from tests import tiny_families, tiny_unets
 
-    names = sorted({"adapters", *tiny_families.TINY, *tiny_unets.FILES})
+    names = sorted({"adapters", "parts", *tiny_families.TINY, *tiny_unets.FILES})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=names, default="flux")
     parser.add_argument("--out", default="models", help="models folder to write into")

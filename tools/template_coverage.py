@@ -3,10 +3,14 @@
     python -m tools.template_coverage            a summary by model family, and the most wanted missing node types
     python -m tools.template_coverage --list     also each template with what it lacks
     python -m tools.template_coverage --json     the same as one JSON object
+    python -m tools.template_coverage --run      run every template that should work, on one rank and on two
+    python -m tools.template_coverage --run NAME ...
 
-A template counts as covered when every node type in it, sub-graphs included, exists here or in the page. Templates that
-call remote, paid services (`openSource: false` in the index) are left out. Whether the models' families are supported is
-another question: a loader exists for every family, and says so when it meets one it does not know.
+A template counts as covered when every node type in it, sub-graphs included, exists here or in the page, and as runnable
+when the families of its model files are here, too (`app.template_requirements`). Templates that call remote, paid services
+(`openSource: false` in the index) are left out. `--run` needs Chromium and the official page: it runs runnable templates
+(or those that are named) on small stand-in files with random weights, at reduced sizes and steps (`tools.template_run`),
+and says of all others what they lack. A whole run takes about an hour on two cores.
 """
 
 from __future__ import annotations
@@ -14,14 +18,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import dataclasses
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.template_requirements import FRONT_END_TYPES, active_nodes
+from app.template_requirements import FRONT_END_TYPES, active_nodes, missing_of
 
 
 @dataclass
@@ -32,6 +38,7 @@ class Template:
     title: str
     families: list[str]
     types: set[str] = field(default_factory=set)
+    graph: Mapping[str, Any] = field(default_factory=dict)
 
     def missing(self, known: frozenset[str] | set[str]) -> list[str]:
         """Node types that do not exist."""
@@ -58,9 +65,9 @@ def load_templates() -> list[Template]:
         if entry.get("openSource", True) is False or not os.path.isfile(path):
             continue
         with open(path, encoding="utf-8") as file:
-            types = node_types(json.load(file))
+            graph = json.load(file)
         families = entry.get("models") or ["no model"]
-        templates[entry["name"]] = Template(entry["name"], entry.get("title", ""), families, types)
+        templates[entry["name"]] = Template(entry["name"], entry.get("title", ""), families, node_types(graph), graph)
     return list(templates.values())
 
 
@@ -85,7 +92,11 @@ def report(templates: list[Template], known: set[str]) -> dict[str, Any]:
     wanted: collections.Counter[str] = collections.Counter()
     alone: collections.Counter[str] = collections.Counter()
     lacking: dict[str, list[str]] = {}
+    needs: dict[str, list[dict[str, str]]] = {}
     for template in templates:
+        needed = missing_of(template.graph, known)
+        if needed:
+            needs[template.name] = needed
         missing = template.missing(known)
         for family in template.families:
             families[family][0] += not missing
@@ -98,6 +109,7 @@ def report(templates: list[Template], known: set[str]) -> dict[str, Any]:
     return {
         "templates": len(templates),
         "covered": len(templates) - len(lacking),
+        "runnable": len(templates) - len(needs),
         "families": {
             family: {"covered": covered, "templates": count}
             for family, (covered, count) in sorted(families.items(), key=lambda item: (-item[1][1], item[0]))
@@ -107,12 +119,14 @@ def report(templates: list[Template], known: set[str]) -> dict[str, Any]:
             for name, count in sorted(wanted.items(), key=lambda item: (-item[1], item[0]))
         ],
         "missing": lacking,
+        "needs": needs,
     }
 
 
 def print_report(result: Mapping[str, Any], every: bool, most: int = 25) -> None:
     """The report for people."""
     print(f"{result['covered']} of {result['templates']} templates have every node type")
+    print(f"{result['runnable']} of {result['templates']} have every model family as well")
     print("\nby model:")
     for family, counts in result["families"].items():
         print(f"  {counts['covered']:3} of {counts['templates']:3}  {family}")
@@ -121,8 +135,37 @@ def print_report(result: Mapping[str, Any], every: bool, most: int = 25) -> None
         print(f"  {entry['templates']:3} {entry['last_missing_of']:3}  {entry['type']}")
     if every:
         print("\ntemplates and what they lack:")
-        for name, missing in sorted(result["missing"].items()):
-            print(f"  {name}: {', '.join(missing)}")
+        for name, needed in sorted(result["needs"].items()):
+            print(f"  {name}: {', '.join(entry['name'] for entry in needed)}")
+
+
+def run(templates: list[Template], known: set[str], names: list[str], ranks: list[int]) -> dict[str, Any]:
+    """Run templates: those named, else all that lack nothing. See `tools.template_run`."""
+    from tools.template_run import LIMITS, run_templates
+
+    graphs = {template.name: template.graph for template in templates}
+    chosen = names or [name for name in graphs if not missing_of(graphs[name], known)]
+    limits = ", ".join(f"{name} {value:g}" for name, value in LIMITS.items())
+    print(f"{len(chosen)} templates on {' and '.join(map(str, ranks))} rank(s); at most {limits}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="templates_") as base:
+        reports = run_templates(
+            {name: graphs[name] for name in chosen}, base, ranks, lambda line: print(line, flush=True)
+        )
+    return {
+        "run": len(reports),
+        "ranks": ranks,
+        "limits": LIMITS,
+        "succeeded": sum(report.state == "runs" for report in reports),
+        "reports": [dataclasses.asdict(report) for report in reports],
+    }
+
+
+def print_run(result: Mapping[str, Any]) -> None:
+    """The outcome of `run` for people."""
+    print(f"\n{result['succeeded']} of {result['run']} templates ran to their results, equal on all numbers of ranks")
+    for report in result["reports"]:
+        if report["state"] != "runs":
+            print(f"  {report['state']:13} {report['name']}: {report['why'] or report['difference']}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,18 +173,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="also list each template with what it lacks")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--run", nargs="*", metavar="NAME", help="run templates: those named, or all that should work")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks to run on")
     options = parser.parse_args(arguments)
     try:
         templates = load_templates()
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 1
-    result = report(templates, known_types())
-    if options.json:
-        print(json.dumps(result))
-    else:
+    known = known_types()
+    unknown = sorted({*(options.run or ())} - {template.name for template in templates})
+    if unknown:
+        print(f"there is no template {', '.join(unknown)}; --list names those that lack something", file=sys.stderr)
+        return 2
+    result = report(templates, known)
+    if not options.json:
         print_report(result, options.list)
-    return 0
+    ran = None
+    if options.run is not None:
+        try:
+            ran = run(templates, known, options.run, options.ranks)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 1
+        print_run(ran)
+    if options.json:
+        print(json.dumps({**result, **({} if ran is None else {"outcome": ran})}))
+    return 0 if ran is None or ran["succeeded"] == ran["run"] else 1
 
 
 if __name__ == "__main__":

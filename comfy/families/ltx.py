@@ -83,6 +83,9 @@ class LTXV(supported_models_base.BASE):
         return supported_models_base.ClipTarget(t5.LTXVT5Tokenizer, t5.LTXVT5XXL)
 
 
+_TEXT = 4096  # the width of text features that all published models have
+
+
 def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[str, Any] | None:
     keys = sd.get(f"{prefix}transformer_blocks.0.attn2.to_k.weight")
     if f"{prefix}adaln_single.emb.timestep_embedder.linear_1.bias" not in sd or keys is None:
@@ -91,13 +94,16 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
         return None  # PixArt with diffusers' names
     if f"{prefix}audio_adaln_single.linear.weight" in sd:
         return None  # LTX-2, a model of video and sound
-    return {
+    config = {
         "image_model": "ltxv",
         "num_layers": count_blocks(sd, prefix + "transformer_blocks.{}."),
         "attention_head_dim": keys.shape[0] // 32,
         "cross_attention_dim": keys.shape[1],
-        **metadata_config(metadata),
     }
+    text = sd.get(f"{prefix}caption_projection.linear_1.weight")
+    if text is not None and text.shape[1] != _TEXT:
+        config["caption_channels"] = text.shape[1]
+    return {**config, **metadata_config(metadata)}
 
 
 _DIFFUSERS = (

@@ -251,6 +251,9 @@ _MEMBERS = (
     ("img_emb.proj.0.bias", "i2v"),
 )
 
+# Widths of what prompts and pictures are encoded as: a weight, the argument, and what all published models have.
+_WIDTHS = (("text_embedding.0.weight", "text_dim", 4096), ("img_emb.proj.0.weight", "clip_dim", 1280))
+
 
 def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[str, Any] | None:
     if f"{prefix}head.modulation" not in sd:
@@ -281,6 +284,9 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
     for key, name in (("img_emb.emb_pos", "flf_pos_embed_token_number"), ("ref_conv.weight", "in_dim_ref_conv")):
         if prefix + key in sd:
             config[name] = sd[prefix + key].shape[1]
+    for key, name, usual in _WIDTHS:
+        if prefix + key in sd and sd[prefix + key].shape[-1] != usual:
+            config[name] = sd[prefix + key].shape[-1]
     told = metadata_config(metadata)
     return {**config, **{name: told[name] for name in told if name in config or name == "text_dim"}}
 

@@ -118,7 +118,10 @@ class BertTokenizer(_RawTokenizer):
 
 
 class OwnVocabulary(_RawTokenizer):
-    """A vocabulary that does not come with the program, from a model's own `tokenizer.json`; read when it is needed."""
+    """A vocabulary that does not come with the program, from a model's own `tokenizer.json`; read when it is needed.
+
+    The file is in folder `path`, or in the folder of that name beside text encoders (models/text_encoders/qwen25).
+    """
 
     def __init__(self, path: str, origin: str, start: int | None) -> None:
         self.path, self.origin = path, origin
@@ -132,11 +135,17 @@ class OwnVocabulary(_RawTokenizer):
     @property
     def core(self) -> Any:
         """The library's tokenizer. Raises ValueError when there is no file."""
-        if not os.path.isfile(os.path.join(self.path, "tokenizer.json")):
+        import folder_paths
+
+        folder = os.path.basename(self.path)
+        beside = folder_paths.get_full_path("text_encoders", os.path.join(folder, "tokenizer.json"))
+        path = self.path if beside is None else os.path.dirname(beside)
+        if not os.path.isfile(os.path.join(path, "tokenizer.json")):
             raise ValueError(
-                f"the vocabulary of {self.origin} does not come with the program; put its tokenizer.json into {self.path}"
+                f"the vocabulary of {self.origin} does not come with the program; put its tokenizer.json into "
+                f"models/text_encoders/{folder}"
             )
-        return _load(self._read, os.path.realpath(self.path))
+        return _load(self._read, os.path.realpath(path))
 
     _read = staticmethod(_from_json)
 

@@ -172,3 +172,28 @@ def test_stochastic_rounding_is_unbiased_and_reproducible(dtype: torch.dtype) ->
     assert abs(rounded.float().mean().item() - 0.3) < 2e-3
     exact = torch.tensor([0.0, 0.5, -1.0, 448.0 if dtype == torch.float8_e4m3fn else 57344.0])
     assert stochastic_rounding(exact, dtype, seed=1).float().equal(exact)
+
+
+def test_a_clone_of_a_packs_own_class_is_evaluated_by_ours_and_loads() -> None:
+    """As GGUF packs do it: the class is changed while cloning, `load` sets one argument and passes the others on."""
+
+    class Quantised(ModelPatcher):
+        def load(self, *args: Any, force_patch_weights: bool = False, **kwargs: Any) -> None:
+            loaded.append(kwargs["lowvram_model_memory"])
+            super().load(*args, force_patch_weights=True, **kwargs)
+
+        def clone(self, *args: Any, **kwargs: Any) -> Any:
+            before, self.__class__ = self.__class__, Quantised
+            other = super().clone(*args, **kwargs)
+            self.__class__ = before
+            return other
+
+    loaded: list[int] = []
+    one = patcher(TACODiTModelPatcher)
+    one.taco_parallel = "settings"
+    other = Quantised.clone(one)
+    assert type(one) is TACODiTModelPatcher and type(other) is type(other.clone()) is Quantised
+    assert other.clone().evaluator is TACODiTModelPatcher and other.clone().taco_parallel == "settings"
+    other.patch_model(CPU)
+    assert loaded == [0]
+    other.unpatch_model(CPU)

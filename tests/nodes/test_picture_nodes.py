@@ -13,6 +13,7 @@ from PIL import Image
 import folder_paths
 import nodes
 from tests.nodes.helpers import encode, run
+from tests.tiny_parts import upscaler
 
 
 @pytest.fixture
@@ -83,25 +84,10 @@ def test_thresholds_of_ordered_dithering():
     assert matrix.shape == (4, 4) and len(np.unique(matrix)) == 16 and abs(matrix.sum()) < 1e-9
 
 
-def esrgan(scale=2, features=8, seed=0):
-    """Random weights of the compact upscaler (SRVGGNet)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def conv(rows, columns):
-        return torch.randn(rows, columns, 3, 3, generator=generator) * 0.05
-
-    layers = {"body.0.weight": conv(features, 3), "body.0.bias": torch.zeros(features)}
-    for number in range(1, 4, 2):
-        layers[f"body.{number}.weight"] = torch.full((features,), 0.1)
-        rows = features if number < 3 else 3 * scale**2
-        layers[f"body.{number + 1}.weight"], layers[f"body.{number + 1}.bias"] = conv(rows, features), torch.zeros(rows)
-    return layers
-
-
 def test_upscale_models(all_nodes, folders):
     from safetensors.torch import save_file
 
-    save_file(esrgan(), folders / "models/upscale_models/tiny2x.safetensors")
+    save_file(upscaler(), folders / "models/upscale_models/tiny2x.safetensors")
     save_file({"x": torch.zeros(1)}, folders / "models/upscale_models/none.safetensors")
     model = run(all_nodes, "UpscaleModelLoader", model_name="tiny2x.safetensors")[0]
     assert model.scale == 2

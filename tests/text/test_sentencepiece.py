@@ -1,46 +1,19 @@
 """Sentence-piece models from bytes: a small one written here, and encoders that carry theirs with the weights."""
 
-import struct
-
 import pytest
 import torch
 
 from comfy.text_encoders.loader import CLIPType, load_text_encoder_state_dicts
 from comfy.text_encoders.sentencepiece import BPE, UNIGRAM, SentencePieceModel, SentencePieceTokenizer
 from tests.text import tiny
-
-
-def _varint(value):
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _field(number, value):
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def model_bytes(kind=UNIGRAM, pieces=()):
-    """A model with pad, end, unknown and the given (text, score) pieces."""
-    table = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), *[(text, score, 1) for text, score in pieces]]
-    body = b"".join(
-        _field(1, _field(1, text.encode()) + _field(2, score) + _field(3, kind_)) for text, score, kind_ in table
-    )
-    return body + _field(2, _field(3, kind)) + _field(3, _field(3, 1) + _field(4, 1))
-
+from tests.tiny_parts import sentence_pieces
 
 PIECES = [("\u2581", -2.0), ("\u2581fox", -3.0), ("a", -4.0), ("b", -4.5), ("ab", -3.5), ("\u2581ab", -3.2)]
 
 
 def test_reading():
     """All that matters is read."""
-    model = SentencePieceModel(model_bytes(BPE, PIECES))
+    model = SentencePieceModel(sentence_pieces(BPE, PIECES))
     assert model.kind == BPE and model.unknown == 2 and len(model.pieces) == 9
     assert model.pieces[4] == ("\u2581fox", -3.0, 1) and model.prefix_space and model.remove_extra_spaces
 
@@ -51,7 +24,7 @@ def test_ids(kind):
     pieces = (
         PIECES if kind == UNIGRAM else [*PIECES, ("\u2581f", -9.0), ("\u2581fo", -8.0), ("f", -9), ("o", -9), ("x", -9)]
     )
-    tokenizer = SentencePieceTokenizer(model_bytes(kind, [(t, float(s)) for t, s in pieces]), end=1)
+    tokenizer = SentencePieceTokenizer(sentence_pieces(kind, [(t, float(s)) for t, s in pieces]), end=1)
     assert tokenizer("  fox   ab ")["input_ids"] == [4, 8, 1]
     assert tokenizer("")["input_ids"] == [1]
     assert 2 in tokenizer("z")["input_ids"]
@@ -60,7 +33,7 @@ def test_ids(kind):
 def test_wan_encoder_carries_its_tokenizer():
     """umT5 files have the model as a tensor of bytes; it survives saving."""
     weights = tiny.t5(dtype=torch.float16, vocabulary=200001)
-    data = torch.frombuffer(bytearray(model_bytes(UNIGRAM, PIECES)), dtype=torch.uint8)
+    data = torch.frombuffer(bytearray(sentence_pieces(UNIGRAM, PIECES)), dtype=torch.uint8)
     clip = load_text_encoder_state_dicts([{**weights, "spiece_model": data}], clip_type=CLIPType.WAN)
     tokens = clip.tokenize("fox ab")
     assert [pair[0] for pair in tokens["umt5xxl"][0][:4]] == [4, 8, 1, 0] and len(tokens["umt5xxl"][0]) == 512
@@ -83,7 +56,7 @@ def test_auraflows_vocabulary_is_asked_for_when_a_prompt_comes(monkeypatch, tmp_
     assert without.state_dict() == {} and without.tokenize_with_weights("")["pile_t5xl"][0][0][0] == 2
     with pytest.raises(ValueError, match=f"put it into models/text_encoders as {VOCABULARY}"):
         without.tokenize_with_weights("a fox")
-    (tmp_path / VOCABULARY).write_bytes(model_bytes(UNIGRAM, PIECES))
+    (tmp_path / VOCABULARY).write_bytes(sentence_pieces(UNIGRAM, PIECES))
     rows = AuraT5Tokenizer().tokenize_with_weights("fox ab")["pile_t5xl"]
     assert [pair[0] for pair in rows[0][:4]] == [4, 8, 2, 1] and len(rows[0]) == 256
 

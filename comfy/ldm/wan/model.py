@@ -273,8 +273,8 @@ class WanModel(nn.Module):
         dim: int = 2048, ffn_dim: int = 8192, freq_dim: int = 256, text_dim: int = 4096, out_dim: int = 16,
         num_heads: int = 16, num_layers: int = 32, window_size: tuple[int, ...] = (-1, -1), qk_norm: bool = True,
         cross_attn_norm: bool = True, eps: float = 1e-6, flf_pos_embed_token_number: int | None = None,
-        in_dim_ref_conv: int | None = None, image_model: str | None = None, dtype: Any = None, device: Any = None,
-        operations: Any = None,
+        in_dim_ref_conv: int | None = None, clip_dim: int = 1280, image_model: str | None = None, dtype: Any = None,
+        device: Any = None, operations: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if num_heads < 1 or dim % num_heads or (dim // num_heads) % 2:
@@ -306,7 +306,7 @@ class WanModel(nn.Module):
         self.rope_embedder = EmbedND(dim // num_heads, 10000, [dim // num_heads - 2 * rest, rest, rest])
         self.img_emb = None
         if kind == "i2v_cross_attn":
-            self.img_emb = MLPProj(1280, dim, flf_pos_embed_token_number, operations=operations, **place)
+            self.img_emb = MLPProj(clip_dim, dim, flf_pos_embed_token_number, operations=operations, **place)
         self.ref_conv = None
         if in_dim_ref_conv is not None:
             self.ref_conv = operations.Conv2d(in_dim_ref_conv, dim, self.patch_size[1:], self.patch_size[1:], **place)
@@ -328,7 +328,7 @@ class WanModel(nn.Module):
         **kwargs: Any,
     ) -> dit.DiTState:
         """Padded latents [B, in_dim, F, h, w], times [B] or [B, n] (one for each frame), text [B, m, text_dim],
-        CLIP tokens [B, k, 1280] -> whole state with the stream `img`. freqs: a rotary table to use.
+        CLIP tokens [B, k, clip_dim] -> whole state with the stream `img`. freqs: a rotary table to use.
         """
         if x.ndim != 5:
             raise ValueError(f"Wan works on videos [B, C, frames, height, width], got a latent {tuple(x.shape)}")

@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.taco_dit import runtime
 
 from .agreement import agree_on
-from .config_manager import OptimizationConfig, ParallelConfig
+from .config_manager import OptimizationConfig
 
 WRAPPER_KEY = "taco_dit"
 
@@ -21,22 +21,17 @@ WRAPPER_KEY = "taco_dit"
 class TACODiTModelPatcher(ModelPatcher):
     """ModelPatcher that spreads denoiser calls over the ranks. Clones, patches, LoRA and hooks work as in any other.
 
-    `taco_parallel` overrides the configuration's `parallel` section for this model; None uses it as it is.
+    Clones that a pack makes of a class of its own do so, too. `taco_parallel` overrides the configuration's `parallel`
+    section for this model; None uses it as it is.
     """
-
-    taco_parallel: ParallelConfig | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.evaluator = TACODiTModelPatcher
         active = runtime.active()
         optimization = OptimizationConfig() if active is None else active.config.optimization
         self.weight_store.linear_precision = optimization.linear_precision
         self.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, _sample_together)
-
-    def clone(self, *args: Any, **kwargs: Any) -> TACODiTModelPatcher:
-        other: Any = super().clone(*args, **kwargs)
-        other.taco_parallel = self.taco_parallel
-        return other
 
     def evaluate_batches(self, model: Any, batches: list[Any], model_options: dict[str, Any]) -> list[torch.Tensor]:
         """See `TACODiTExecutionEngine.evaluate`."""
