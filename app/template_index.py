@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app import frontend_management as frontend
-from app.template_requirements import missing_of
+from app.template_requirements import is_network, missing_of
 
 _INDEX = re.compile(r"index(?:\.([A-Za-z-]+))?\.json")
 _FIRST, _LAST = 1000, -1000  # the ends of the page's searchRank
@@ -26,7 +26,8 @@ _SERVICE = "service"  # kind of what calls a paid service elsewhere
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the devices that weights may be on: all GPUs in use, and of host memory."""
+    """Bytes of the GPUs in use together, and of host memory, from which weights are streamed. Without GPUs nothing is said
+    of memory: files are mapped, and are read again where they do not fit."""
 
     devices: int
     host: int
@@ -34,27 +35,30 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Words:
-    """What is said, by kind of what is missing; `{}` is its names."""
+    """What is said, by kind of what is missing; `{}` is its names. short: in a card, where it is not the name alone."""
 
     runs: str
     lacks: str
     missing: Mapping[str, str]
+    short: Mapping[str, str]
     slow: str
     between: str
     end: str
 
 
 _EN = _Words(
-    "Runs here", "Not here",
+    "Runs here", "Not here: {}",
     {_SERVICE: "It calls a paid service, for which there are no nodes", "family": "Not in this version: {}",
      "format": "Files in these formats are not read: {}", "node": "Nodes that are not in this version: {}",
      "memory": "Its files need {} of memory, more than there is"},
+    {_SERVICE: "a paid service", "format": "{} files", "memory": "{} of memory"},
     "Its files take {}, more than the GPUs have: weights are streamed, which is slower.", ", ", ".",
 )  # fmt: skip
 _ZH = _Words(
-    "可以运行", "不能运行",
+    "可以运行", "不能运行：{}",
     {_SERVICE: "它调用收费服务，这个版本没有这类节点", "family": "这个版本没有：{}", "format": "不能读取这些格式的文件：{}",
      "node": "这个版本没有这些节点：{}", "memory": "它的文件需要 {} 内存，超过现有的内存"},
+    {_SERVICE: "收费服务", "format": "{} 格式", "memory": "{} 内存"},
     "它的文件有 {}，超过 GPU 显存：权重会边算边传，因此较慢。", "、", "。",
 )  # fmt: skip
 
@@ -73,6 +77,16 @@ def lacking_text(missing: Collection[Mapping[str, str]], words: _Words) -> str:
         if names:
             said.append(text.format(words.between.join(names[:_MOST_NAMES] + more)) + words.end)
     return " ".join(said)
+
+
+def _tag(missing: Collection[Mapping[str, str]], words: _Words) -> str:
+    """What a card has room for: that it runs, or the first thing that is missing."""
+    if not missing:
+        return words.runs
+    order = list(words.missing)
+    first = min(missing, key=lambda entry: order.index(entry["kind"]))
+    name = words.short.get(first["kind"], "{}").format(first["name"])
+    return words.lacks.format(name)
 
 
 class TemplateIndex:
@@ -108,7 +122,7 @@ class TemplateIndex:
             return [{"kind": _SERVICE, "name": "", "text": _EN.missing[_SERVICE]}]
         size = int(entry.get("size") or 0)
         lacking = list(self._of_file(entry["name"]))
-        if size > memory.devices + memory.host:
+        if memory.devices and size > memory.devices + memory.host:
             text = f"{size / _GIB:.0f} GiB"
             lacking.append({"kind": "memory", "name": text, "text": _EN.missing["memory"].format(text)})
         return lacking
@@ -120,7 +134,8 @@ class TemplateIndex:
             if path is not None:
                 with open(path, encoding="utf-8") as file:
                     graph = json.load(file)
-            self._missing[name] = missing_of(graph, self._known)
+            found = missing_of(graph, self._known)
+            self._missing[name] = sorted(found, key=lambda entry: not is_network(entry["name"]))  # which people know
         return self._missing[name]
 
     def _mark(self, entry: dict[str, Any], memory: Memory, words: _Words) -> None:
@@ -129,7 +144,7 @@ class TemplateIndex:
         size = int(entry.get("size") or 0)
         if not missing and memory.devices and size > memory.devices:
             notes.append(words.slow.format(f"{size / _GIB:.0f} GiB"))
-        entry["tags"] = [words.lacks if missing else words.runs, *entry.get("tags", [])]
+        entry["tags"] = [_tag(missing, words), *entry.get("tags", [])]
         entry["description"] = " ".join([*notes, entry.get("description", "")]).strip()
         entry["searchRank"] = _LAST if missing else _FIRST
         if missing:
