@@ -52,6 +52,8 @@ _MODEL_FOLDERS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
 }
 _LEGACY_NAMES = {"unet": "diffusion_models", "clip": "text_encoders"}
 _ANNOTATIONS = ("output", "input", "temp")
+# folders of the user directory that are a program's, not a person's: no request may name them as its user
+SYSTEM_USER_PREFIX = "__"
 
 # kind -> (names, {directory: mtime}, time of the listing)
 filename_list_cache: dict[str, tuple[list[str], dict[str, float], float]] = {}
@@ -187,6 +189,23 @@ def get_input_directory() -> str:
 
 def get_user_directory() -> str:
     return user_directory
+
+
+def get_system_user_directory(name: str = "system") -> str:
+    """Folder of what a part of the program keeps (`__manager` for ComfyUI-Manager), which no request may read.
+
+    It need not exist. Raises ValueError for a name of other signs than letters, digits and `_`, or that begins with `_`.
+    """
+    if not isinstance(name, str) or name.startswith("_") or not name.replace("_", "").isalnum():
+        raise ValueError(f"{name!r} is no name of a system user: letters, digits and _ only, not beginning with _")
+    return os.path.join(get_user_directory(), SYSTEM_USER_PREFIX + name)
+
+
+def get_public_user_directory(user_id: str) -> str | None:
+    """Folder of a user that requests may name; None for an empty name and for system users."""
+    if not user_id or user_id.startswith(SYSTEM_USER_PREFIX):
+        return None
+    return os.path.join(get_user_directory(), user_id)
 
 
 def get_directory_by_type(type_name: str | None) -> str | None:
@@ -385,11 +404,11 @@ def _list_folder(kind: str) -> tuple[list[str], dict[str, float], float]:
     return sorted(last, key=lambda name: (last[name], name)), times, time.perf_counter()
 
 
-def has_own_files(folder_name: str) -> bool:
-    """Whether a kind has a file besides those that come with the program. Raises KeyError for an unknown kind."""
-    paths = (get_full_path(folder_name, name) for name in get_filename_list(folder_name))
+def own_files(folder_name: str) -> list[str]:
+    """Names of a kind's files without those that come with the program. Raises KeyError for an unknown kind."""
     last = tuple(os.path.join(directory, "") for directory in _last_directories)
-    return any(path is not None and not path.startswith(last) for path in paths)
+    found = ((name, get_full_path(folder_name, name)) for name in get_filename_list(folder_name))
+    return [name for name, path in found if path is not None and not path.startswith(last)]
 
 
 def _still_valid(kind: str, listing: tuple[list[str], dict[str, float], float]) -> bool:

@@ -22,6 +22,7 @@ import folder_paths
 from app import (
     access,
     auth,
+    manager,
     routes_files,
     routes_info,
     routes_internal,
@@ -112,7 +113,7 @@ class PromptServer:
         if token:
             key = auth.page_key(folder_paths.get_user_directory())
             chosen.append(auth.create_token_middleware(auth.TokenCheck(token, key)))
-        return chosen
+        return chosen + manager.middleware(args)
 
     def _add_core_routes(self) -> None:
         self.routes.get("/ws")(self.websocket_handler)

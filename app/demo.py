@@ -1,4 +1,4 @@
-"""The demo model among a person's models: where it lies, its workflows, and what the page shows when it is the only one."""
+"""The demo model among a person's models: where it lies, and its workflows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ CHECKPOINT = "taco_dit_demo.safetensors"
 # what the page calls the group of our workflows among its templates
 GROUP = "TACO-DiT"
 _FIRST = os.path.join(WORKFLOWS, "1 Text to image.json")
-_DIFFUSION_KINDS = ("checkpoints", "diffusion_models")
 
 
 def present() -> bool:
@@ -33,11 +32,8 @@ def add_workflows() -> None:
 
 
 def first_graph() -> dict[str, Any] | None:
-    """The workflow to begin with, in the page's form; None for a person with diffusion models of their own.
-
-    Without models the page would begin with a workflow whose files are missing.
-    """
-    if not present() or any(folder_paths.has_own_files(kind) for kind in _DIFFUSION_KINDS):
+    """The demo's first workflow, in the page's form; None without the demo model."""
+    if not present():
         return None
     with open(_FIRST, encoding="utf-8") as file:
         graph: dict[str, Any] = json.load(file)

@@ -6,6 +6,7 @@ import collections
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from comfy_nodes.packs import FAILED
 EVENT = "taco_dit"
 WEB_NAME = "taco_dit"
 WEB_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "web")
-_KEPT_PROMPTS = 20
+_KEPT_PROMPTS = 50
 _MEMORY_GRAIN = 32 * 2**20
 _RESULTS = {"execution_success": "done", "execution_interrupted": "cancelled"}
 
@@ -126,7 +127,7 @@ class Panel:
         """Called by the prompt worker after each prompt."""
         ending, data = executor.status_messages[-1]
         result = _RESULTS.get(ending, "failed")
-        record = {**executor.record.as_dict(), "result": result}
+        record = {**executor.record.as_dict(), "result": result, "ended": time.time()}
         self.prompts.append(record)
         self.metrics.times(record)
         rank = executor.failed_rank if result == "failed" else None

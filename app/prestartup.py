@@ -14,18 +14,21 @@ import time
 from collections.abc import Iterator
 
 import folder_paths
+from app import manager
 
 SCRIPT = "prestartup_script.py"
 
 
-def scripts(args: argparse.Namespace) -> list[str]:
-    """The scripts of all packs that the flags let in, in the order in which they run."""
+def scripts(args: argparse.Namespace, rank: int = 0) -> list[str]:
+    """The scripts of all packs that this rank is to load, in the order in which they run."""
     found = []
     for folder in folder_paths.get_folder_paths("custom_nodes"):
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             script = os.path.join(folder, name, SCRIPT)
             unwanted = args.disable_all_custom_nodes and name not in args.whitelist_custom_nodes
-            if not unwanted and not name.endswith(".disabled") and os.path.isfile(script):
+            if unwanted or name.endswith(".disabled") or not os.path.isfile(script):
+                continue
+            if not manager.skips(args, os.path.join(folder, name), rank):
                 found.append(script)
     return found
 
@@ -33,10 +36,26 @@ def scripts(args: argparse.Namespace) -> list[str]:
 Times = list[tuple[float, str, bool]]  # seconds, folder of the pack, whether its script worked
 
 
-def run_prestartup_scripts(args: argparse.Namespace) -> Times:
-    """Run the script of every pack that the flags let in; one that fails is named and skipped."""
+def run_prestartup_scripts(args: argparse.Namespace, rank: int | None) -> Times:
+    """Run the script of every pack that this rank is to load; one that fails is named and skipped.
+
+    rank: None in the process that ranks are forked from, where the scripts run that are for all ranks.
+    """
+    if rank == 0:
+        manager.prestartup(args)
+    return _run_all(scripts(args, 1 if rank is None else rank))
+
+
+def run_first_ranks_own(args: argparse.Namespace) -> Times:
+    """On rank 0, forked from a process that ran what is for all ranks: what is for this rank alone."""
+    manager.prestartup(args)
+    common = scripts(args, 1)
+    return _run_all([script for script in scripts(args, 0) if script not in common])
+
+
+def _run_all(found: list[str]) -> Times:
     times: Times = []
-    for script in scripts(args):
+    for script in found:
         before = time.perf_counter()
         with _one_at_a_time(script):
             good = _run(script)

@@ -34,6 +34,7 @@ def system_stats() -> dict[str, Any]:
     import torch
 
     import comfy.model_management as memory
+    import comfy.taco_dit
 
     device = memory.get_torch_device()
     cpu = torch.device("cpu")
@@ -45,6 +46,7 @@ def system_stats() -> dict[str, Any]:
             "ram_total": memory.get_total_memory(cpu),
             "ram_free": memory.get_free_memory(cpu),
             "comfyui_version": __version__,
+            "taco_dit_version": comfy.taco_dit.__version__,
             **versions(),
             "python_version": sys.version,
             "pytorch_version": str(torch.__version__),

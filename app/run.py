@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 SWITCH_INTERVAL_S = 0.0005
 
 
-def prepare(args: argparse.Namespace, root: str) -> Times:
-    """What comes before torch is imported: folders, and the packs' scripts, which may set what torch reads then."""
+def prepare(args: argparse.Namespace, root: str, for_all: bool = False) -> Times:
+    """What comes before torch is imported: folders, and the packs' scripts, which may set what torch reads then.
+
+    for_all: in the process that ranks are forked from.
+    """
     from app.prestartup import run_prestartup_scripts
 
+    rank = int(os.environ.get("RANK", "0"))
     apply_directories(args, root)
-    _make_directories(first=os.environ.get("RANK", "0") == "0")
-    return run_prestartup_scripts(args)
+    _make_directories(first=rank == 0)
+    return run_prestartup_scripts(args, None if for_all else rank)
 
 
 def run_rank(args: argparse.Namespace, root: str, prepared: Times | None = None) -> int:
@@ -35,10 +39,15 @@ def run_rank(args: argparse.Namespace, root: str, prepared: Times | None = None)
     `prepared` is what `prepare` returned where it has run, in the process that this one is a fork of. Raises ConfigError
     for a configuration that does not fit the ranks.
     """
-    from app.prestartup import report
+    from app.prestartup import report, run_first_ranks_own
 
-    _set_up_logging(args, int(os.environ.get("RANK", "0")))
-    report(prepare(args, root) if prepared is None else prepared)
+    rank = int(os.environ.get("RANK", "0"))
+    _set_up_logging(args, rank)
+    if prepared is None:
+        prepared = prepare(args, root)
+    elif rank == 0:
+        prepared = [*prepared, *run_first_ranks_own(args)]
+    report(prepared)
     from comfy import media
     from comfy.taco_dit.core.distributed_manager import RankInfo
 
@@ -157,6 +166,7 @@ def _attention_flag(args: argparse.Namespace, device: Any) -> str | None:
 
 def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEventLoop, manager: Any) -> None:
     import nodes
+    from app import manager as comfyui_manager
     from comfy.taco_dit.core.pack_turns import PackTurns
 
     turns = PackTurns(manager.control, manager.rank)
@@ -165,6 +175,7 @@ def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEve
             init_custom_nodes=not args.disable_all_custom_nodes or bool(args.whitelist_custom_nodes),
             init_api_nodes=not args.disable_api_nodes,
             turn=turns.turn,
+            skips=lambda path: comfyui_manager.skips(args, path, manager.rank),
         )
     )
     turns.over()
@@ -173,7 +184,7 @@ def _load_nodes(args: argparse.Namespace, server: Any, loop: asyncio.AbstractEve
 
 def _serve(args: argparse.Namespace, current: Any) -> int:
     import comfy.model_management as management
-    from app import demo
+    from app import demo, manager
     from app.start_checks import listen_addresses
     from comfy_execution.worker import PromptWorker, cache_choice
     from execution import PromptQueue
@@ -184,6 +195,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     server = PromptServer(loop)
     panel = _make_panel(server, current)
     demo.add_workflows()
+    manager.start(args)
     queue = PromptQueue(server, _open_store(args))
     _load_nodes(args, server, loop, current.manager)
     announce = getattr(current.lockstep, "announce", None)
@@ -219,6 +231,7 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
         loop.add_signal_handler(number, loop.stop)
     try:
         loop.create_task(server.publish_loop())
+        logging.info("Starting server")  # ComfyUI-Manager takes this line for the end of the start
         addresses = [(address, args.port) for address in listen_addresses(args.listen)]
         shown = not args.dont_print_server
         loop.run_until_complete(server.start_multi_address(addresses, _opener(args), verbose=shown))
@@ -226,6 +239,9 @@ def _serve(args: argparse.Namespace, current: Any) -> int:
     except (OSError, ValueError) as error:  # an address that is taken, TLS files that cannot be used
         logging.error("%s", error)
         return 2
+    except SystemExit as end:  # a pack's route ends the program: ComfyUI-Manager's Restart
+        if end.code:
+            raise
     finally:
         queue.close()  # a prompt that runs is not over: after the next start it runs again
         management.interrupt_current_processing()
@@ -285,7 +301,12 @@ def _make_panel(server: Any, current: Any) -> Any:
 
 
 def _exit_soon() -> None:
-    """End the process even if a computation is stuck in the worker thread."""
+    """End the process, or start it again if that was asked for, even if a computation is stuck in the worker thread."""
+    from app import restart
+    from comfy.taco_dit.core.launcher import is_worker
+
+    if restart.requested(os.environ) and not is_worker(os.environ):
+        restart.start_again()
     logging.info("Stopped")
     sys.stdout.flush()
     sys.stderr.flush()

@@ -278,6 +278,11 @@ def part_of_file(folder: str, file: str) -> Part | None:
     return _first(_BESIDE.get(folder, ()), file)
 
 
+def is_network(name: str) -> bool:
+    """Whether a family's name is that of a diffusion network, not of what goes with one."""
+    return any(part.name == name for _, part in _NETWORKS)
+
+
 def format_of_file(file: str) -> str | None:
     """The quantised format that a file's name tells and that is not read, or None."""
     return _first(_FORMATS, file)

@@ -75,7 +75,10 @@ class UserManager:
         """Path of a user's file (None: of the user's folder); None when it would lie outside. KeyError: unknown user."""
         if type != "userdata":
             raise KeyError("Unknown filepath type:" + type)
-        root = os.path.abspath(os.path.join(folder_paths.get_user_directory(), self.get_request_user_id(request)))
+        folder = folder_paths.get_public_user_directory(self.get_request_user_id(request))
+        if folder is None:
+            raise KeyError("Not a person: " + self.get_request_user_id(request))
+        root = os.path.abspath(folder)
         if file is None:
             return root
         name = unquote(file) if "%" in file else file
@@ -92,6 +95,8 @@ class UserManager:
         name = name.strip()
         if not name:
             raise ValueError("username not provided")
+        if name.startswith(folder_paths.SYSTEM_USER_PREFIX):
+            raise ValueError(f"names that begin with {folder_paths.SYSTEM_USER_PREFIX} are the program's own")
         user_id = f"{re.sub('[^a-zA-Z0-9-_]+', '-', name)}_{uuid.uuid4()}"
         users = {**self.users, user_id: name}
         atomic_files.write(self.get_users_file(), json_text.dumps(users))

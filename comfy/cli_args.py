@@ -244,6 +244,11 @@ _FLAGS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--disable-all-custom-nodes", {"action": "store_true", "help": "load no custom nodes"}),
         ("--whitelist-custom-nodes", {"nargs": "+", "default": [], "help": "packs to load all the same"}),
         ("--disable-api-nodes", {"action": "store_true"}),
+        ("--enable-manager", {"action": "store_true", "help": "ComfyUI-Manager, the package comfyui-manager"}),
+    ],
+    "one:ComfyUI-Manager": [
+        ("--disable-manager-ui", {"action": "store_true", "help": "only what it does at the start: no pages, no routes"}),
+        ("--enable-manager-legacy-ui", {"action": "store_true", "help": "its older pages"}),
     ],
     "others": [
         ("--default-hashing-function", {"choices": ["md5", "sha1", "sha256", "sha512"], "default": "sha256",

@@ -100,9 +100,10 @@ def _load_model(model_path: str) -> Any:
     folder = os.path.join(model_path, "transformer")
     if not os.path.isdir(folder) and os.path.isdir(os.path.join(model_path, "unet")):
         folder = os.path.join(model_path, "unet")
-    model = comfy.sd.load_diffusion_model_state_dict(load_part(folder), metadata=_config(folder))
+    weights = load_part(folder)
+    model = comfy.sd.load_diffusion_model_state_dict(weights, metadata=_config(folder))
     if model is None:
-        raise comfy.sd.unknown_model(folder)
+        raise comfy.sd.unknown_model(folder, weights)
     model.cached_patcher_init = (_load_model, (model_path,))
     return model
 

@@ -16,6 +16,7 @@ import torch
 import comfy.families
 import comfy.supported_models
 import comfy.utils
+from comfy.absent_families import absent_family
 
 UNET_PREFIXES = ("model.diffusion_model.", "model.model.", "net.")
 
@@ -57,11 +58,37 @@ def detect_unet_config(
 
 def model_config_from_unet_config(unet_config: dict[str, Any], state_dict: StateDict | None = None) -> Any:
     """An instance of the first family that matches, or None."""
-    for family in comfy.supported_models.models:
-        if family.matches(unet_config, state_dict):
-            return family(unet_config)
-    logging.error("no match %s", unet_config)
-    return None
+    found = _matching(unet_config, state_dict)
+    if found is None:
+        kind = unet_config.get("image_model", "a UNet")
+        logging.error("a network of the kind of %s, in sizes or a variant that is not in this version", kind)
+    return found
+
+
+def _matching(unet_config: dict[str, Any], state_dict: StateDict | None) -> Any:
+    known = comfy.supported_models.models
+    return next((family(unet_config) for family in known if family.matches(unet_config, state_dict)), None)
+
+
+def detected(state_dict: StateDict, key_prefix: str, metadata: dict[str, str] | None = None) -> Any:
+    """The family of the network below `key_prefix`, or None; says nothing and changes nothing."""
+    if absent_family(state_dict, key_prefix) is not None:
+        return None
+    config = detect_unet_config(state_dict, key_prefix, metadata)
+    return None if config is None else _matching(config, state_dict)
+
+
+def shapes_of_file(path: str) -> tuple[StateDict, dict[str, str] | None]:
+    """(weights without values, on the meta device, metadata) of a safetensors file, from its header alone.
+
+    Raises ValueError for a file that is none, and OSError.
+    """
+    header = comfy.utils.safetensors_header(path)
+    entries = json.loads(header or b"null")
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} is not a safetensors file")
+    metadata = entries.pop("__metadata__", None)
+    return {key: torch.empty(entry["shape"], device="meta") for key, entry in entries.items()}, metadata
 
 
 def model_config_from_unet(
@@ -71,6 +98,8 @@ def model_config_from_unet(
     metadata: dict[str, str] | None = None,
 ) -> Any:
     """The family of the network below `unet_key_prefix`, or None. `scaled_fp8` files are marked as such."""
+    if absent_family(state_dict, unet_key_prefix) is not None:
+        return None  # whose keys may be those of a family that is here, too
     config = detect_unet_config(state_dict, unet_key_prefix, metadata=metadata)
     if config is None:
         return None
@@ -96,6 +125,11 @@ def unet_prefix_from_state_dict(state_dict: StateDict) -> str:
                 break
     best = max(counts, key=lambda prefix: counts[prefix])
     return best if counts[best] > 5 else "model."
+
+
+def name_absent_family(state_dict: StateDict) -> str | None:
+    """What people call the family of a file's network, if it is known and not in this version."""
+    return absent_family(state_dict, unet_prefix_from_state_dict(state_dict)) or absent_family(state_dict, "")
 
 
 def convert_config(unet_config: dict[str, Any]) -> dict[str, Any]:

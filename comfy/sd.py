@@ -86,12 +86,16 @@ def model_detection_error_hint(path: str, state_dict: StateDict) -> str:
     return f"{path} looks like a LoRA; load it with Load LoRA" if is_lora else ""
 
 
-def unknown_model(path: str) -> RuntimeError:
-    """What to raise for a file of no known family."""
+def unknown_model(path: str, state_dict: StateDict | None = None) -> RuntimeError:
+    """What to raise for a file of no family that is here; it names the family where that is known by the file's keys."""
     known = ", ".join(name for family in comfy.families.records() for name in family.models)
+    absent = comfy.model_detection.name_absent_family(state_dict or {})
+    if absent is not None:
+        return RuntimeError(f"{path} is a model of {absent}, which is not in this version; this version runs {known}")
+    hint = model_detection_error_hint(path, state_dict or {})
     return RuntimeError(
-        f"{path} holds no diffusion model this version knows (families: {known}); use another file, or the loader of "
-        "the part it contains (Load VAE, Load CLIP, Load LoRA)"
+        f"{path} holds no diffusion model this version knows (families: {known}); "
+        + (hint or "use another file, or the loader of the part it contains (Load VAE, Load CLIP, Load LoRA)")
     )
 
 
@@ -115,7 +119,7 @@ def load_checkpoint_guess_config(
         te_model_options=te_model_options, metadata=metadata,
     )  # fmt: skip
     if out is None:
-        raise unknown_model(ckpt_path)
+        raise unknown_model(ckpt_path, sd)
     if output_model and out[0] is not None:
         out[0].cached_patcher_init = (load_checkpoint_guess_config, (ckpt_path,))
     return out
@@ -250,7 +254,7 @@ def load_diffusion_model(unet_path: str, model_options: dict[str, Any] | None = 
     metadata = metadata or _neighbour_config(unet_path)
     model = load_diffusion_model_state_dict(sd, model_options=model_options, metadata=metadata)
     if model is None:
-        raise unknown_model(unet_path)
+        raise unknown_model(unet_path, sd)
     model.cached_patcher_init = (load_diffusion_model, (unet_path, model_options))
     return model
 
@@ -313,7 +317,7 @@ def load_checkpoint(
     if state_dict is not None:
         out = load_state_dict_guess_config(state_dict, output_vae, output_clip, False, embedding_directory)
         if out is None:
-            raise unknown_model("the state dict")
+            raise unknown_model("the state dict", state_dict)
         model, clip, vae = out[:3]
     else:
         assert ckpt_path is not None

@@ -141,14 +141,19 @@ async def load_custom_node(module_path: str, ignore: Collection[str] = (), modul
 
 
 Turn = Callable[[str], AbstractContextManager[None]]
+Skips = Callable[[str], bool]
 
 
 def _at_once(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-async def init_external_custom_nodes(turn: Turn = _at_once) -> None:
-    """Load every pack in the custom_nodes folders, as the flags allow, and log how long each took.
+def _nothing(path: str) -> bool:
+    return False
+
+
+async def init_external_custom_nodes(turn: Turn = _at_once, skips: Skips = _nothing) -> None:
+    """Load every pack in the custom_nodes folders, as the flags and `skips(path)` allow, and log how long each took.
 
     With several ranks `turn(path)` says when this one may load a pack.
     """
@@ -170,6 +175,8 @@ async def init_external_custom_nodes(turn: Turn = _at_once) -> None:
                 logging.info("Skipping %s due to --disable-all-custom-nodes", entry)
                 continue
             with turn(path):
+                if skips(path):
+                    continue
                 before = time.perf_counter()
                 loaded = await load_custom_node(path, known)
             times.append((time.perf_counter() - before, path, loaded))
@@ -189,15 +196,17 @@ async def init_builtin_extra_nodes() -> list[str]:
 
 
 async def init_extra_nodes(
-    init_custom_nodes: bool = True, init_api_nodes: bool = True, turn: Turn = _at_once
+    init_custom_nodes: bool = True, init_api_nodes: bool = True, turn: Turn = _at_once, skips: Skips = _nothing
 ) -> list[str]:
     """Load the extra nodes, then the custom ones. Returns the built-in files that failed; they are logged as well.
+
+    `skips(path)`: custom packs that are left out.
 
     `init_api_nodes` is there for callers written for ComfyUI: there are no remote, paid nodes here.
     """
     failed = await init_builtin_extra_nodes()
     if init_custom_nodes:
-        await init_external_custom_nodes(turn)
+        await init_external_custom_nodes(turn, skips)
     if failed:
         logging.warning("WARNING: some comfy_extras nodes did not import: %s", ", ".join(failed))
     return failed

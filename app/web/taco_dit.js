@@ -59,6 +59,18 @@ function sidebarTab(texts) {
   };
 }
 
+/** Say what a workflow that was opened needs and this version lacks: families, formats, nodes. */
+async function sayWhatIsMissing(texts) {
+  const answer = await api.fetchApi("/taco_dit/missing", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ workflow: app.rootGraph.serialize(), language: app.extensionManager.setting.get("Comfy.Locale") }),
+  });
+  const { missing, text } = answer.ok ? await answer.json() : { missing: [] };
+  if (!missing.some((entry) => entry.kind !== "node")) return; // of nodes alone the page speaks itself
+  app.extensionManager.toast.add({ severity: "warn", summary: texts.cannotRun, detail: text });
+}
+
 /** Give a display node a field that shows the text of its last run. */
 function showTextIn(nodeType) {
   const created = nodeType.prototype.onNodeCreated;
@@ -85,15 +97,29 @@ function showTextIn(nodeType) {
   };
 }
 
+const badges = []; // of the page's About panel, which reads them when it is opened
+
+async function addBadge() {
+  const answer = await api.fetchApi("/system_stats");
+  if (!answer.ok) return;
+  const { system } = await answer.json();
+  badges.push({ label: `TACO-DiT ${system.taco_dit_version}`, url: api.apiURL("/taco_dit/status"), icon: "pi pi-microchip" });
+}
+
 app.registerExtension({
   name: "TACO-DiT",
+  aboutPageBadges: badges,
   async setup() {
+    addBadge();
     addStyle();
     const texts = textsFor(app.extensionManager.setting.get("Comfy.Locale"));
     nameCancelledJobs(app.extensionManager.setting.get("Comfy.Locale"));
     app.extensionManager.registerSidebarTab(sidebarTab(texts));
     await prepareFirstScreen(); // before the page chooses its first workflow
     tellFailedPacks(texts);
+  },
+  afterConfigureGraph() {
+    sayWhatIsMissing(textsFor(app.extensionManager.setting.get("Comfy.Locale")));
   },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (DISPLAYS.includes(nodeData.name)) showTextIn(nodeType);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+__version__ = "0.1.0"  # of this program; that of ComfyUI whose nodes it has is in comfyui_version.py
+
 _HOMES = {
     "ConfigError": "core.config_manager",
     "TACODiTConfigManager": "core.config_in_force",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 
@@ -13,6 +14,7 @@ from comfy.taco_dit.core.distributed_manager import RankInfo, TACODiTDistributed
 from comfy.taco_dit.core.execution_engine import TACODiTExecutionEngine
 from comfy.taco_dit.core.machine_profile import assumed
 from comfy.taco_dit.doctor import plans
+from comfy.taco_dit.utils.performance_monitor import RunStatistics
 from tests.parallel.measuring_cases import measured_together, started_again
 from tests.parallel.ranks import run_ranks
 
@@ -115,3 +117,21 @@ def test_one_rank_predicts_too(tmp_path):
     assert not list(plans.steps(engine.records_file, 2))
     assert status["active_plan"] == "one rank" and status["predicted_ms"] > 0 and status["machine"]["measured"]
     assert status["last_run"]["predicted_ms"] == status["predicted_ms"]
+
+
+def test_a_speed_up_is_of_one_rank_measured_at_the_same_work_on_the_same_device(tmp_path):
+    file = str(tmp_path / "steps.json")
+    two = step_records.StepRecord("Flux", 2, 1, 4608, 2, "cfg 2", 60.0, 55.0, device="H")
+    step_records.add(file, two)
+    for changed in ({"tokens": 1024}, {"device": "A"}, {"network": "Wan"}):
+        step_records.add(
+            file, dataclasses.replace(two, **{"ranks": 1, "plan": "one rank", "measured_ms": 7.0, **changed})
+        )
+    assert step_records.one_rank_ms(file, two) is None
+    step_records.add(file, dataclasses.replace(two, ranks=1, plan="one rank", measured_ms=100.0))
+    assert step_records.one_rank_ms(file, two) == 100.0
+    ranks = [{"calls": 2, "total": 110.0, "exchange": 0.0, "compute": 110.0}] * 2
+    run = RunStatistics(world_size=2, working=2, ranks=ranks, one_rank_ms=100.0)
+    assert run.speed_up == pytest.approx(100 / 55) and "1.82 times as fast as one rank, measured" in run.text()
+    assert run.waste() == "" and dataclasses.replace(run, working=1).waste() == "2 ranks, 1 at work"
+    assert dataclasses.replace(run, one_rank_ms=None).speed_up is None

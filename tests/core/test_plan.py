@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import re
 
 import pytest
 
@@ -132,3 +134,16 @@ def test_rows_are_dealt_exactly_once(cfg: int, data: int) -> None:
         for i, conds, (start, stop) in rows_of(batches, dims, c, d):
             seen += [(i, cond, picture) for cond in conds for picture in range(start, stop)]
     assert sorted(seen) == sorted((i, c, p) for i, b in enumerate(batches) for c in b.cond_or_uncond for p in range(3))
+
+
+def test_the_page_says_every_reason_and_cure_in_chinese():
+    from comfy.taco_dit.core.reasons import TEXTS
+    from comfy.taco_dit.utils.events import REMEDY_CODES
+
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    with open(os.path.join(root, "app", "web", "panel", "texts.js"), encoding="utf-8") as file:
+        chinese = file.read().split("const ZH")[1]
+    entries = dict(re.findall(r'^    (\w+): "(.*)",$', chinese, re.MULTILINE))
+    assert set(REMEDY_CODES) <= set(entries)
+    for code, text in TEXTS.items():
+        assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", entries[code])), code

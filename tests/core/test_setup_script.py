@@ -25,6 +25,8 @@ def setup(tmp_path):
     """`setup(kind, gpu=False, **environment)`: (exit status, what was said, what pip was asked for)."""
     for name in FILES:
         shutil.copy(os.path.join(ROOT, name), tmp_path)
+    (tmp_path / "utils").mkdir()
+    shutil.copy(os.path.join(ROOT, "utils", "torch_packages.py"), tmp_path / "utils")
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in (("python3", PYTHON), ("chromium", "#!/bin/sh\n"), ("nvidia-smi", '#!/bin/sh\nexit "$NO_GPU"\n')):
@@ -64,6 +66,7 @@ def installed(asked, wanted):
 def test_it_installs_once_torch_first(setup, tmp_path):
     status, said, asked = setup("runtime")
     assert status == 0 and installed(asked, [*RUNTIME, PICTURES])
+    assert "-m utils.torch_packages install" in (tmp_path / "calls").read_text(), "for packs, where they load"
     assert said.count("\n") == 2 and "first run, making .venv" in said and "about 600 MB" in said
     assert setup("runtime") == (0, "", [])
     (tmp_path / "requirements.txt").write_text("torch==2.0\nnew\n")

@@ -6,15 +6,17 @@ import glob
 import itertools
 import json
 import os
+import shutil
 
 import pytest
 
 import folder_paths
 import nodes
-from app import demo
+from app import demo, first_workflow
 from app.run import apply_directories
 from comfy.cli_args import build_parser
 from comfy_extras.nodes_taco_dit import NODE_DISPLAY_NAME_MAPPINGS as TACO_NODES
+from tests.tiny_models import write_flux
 
 NIGHT = "taco_dit_demo_night.safetensors"
 WORKFLOWS = sorted(glob.glob(os.path.join(demo.WORKFLOWS, "*.json")))
@@ -118,17 +120,33 @@ def test_without_its_files_or_with_the_flag_nothing_is_added(shipped, base, monk
     assert not demo.present() and demo.first_graph() is None
 
 
-def test_the_first_graph_is_for_those_without_diffusion_models(shipped, base):
+def test_files_that_cannot_run_alone_do_not_change_the_first_graph(shipped, base):
     start(base)
-    for kind, name in (("loras", "own.safetensors"), ("vae", "own.safetensors"), ("checkpoints", "readme.txt")):
-        add(base, kind, name)
     graph = demo.first_graph()
     assert graph is not None and demo.CHECKPOINT in json.dumps(graph)
-    for kind in ("diffusion_models", "unet", "checkpoints"):
-        path = add(base, kind, "own.safetensors")
-        assert demo.first_graph() is None
-        os.remove(path)
-    assert demo.first_graph() == graph
+    add(base, "checkpoints", "own.safetensors")  # not a safetensors file
+    write_flux(str(base / "models"))
+    shutil.rmtree(base / "models" / "text_encoders")
+    shutil.rmtree(base / "models" / "checkpoints")
+    assert folder_paths.own_files("diffusion_models") and first_workflow.first_graph() == graph
+
+
+def test_the_first_graph_is_of_a_file_that_can_run(shipped, base):
+    start(base)
+    write_flux(str(base / "models"))
+    first = first_workflow.first_graph()
+    types = {node["type"]: node["widgets_values"] for node in first["nodes"]}
+    assert types["CheckpointLoaderSimple"] == ["tiny_flux_dev.safetensors"]
+    assert types["KSampler"][2:4] == [20, 1.0]
+    shutil.rmtree(base / "models" / "checkpoints")
+    parts = first_workflow.first_graph()
+    types = {node["type"]: node["widgets_values"] for node in parts["nodes"]}
+    assert types["DualCLIPLoader"][:3] == ["tiny_clip_l.safetensors", "tiny_t5xxl.safetensors", "flux"]
+    assert types["UNETLoader"][0] == "tiny_flux_dev_bfl.safetensors" and types["VAELoader"] == ["tiny_ae.safetensors"]
+    by_id = {node["id"]: node for node in parts["nodes"]}
+    for link, source, output, target, place, kind in parts["links"]:
+        taken = by_id[target]["inputs"][place]
+        assert link in by_id[source]["outputs"][output]["links"] and (taken["link"], taken["type"]) == (link, kind)
 
 
 def test_the_page_gets_graph_and_workflows(shipped, folders, serve):
@@ -139,8 +157,9 @@ def test_the_page_gets_graph_and_workflows(shipped, folders, serve):
         for name in names:
             for kind in ("json", "jpg"):
                 assert await api.status("GET", f"/api/workflow_templates/{demo.GROUP}/{name}.{kind}") == 200
-        add(folders, "checkpoints", "own.safetensors")
-        assert await api.json("GET", "/taco_dit/first_screen") == {"graph": None}
+        write_flux(str(folders / "models"))
+        own = (await api.json("GET", "/taco_dit/first_screen"))["graph"]
+        assert "tiny_flux_dev.safetensors" in json.dumps(own)
 
     start(folders)
     serve(body, before=lambda server: demo.add_workflows())

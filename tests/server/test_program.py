@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 import nodes
 
 
@@ -43,6 +45,7 @@ def test_the_machine_is_described(serve):
             "ram_total",
             "ram_free",
             "comfyui_version",
+            "taco_dit_version",
             "python_version",
             "pytorch_version",
             "argv",
@@ -205,5 +208,52 @@ def test_internal_routes(serve, folders):
         assert set(await api.json("GET", "/internal/logs/raw")) == {"entries", "size"}
         assert isinstance(await api.json("GET", "/internal/logs"), str)
         await api.json("PATCH", "/internal/logs/subscribe", json={"clientId": "page", "enabled": True})
+
+    serve(body)
+
+
+def test_our_nodes_have_help_in_english_and_chinese(serve):
+    import comfy_extras.nodes_taco_dit as ours
+
+    async def body(api):
+        for name in ours.NODE_CLASS_MAPPINGS:
+            for page in ("en", "zh"):
+                async with api.client.get(f"/docs/{name}/{page}.md") as answer:
+                    assert answer.status == 200 and ours.NODE_DISPLAY_NAME_MAPPINGS[name] in await answer.text()
+        for path in ("/docs/Nothing/en.md", "/docs/..%2f..%2fpanel.py"):
+            assert await api.status("GET", path) == 404
+
+    serve(body)
+
+
+def test_the_version_is_that_of_the_project():
+    import tomllib
+
+    import comfy.taco_dit
+
+    root = os.path.dirname(os.path.abspath(nodes.__file__))
+    with open(os.path.join(root, "pyproject.toml"), "rb") as file:
+        assert tomllib.load(file)["project"]["version"] == comfy.taco_dit.__version__
+
+
+def test_system_users_are_no_persons(tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
+    assert folder_paths.get_system_user_directory("manager") == str(tmp_path / "__manager")
+    for name in ("", "_manager", "a/b", "..", "a-b"):
+        with pytest.raises(ValueError, match="no name of a system user"):
+            folder_paths.get_system_user_directory(name)
+    assert folder_paths.get_public_user_directory("ann") == str(tmp_path / "ann")
+    assert folder_paths.get_public_user_directory("__manager") is None
+    assert folder_paths.get_public_user_directory("") is None
+
+
+def test_a_person_cannot_take_a_system_users_name(serve):
+    async def body(api):
+        api.server.user_manager.multi_user = True
+        assert await api.status("POST", "/users", json={"username": "__manager"}) == 400
+        api.server.user_manager.users["__manager"] = "x"
+        assert await api.status("GET", "/userdata?dir=.", headers={"comfy-user": "__manager"}) == 401
 
     serve(body)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -28,7 +29,8 @@ def executable() -> str | None:
 class Browser:
     """One page in a browser of its own, as a context manager.
 
-    `errors` collects what the page wrote to the console as errors and exceptions nobody caught.
+    `errors` collects what the page wrote to the console as errors and exceptions nobody caught. `answer` stands in for a
+    service of another site.
     """
 
     def __init__(self, profile: str, size: tuple[int, int] = (1400, 900)) -> None:
@@ -37,6 +39,8 @@ class Browser:
         self._size = size
         self._loop = asyncio.new_event_loop()
         self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._services: dict[str, Callable[[str, Any], Any]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._number = 0
         self._loaded = threading.Event()
 
@@ -97,12 +101,39 @@ class Browser:
                 self._loaded.set()
             elif message["method"] == "Page.javascriptDialogOpening":  # "leave this page?"
                 self._consent = asyncio.create_task(self._send("Page.handleJavaScriptDialog", {"accept": True}))
+            elif message["method"] == "Fetch.requestPaused":
+                task = asyncio.create_task(self._serve(message["params"]))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
             elif message["method"] == "Runtime.exceptionThrown":
                 details = message["params"]["exceptionDetails"]
                 self.errors.append(details.get("exception", {}).get("description") or details["text"])
             elif message["method"] == "Runtime.consoleAPICalled" and message["params"]["type"] == "error":
                 parts = [str(a.get("value", a.get("description"))) for a in message["params"]["args"]]
                 self.errors.append(" ".join(parts))
+
+    async def _serve(self, paused: dict[str, Any]) -> None:
+        """Answer a request to a site that `answer` was called for."""
+        request, number = paused["request"], paused["requestId"]
+        service = next(service for site, service in self._services.items() if request["url"].startswith(site))
+        body = json.loads(request["postData"]) if request.get("postData") else None
+        found = None if request["method"] == "OPTIONS" else service(request["url"], body)
+        headers = {
+            "Access-Control-Allow-Origin": "*",
+            "Access-Control-Allow-Headers": "*",
+            "Content-Type": "application/json",
+        }
+        await self._send("Fetch.fulfillRequest", {
+            "requestId": number,
+            "responseCode": 404 if found is None and request["method"] != "OPTIONS" else 200,
+            "responseHeaders": [{"name": name, "value": value} for name, value in headers.items()],
+            "body": base64.b64encode(json.dumps(found).encode()).decode(),
+        })  # fmt: skip
+
+    def answer(self, site: str, service: Callable[[str, Any], Any]) -> None:
+        """Answer requests whose address begins with `site` by `service(address, JSON of the body)`; None is a 404."""
+        self._services[site] = service
+        self.call("Fetch.enable", patterns=[{"urlPattern": f"{site}*"} for site in self._services])
 
     async def _send(self, method: str, parameters: dict[str, Any]) -> Any:
         self._number += 1

@@ -98,7 +98,7 @@ def test_values_move_while_sampling(page: tuple[Server, Browser]) -> None:
     browser.wait(f"{steps} > {first + 4}")
     text = _text(browser)
     if server.ranks == 2:
-        assert "cfg 2" in text and "2 conditionings on 2 groups" in text
+        assert "Plan: cfg 2" in text and "2 ranks, all at work: 2 conditionings on 2 groups" in text
         bars = f"[...{PANEL}.querySelectorAll('.taco-meter .taco-exchange')].map(e => parseFloat(e.style.width))"
         assert max(browser.run(bars)) > 0
     else:
@@ -109,6 +109,59 @@ def test_values_move_while_sampling(page: tuple[Server, Browser]) -> None:
     assert total > 0
     text = _text(browser)
     assert "Last prompt" in text and "denoising" in text and "saving" in text
+    widths = browser.run(f"[...{PANEL}.querySelectorAll('.taco-strip .taco-part')].map(e => parseFloat(e.style.width))")
+    assert len(widths) >= 3 and 98 < sum(widths) < 102
+
+
+def test_ranks_and_plan_stay_in_view(page: tuple[Server, Browser]) -> None:
+    _, browser = page
+    browser.run(f"{PANEL}.scrollTop = 10_000")
+    card = browser.run(f"(e => e.getBoundingClientRect().top)({PANEL}.querySelector('.taco-card'))")
+    assert 0 < card < 200
+    browser.run(f"{PANEL}.scrollTop = 0")
+
+
+def test_ranks_that_repeat_each_others_work_are_called_waste(page: tuple[Server, Browser]) -> None:
+    server, browser = page
+    prompt = workflows.flux(seed=23, cfg=4.5)
+    prompt["sample"] = {**prompt["sample"], "class_type": "TACODiTKSampler"}
+    prompt["sample"]["inputs"] = {**prompt["sample"]["inputs"], "enable_taco_dit": False}
+    server.run(prompt)
+    last = server.json("/taco_dit/status")["last_run"]
+    assert last["working"] == 1 and last["speed_up"] is None, "one rank was never measured here"
+    if server.ranks == 2:
+        browser.wait(
+            f"{PANEL}.querySelector('.taco-waste')?.textContent.includes('2 ranks, 1 at work: parallel.enabled is false')"
+        )
+        _shot(browser, "panel_waste.png")
+
+
+def test_prompts_are_columns_of_a_chart_and_one_can_be_chosen(page: tuple[Server, Browser]) -> None:
+    server, browser = page
+    server.run(workflows.flux(seed=24, steps=1))
+    columns = f"{PANEL}.querySelectorAll('.taco-column')"
+    count = len(server.json("/taco_dit/status")["last_prompts"])
+    browser.wait(f"{columns}.length === {count}")
+    browser.run(f"{columns}[0].click()")
+    browser.wait(f"{PANEL}.querySelector('.taco-chosen-column') && {PANEL}.textContent.includes('Prompt of ')")
+    browser.run(f"{PANEL}.querySelector('.taco-chosen-column').click()")
+    assert "Last prompt" in _text(browser)
+
+
+def test_long_lists_of_messages_are_capped(page: tuple[Server, Browser]) -> None:
+    _, browser = page
+    shown = browser.run(
+        "(async () => { const status = await (await fetch('/api/taco_dit/status')).json();"
+        " const { Panel } = await import('/extensions/taco_dit/panel/view.js');"
+        " const { textsFor } = await import('/extensions/taco_dit/panel/texts.js');"
+        " const at = document.createElement('div');"
+        " status.events = [...Array(30).keys()].map(id => ({ id, level: 'warning', text: 'w' + id, cure: 'c', ranks: [0],"
+        "   time: 0, count: 1 }));"
+        " const panel = new Panel(at, textsFor('en'), () => {}); panel.show(status);"
+        " const few = at.querySelectorAll('.taco-event').length; at.querySelector('.taco-more').click();"
+        " return [few, at.querySelectorAll('.taco-event').length]; })()"
+    )
+    assert shown == [4, 30]
 
 
 def test_an_error_of_a_rank_comes_with_its_cure_and_can_be_cleared(page: tuple[Server, Browser]) -> None:
@@ -139,7 +192,7 @@ def test_markup_in_messages_stays_text(page: tuple[Server, Browser]) -> None:
         " const event = { id: 1, level: 'error', text: markup, cure: markup, ranks: [0], node: markup, time: 0, count: 1 };"
         " status.ranks[0].name = markup; status.reason = markup; status.events = [event];"
         " const panel = new Panel(at, textsFor('zh'), () => {}); panel.show(status);"
-        " return [at.querySelectorAll('img, b').length, at.querySelector('.taco-message').textContent,"
+        " return [at.querySelectorAll('img, b:not(.taco-number)').length, at.querySelector('.taco-message').textContent,"
         " at.querySelector('h3').textContent]; })(%s)" % json.dumps(markup)
     )
     assert shown == [0, markup, "警告和错误"]

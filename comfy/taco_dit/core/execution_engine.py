@@ -43,6 +43,7 @@ from .layout import Layout, Placement
 from .machine_profile import MachineProfile, assumed
 from .network_cost import EIGHT_BIT_RATES, NetworkCost, of_network
 from .plan import ParallelDims, Plan, Workload, choose_plan
+from .reasons import reason
 from .rows import all_layers_are_ours, can_cut, can_deal_rows, collect_rows, foreign_parts, replaced_parts, rows_of
 from .transports import Transports, entries_of_call
 
@@ -353,13 +354,16 @@ class TACODiTExecutionEngine:
         """After sampling, on all ranks: gather every rank's times."""
         self.runner.end_run()
         ranks = self.lockstep.gather("statistics", self.clock.read())
-        plan = self._plan or Plan(ParallelDims(), "")
+        world = self.manager.world_size
+        plan = self._plan or Plan(ParallelDims(replicas=world), (reason("off"),) if world > 1 else ())
         self.last_run = RunStatistics(
             plan=plan.dims.describe(),
             layout=self._layout[0].describe(),
             reason=plan.reason,
+            reasons=[why.as_dict() for why in plan.reasons],
+            working=world // plan.dims.replicas,
             predicted_ms=plan.predicted_ms,
-            world_size=self.manager.world_size,
+            world_size=world,
             calls=int(ranks[0]["calls"]),
             seconds=time.perf_counter() - self._started,
             ranks=ranks,
@@ -374,14 +378,13 @@ class TACODiTExecutionEngine:
         """Keep what steps took beside what was predicted."""
         if self.records_file is None or plan.predicted_ms is None or plan.work is None or not run.calls:
             return
-        work = plan.work
-        step_records.add(
-            self.records_file,
-            step_records.StepRecord(
-                plan.network, work.conds, work.pictures, work.tokens, run.world_size, run.plan, plan.predicted_ms,
-                round(run.mean_call_ms, 3),
-            ),
+        work, device = plan.work, str(self.manager.describe()["name"])
+        record = step_records.StepRecord(
+            plan.network, work.conds, work.pictures, work.tokens, run.world_size, run.plan, plan.predicted_ms,
+            round(run.mean_call_ms, 3), device=device,
         )  # fmt: skip
+        step_records.add(self.records_file, record)
+        run.one_rank_ms = step_records.one_rank_ms(self.records_file, record)
 
     def _lossy(self) -> list[str]:
         """What makes the results of this run others than those of its weights, for people."""
@@ -400,6 +403,8 @@ class TACODiTExecutionEngine:
             expected = "" if run.predicted_ms is None else f" (predicted {run.predicted_ms:.1f})"
             where = run.plan if run.layout == "whole" else f"{run.plan}, weights {run.layout}"
             parts.append(f"{run.calls} steps of {run.mean_call_ms:.1f} ms{expected}, {where}")
+            parts += filter(None, [run.waste() and f"{run.waste()}: {run.reason}"])
+            parts += [] if run.speed_up is None else [f"{run.speed_up:.2f} times as fast as one rank"]
         if run is not None and run.lossy:
             parts.append(f"lossy: {', '.join(run.lossy)}")
         parts += filter(None, [accounting.current().text()])
@@ -417,6 +422,8 @@ class TACODiTExecutionEngine:
             "pipefusion": self.pipelines.status(),
             "active_plan": None if self._plan is None else self._plan.dims.describe(),
             "reason": None if self._plan is None else self._plan.reason,
+            "reasons": [] if self._plan is None else [why.as_dict() for why in self._plan.reasons],
+            "working": None if self._plan is None else self.manager.world_size // self._plan.dims.replicas,
             "workload": None if self._plan is None or self._plan.work is None else dataclasses.asdict(self._plan.work),
             "predicted_ms": None if self._plan is None else self._plan.predicted_ms,
             "exchange": self.transports.text,

@@ -18,6 +18,7 @@ from .degrees import ParallelDims, Workload, share
 from .layout import Layout
 from .machine_profile import MachineProfile, assumed
 from .network_cost import NetworkCost, typical
+from .reasons import Reason, reason
 
 __all__ = ["Considered", "ParallelDims", "Plan", "Workload", "candidates", "choose_plan", "share"]
 
@@ -35,27 +36,37 @@ class Considered:
     predicted_ms: float = 0.0
     relative_time: float = 0.0
     """Predicted time, one rank's being 1."""
-    impossible: str = ""
+    why_not: Reason | None = None
+
+    @property
+    def impossible(self) -> str:
+        """Why it cannot be, empty where it can."""
+        return "" if self.why_not is None else self.why_not.text
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: `plan` with `predicted_ms` and `relative_time`, or with `impossible`."""
-        if self.impossible:
-            return {"plan": self.plan, "impossible": self.impossible}
+        """For JSON: `plan` with `predicted_ms` and `relative_time`, or with `impossible`, a text, and `why_not`, its code."""
+        if self.why_not is not None:
+            return {"plan": self.plan, "impossible": self.impossible, "why_not": self.why_not.as_dict()}
         return {"plan": self.plan, "predicted_ms": self.predicted_ms, "relative_time": self.relative_time}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice of degrees and the reason for it."""
+    """A choice of degrees and the reasons for it."""
 
     dims: ParallelDims
-    reason: str
+    reasons: tuple[Reason, ...] = ()
     work: Workload | None = None
     considered: tuple[Considered, ...] = ()
     """Every choice that was possible, the best first, and then what was not."""
     predicted: Estimate | None = None
     """What it is expected to take; None where the machine was not measured."""
     network: str = ""
+
+    @property
+    def reason(self) -> str:
+        """The reasons as one text."""
+        return "; ".join(reason.text for reason in self.reasons)
 
     @property
     def predicted_ms(self) -> float | None:
@@ -130,15 +141,17 @@ def _row_splits(config: ParallelConfig, work: Workload, ranks: int) -> list[int]
 
 def _impossible(config: ParallelConfig, work: Workload, ranks: int, found: list[ParallelDims]) -> list[Considered]:
     """Why no plan puts all ranks on one axis, for each axis where none does."""
-    together = "" if work.rows_split else "a wrapper or patch needs conditionings and pictures together"
-    whole = "" if work.tokens_split else "this network cannot run on a part of its tokens"
-    tokens = whole or ("" if config.sequence_parallel else "parallel.sequence_parallel is false")
-    cfg = "" if config.cfg_parallel else "parallel.cfg_parallel is false"
-    data = "" if config.data_parallel else "parallel.data_parallel is false"
+    together = None if work.rows_split else reason("rows_together")
+    whole = None if work.tokens_split else reason("whole_tokens")
+    tokens = whole or (None if config.sequence_parallel else reason("sequence_off"))
+    cfg = None if config.cfg_parallel else reason("cfg_off")
+    data = None if config.data_parallel else reason("data_off")
     if work.conds < ranks:
-        cfg = cfg or f"a call has {work.conds} conditioning{'s' if work.conds > 1 else ''}"
+        few = reason("few_conditionings", conds=work.conds) if work.conds > 1 else reason("one_conditioning")
+        cfg = cfg or few
     if work.pictures < ranks:
-        data = data or f"a call has {work.pictures} picture{'s' if work.pictures > 1 else ''}"
+        few = reason("few_pictures", pictures=work.pictures) if work.pictures > 1 else reason("one_picture")
+        data = data or few
     axes = [
         (ParallelDims(cfg_degree=ranks), together or cfg),
         (ParallelDims(data_degree=ranks), together or data),
@@ -146,11 +159,14 @@ def _impossible(config: ParallelConfig, work: Workload, ranks: int, found: list[
         (ParallelDims(ring_degree=ranks), tokens),
     ]
     if work.picture_rows and ranks > 1:
-        why = "" if config.spatial_parallel else "parallel.spatial_parallel is false"
+        why = None if config.spatial_parallel else reason("spatial_off")
         axes.append((ParallelDims(spatial_degree=ranks), why))
-    fixed = "degrees in the configuration leave no room for it"
-    off = "" if config.enabled else "parallel.enabled is false"
-    return [Considered(dims.describe(), impossible=off or why or fixed) for dims, why in axes if dims not in found]
+    off = None if config.enabled else reason("off")
+    return [
+        Considered(dims.describe(), why_not=off or why or reason("degrees_fixed"))
+        for dims, why in axes
+        if dims not in found
+    ]
 
 
 def choose_plan(
@@ -198,8 +214,8 @@ def _choose(
         Considered(dims.describe(), round(times[dims].total, 3), round(times[dims].total / alone, 4)) for dims in order
     ]
     considered += _impossible(config, work, copies, found)
-    reason = _reason(chosen, work, config, times)
-    return Plan(chosen, reason, work, tuple(considered), times[chosen] if profile.measured else None, network.name)
+    why = tuple(_reasons(chosen, work, config, times))
+    return Plan(chosen, why, work, tuple(considered), times[chosen] if profile.measured else None, network.name)
 
 
 def _best(times: dict[ParallelDims, Estimate], work: Workload, config: ParallelConfig) -> ParallelDims:
@@ -220,29 +236,32 @@ def _best(times: dict[ParallelDims, Estimate], work: Workload, config: ParallelC
     return min((chosen, *(dims for dims in times if dims.spatial_degree > 1)), key=order)
 
 
-def _reason(dims: ParallelDims, work: Workload, config: ParallelConfig, times: Collection[ParallelDims]) -> str:
+def _reasons(
+    dims: ParallelDims, work: Workload, config: ParallelConfig, times: Collection[ParallelDims]
+) -> list[Reason]:
     if not config.enabled:
-        return "parallel.enabled is false"
-    parts = []
+        return [reason("off")]
+    found = []
     if dims.cfg_degree > 1:
-        parts.append(f"{work.conds} conditionings on {dims.cfg_degree} groups")
+        found.append(reason("conditionings", conds=work.conds, groups=dims.cfg_degree))
     if dims.data_degree > 1:
-        parts.append(f"{work.pictures} pictures on {dims.data_degree} groups")
+        found.append(reason("pictures", pictures=work.pictures, groups=dims.data_degree))
     if dims.ring_degree > 1:
-        heads = f", {work.heads} heads on {dims.ulysses_degree} of them" if dims.ulysses_degree > 1 else ""
-        parts.append(f"{work.tokens} tokens on {dims.sequence_degree} ranks{heads}")
+        sizes = {"tokens": work.tokens, "ranks": dims.sequence_degree}
+        if dims.ulysses_degree > 1:
+            found.append(reason("ring_and_heads", **sizes, heads=work.heads, inner=dims.ulysses_degree))
+        else:
+            found.append(reason("ring", **sizes))
         if config.ring_degree is None:
             few = dims.sequence_degree > work.heads
-            why = "there are more ranks than heads" if few else "heads do not divide evenly over all"
-            parts.append(f"keys go round a ring of {dims.ring_degree}, as {why}")
+            found.append(reason("ring_few_heads" if few else "ring_uneven_heads", ring=dims.ring_degree))
     elif dims.ulysses_degree > 1:
-        parts.append(f"{work.tokens} tokens and {work.heads} heads on {dims.ulysses_degree} ranks")
+        found.append(reason("tokens", tokens=work.tokens, heads=work.heads, ranks=dims.ulysses_degree))
     if dims.spatial_degree > 1:
-        parts.append(f"{work.picture_rows} rows of a picture on {dims.spatial_degree} ranks")
+        found.append(reason("rows", rows=work.picture_rows, ranks=dims.spatial_degree))
     if dims.replicas > 1:
         better = any(other.replicas < dims.replicas for other in times)
-        why = "exchanging would take longer than it saves" if better else "nothing else can be split"
-        parts.append(f"{dims.replicas} ranks repeat the same work: {why}")
+        found.append(reason("repeat_faster" if better else "repeat_rest", replicas=dims.replicas))
     if not work.rows_split:
-        parts.append("a wrapper or patch needs all conditionings together")
-    return "; ".join(parts) or "one rank"
+        found.append(reason("all_together"))
+    return found or [reason("one_rank")]

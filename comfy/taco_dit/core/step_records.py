@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from utils import atomic_files
 
@@ -16,7 +17,7 @@ _KEPT = 40
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Runs of one kind. measured_ms: the least mean of a run, as the first one captures and warms up."""
+    """Runs of one kind. measured_ms: the least mean of a run, as the first one captures and warms up. device: its name."""
 
     network: str
     conds: int
@@ -27,11 +28,17 @@ class StepRecord:
     predicted_ms: float
     measured_ms: float
     runs: int = 1
+    device: str = ""
 
     @property
-    def kind(self) -> tuple[str, int, int, int, int, str]:
+    def work(self) -> tuple[str, int, int, int, str]:
+        """What a step computes, and where."""
+        return self.network, self.conds, self.pictures, self.tokens, self.device
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
         """What makes runs comparable."""
-        return self.network, self.conds, self.pictures, self.tokens, self.ranks, self.plan
+        return *self.work, self.ranks, self.plan
 
     def text(self) -> str:
         """`ulysses 2, predicted 79.1 ms, measured 80.0 ms`."""
@@ -48,6 +55,11 @@ def read(path: str) -> list[StepRecord]:
     except (OSError, ValueError, TypeError) as error:
         logging.debug("%s cannot be read: %s", path, error)
         return []
+
+
+def one_rank_ms(path: str, record: StepRecord) -> float | None:
+    """What one rank took for a step of the same work on the same device; None when it was never measured."""
+    return next((known.measured_ms for known in read(path) if known.ranks == 1 and known.work == record.work), None)
 
 
 def add(path: str, record: StepRecord) -> None:

@@ -63,7 +63,7 @@ def devices(gpus: Sequence[int], cpu: bool, messages: Sequence[str]) -> Iterator
     for message in messages:
         # A machine without GPUs may be intended; a GPU that was named and does not exist is a mistake.
         level = WARNING if message.startswith("no NVIDIA GPU") else PROBLEM
-        yield Finding(level, "GPUs", message, remedy_for(message))
+        yield Finding(level, "GPUs", message, remedy_for(message)[1])
     yield Finding(OK, "CPU", f"{os.cpu_count()} cores, {psutil.cpu_percent(0.1):.0f}% busy")
     if cpu:
         return

@@ -104,6 +104,12 @@ class RunStatistics:
     plan: str = "one rank"
     layout: str = "whole"
     reason: str = ""
+    reasons: list[dict[str, Any]] = field(default_factory=list)
+    """The same, by code (`core.reasons`)."""
+    working: int = 1
+    """Ranks that computed something no other rank computed."""
+    one_rank_ms: float | None = None
+    """What one rank took for such a step, if it was measured."""
     predicted_ms: float | None = None
     world_size: int = 1
     calls: int = 0
@@ -119,9 +125,20 @@ class RunStatistics:
         """Mean time of a denoiser call on the slowest rank."""
         return max((r["total"] / max(1, r["calls"]) for r in self.ranks), default=0.0)
 
+    @property
+    def speed_up(self) -> float | None:
+        """Time of a step on one rank by that on all, both measured; None where one rank was not."""
+        if self.one_rank_ms is None or not self.mean_call_ms or self.world_size == 1:
+            return None
+        return self.one_rank_ms / self.mean_call_ms
+
+    def waste(self) -> str:
+        """`2 ranks, 1 at work`, empty where all are."""
+        return "" if self.working >= self.world_size else f"{self.world_size} ranks, {self.working} at work"
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "mean_call_ms": self.mean_call_ms}
+        return {**asdict(self), "mean_call_ms": self.mean_call_ms, "speed_up": self.speed_up}
 
     def text(self) -> str:
         """A few lines for people."""
@@ -131,6 +148,10 @@ class RunStatistics:
             f"parallel executions: {self.calls} in {self.seconds:.2f} s, mean {self.mean_call_ms:.1f} ms"
             + ("" if self.predicted_ms is None else f", predicted {self.predicted_ms:.1f} ms"),
         ]
+        if self.waste():
+            lines.append(self.waste())
+        if self.speed_up is not None:
+            lines.append(f"{self.speed_up:.2f} times as fast as one rank, measured: {self.one_rank_ms:.1f} ms")
         if self.lossy:
             lines.append(f"lossy: {', '.join(self.lossy)}")
         for rank, times in enumerate(self.ranks):
