@@ -390,7 +390,7 @@ def test_what_packs_test_for() -> None:
     from comfy.ldm.wan.model import WanI2VCrossAttention, WanT2VCrossAttention
     from comfy.model_base import Anima, BaseModel
     from comfy.sd import CLIPType
-    from comfy_extras.nodes_lt import LTXVAddGuide
+    from comfy_extras.nodes_lt import LTXVAddGuide, SymmetricPatchifier
 
     assert issubclass(WanI2VCrossAttention, WanT2VCrossAttention) and CLIPType.STABLE_DIFFUSION.value == 1
     assert issubclass(ControlLora, ControlNet) and issubclass(T2IAdapter, ControlBase)
@@ -401,7 +401,8 @@ def test_what_packs_test_for() -> None:
     class Mine(LTXVAddGuide):
         pass
 
-    for wrong in (Mine, LTXVAddGuide.get_latent_index, Attention):
+    assert Mine.get_latent_index([["", {}]], 4, 1, 9, (8, 32, 32)) == (9, 2)
+    for wrong in (SymmetricPatchifier, Attention):
         with pytest.raises(comfy.missing.FeatureMissingError):
             wrong()
 

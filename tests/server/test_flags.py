@@ -179,7 +179,8 @@ def test_flags_in_the_help_work_and_others_are_not_in_it():
     read = set(re.findall(r"""(?:args|namespace)\.(\w+)|"(\w+)\"""", "\n".join(texts)))
     used = {name for pair in read for name in pair}
     shown = [action for action in build_parser()._actions if action.help != argparse.SUPPRESS]
-    assert {action.dest for action in shown} - used <= OF_DEFAULTS | {"help"}
+    of_the_manager = {"enable_manager_legacy_ui"}  # its package reads it
+    assert {action.dest for action in shown} - used <= OF_DEFAULTS | of_the_manager | {"help"}
     assert not {action.option_strings[0] for action in shown} & {*WITHOUT_EFFECT, *ALWAYS_SO}
     text = build_parser().format_help()
     assert "--use-sage-attention" in text and not any(f"{flag} " in text for flag in WITHOUT_EFFECT)
