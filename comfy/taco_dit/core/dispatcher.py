@@ -16,8 +16,14 @@ from .layout import Layout, Placement
 
 STRATEGIES = ("PipeFusion", "USP", "Hybrid", "Tensor", "CFG")
 POLICIES = ("round_robin", "least_loaded", "weighted_round_robin", "adaptive")
-_FREE = {"sequence_parallel_degree": None, "ulysses_degree": None, "ring_degree": None, "data_parallel_degree": None,
-         "spatial_parallel_degree": None, "auto_detect": True}  # fmt: skip
+_DEGREES = (
+    "sequence_parallel_degree",
+    "ulysses_degree",
+    "ring_degree",
+    "data_parallel_degree",
+    "spatial_parallel_degree",
+)
+_FREE: dict[str, Any] = {**dict.fromkeys(_DEGREES), "auto_detect": True}
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,12 @@ class Dispatcher:
             return RunPlan(configured, "one GPU: parallel.enabled is false in the configuration")
         free = dataclasses.replace(configured, **_FREE)
         if strategy == "Hybrid":
-            kinds = {"sequence_parallel": True, "cfg_parallel": True, "data_parallel": True, "spatial_parallel": True}
+            kinds: dict[str, Any] = {
+                "sequence_parallel": True,
+                "cfg_parallel": True,
+                "data_parallel": True,
+                "spatial_parallel": True,
+            }
             return RunPlan(dataclasses.replace(free, **kinds))
         if strategy in ("Tensor", "PipeFusion"):
             return self._as_laid_out(configured, layout, strategy)
@@ -92,7 +103,7 @@ class Dispatcher:
         if strategy == "USP" and not hasattr(model.diffusion_model, "block_list"):
             name = type(model.diffusion_model).__name__
             return self._one_gpu(free, layout, f"USP shares tokens, and {name} cannot run on a part of its tokens")
-        only = {"data_parallel": False, "spatial_parallel": False, "cfg_parallel": strategy == "CFG"}
+        only: dict[str, Any] = {"data_parallel": False, "spatial_parallel": False, "cfg_parallel": strategy == "CFG"}
         degree = ranks // layout.ranks if strategy == "USP" else None
         only |= {"sequence_parallel": strategy == "USP"}
         return RunPlan(dataclasses.replace(free, **only, sequence_parallel_degree=degree))
