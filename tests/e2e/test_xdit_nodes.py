@@ -33,7 +33,8 @@ def test_the_pictures_of_ordinary_nodes(serve, ranks):
     [
         ({"parallel_strategy": "CFG"}, "cfg 2", ""),
         ({"parallel_strategy": "Tensor"}, "replicas 2", "Tensor runs on one GPU: Tensor needs weights"),
-        ({"gpu_devices": "0,1,5"}, "replicas 2", "Hybrid runs on one GPU: gpu_devices names 5"),
+        ({"gpu_devices": "0,5"}, "replicas 2", "Hybrid runs on one GPU: gpu_devices names 5"),
+        ({"gpu_devices": "0,1,5"}, "cfg 2", "Hybrid runs on all 2 GPUs that there are: gpu_devices names 5"),
         ({"gpu_devices": "0"}, "replicas 2", ""),
     ],
 )

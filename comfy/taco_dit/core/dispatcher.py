@@ -67,9 +67,12 @@ class Dispatcher:
             return self._one_gpu(configured, layout, "")
         (group,) = self.groups()
         missing = [str(device) for device in devices if device not in group]
-        if missing:
-            why = f"gpu_devices names {', '.join(missing)}, and there are only {', '.join(map(str, group))}"
+        why = f"gpu_devices names {', '.join(missing)}, and there are only {', '.join(map(str, group))}"
+        if missing and not set(group) <= set(devices):
             return self._one_gpu(configured, layout, why)
+        if missing and len(group) > 1:  # such as the nodes' default on a machine with fewer GPUs
+            found = self.plan_for(group, strategy, model)
+            return RunPlan(found.parallel, found.note or f"all {len(group)} GPUs that there are: {why}")
         if len(group) == 1 or len(devices) == 1:
             return self._one_gpu(configured, layout, "")
         if set(devices) != set(group):
