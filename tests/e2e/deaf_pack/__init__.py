@@ -1,5 +1,6 @@
 """A broken parallel strategy: attention without its exchange. Each rank's tokens see only their like."""
 
+from comfy.taco_dit.parallel.exchange import Here
 from comfy.taco_dit.parallel.sequence_parallel import HeadMeeting
 
 
@@ -12,7 +13,7 @@ def _attend(self):
 
 
 def _send_back(self):
-    self._returned = self._out
+    self._returning = Here(self._out)
 
 
 HeadMeeting.send, HeadMeeting.attend, HeadMeeting.send_back = _send, _attend, _send_back
