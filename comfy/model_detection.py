@@ -108,6 +108,10 @@ def model_config_from_unet(
         from comfy.supported_models_base import BASE
 
         model_config = BASE(config)
+    for key, name, usual in () if model_config is None else model_config.widths:
+        weight = state_dict.get(unet_key_prefix + key)
+        if weight is not None and weight.shape[-1] != usual:
+            model_config.unet_config[name] = weight.shape[-1]
     marker = state_dict.pop(f"{unet_key_prefix}scaled_fp8", None)
     if model_config is not None and marker is not None:
         model_config.scaled_fp8 = torch.float8_e4m3fn if marker.dtype == torch.float32 else marker.dtype

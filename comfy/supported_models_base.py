@@ -26,6 +26,8 @@ class BASE:
 
     unet_config: dict[str, Any] = {}
     unet_extra_config: dict[str, Any] = {}
+    # (weight, argument of the network, what it is in all published models): widths that a smaller file may have otherwise
+    widths: tuple[tuple[str, str, int], ...] = ()
     required_keys: dict[str, Any] = {}
     clip_prefix: list[str] = []
     clip_vision_prefix: str | None = None

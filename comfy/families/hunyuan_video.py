@@ -171,6 +171,7 @@ def our_name(key: str) -> str:
 class HunyuanVideo(supported_models_base.BASE):
     """HunyuanVideo from text."""
 
+    widths = (("vector_in.in_layer.weight", "vec_in_dim", 768),)
     unet_config: dict[str, Any] = {"image_model": "hunyuan_video"}
     sampling_settings = {"shift": 7.0}
     latent_format: Any = comfy.latent_formats.HunyuanVideo
@@ -251,13 +252,12 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
     def any_with(name: str) -> bool:
         return any(key.startswith(prefix + name) for key in sd)
 
-    vector = sd.get(f"{prefix}vector_in.in_layer.weight")
     return {
         "image_model": "hunyuan_video",
         "in_channels": channels,
         "patch_size": patch,
         "out_channels": sd[f"{prefix}final_layer.linear.weight"].shape[0] // cells,
-        "vec_in_dim": None if vector is None else vector.shape[1],
+        "vec_in_dim": 768 if any_with("vector_in.") else None,
         "axes_dim": [64, 64] if len(patch) == 2 else [16, 56, 56],
         "meanflow": any_with("time_r_in."),
         "context_in_dim": sd[f"{prefix}txt_in.input_embedder.weight"].shape[1],

@@ -59,6 +59,7 @@ class LTXVModel(comfy.model_base.BaseModel):
 class LTXV(supported_models_base.BASE):
     """LTX-Video."""
 
+    widths = (("caption_projection.linear_1.weight", "caption_channels", 4096),)
     unet_config = {"image_model": "ltxv"}
     sampling_settings = {"shift": 2.37}
     latent_format = comfy.latent_formats.LTXV
@@ -83,9 +84,6 @@ class LTXV(supported_models_base.BASE):
         return supported_models_base.ClipTarget(t5.LTXVT5Tokenizer, t5.LTXVT5XXL)
 
 
-_TEXT = 4096  # the width of text features that all published models have
-
-
 def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[str, Any] | None:
     keys = sd.get(f"{prefix}transformer_blocks.0.attn2.to_k.weight")
     if f"{prefix}adaln_single.emb.timestep_embedder.linear_1.bias" not in sd or keys is None:
@@ -100,9 +98,6 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
         "attention_head_dim": keys.shape[0] // 32,
         "cross_attention_dim": keys.shape[1],
     }
-    text = sd.get(f"{prefix}caption_projection.linear_1.weight")
-    if text is not None and text.shape[1] != _TEXT:
-        config["caption_channels"] = text.shape[1]
     return {**config, **metadata_config(metadata)}
 
 

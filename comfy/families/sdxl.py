@@ -151,7 +151,7 @@ class SDXLRefiner(SDXL):
 
     unet_config = {
         "model_channels": 384, "use_linear_in_transformer": True, "context_dim": 1280, "adm_in_channels": 2560,
-        "use_temporal_attention": False,
+        "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0], "use_temporal_attention": False,
     }  # fmt: skip
     memory_usage_factor = 1.0
     model_class = SDXLRefinerModel

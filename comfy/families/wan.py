@@ -248,6 +248,7 @@ class WAN22(WAN21):
 class WAN21T2V(supported_models_base.BASE):
     """Wan from text."""
 
+    widths = (("text_embedding.0.weight", "text_dim", 4096), ("img_emb.proj.0.weight", "clip_dim", 1280))
     unet_config: dict[str, Any] = {"image_model": "wan2.1", "model_type": "t2v"}
     sampling_settings = {"shift": 8.0}
     latent_format: Any = comfy.latent_formats.Wan21
@@ -353,9 +354,6 @@ _MEMBERS = (
     ("img_emb.proj.0.bias", "i2v"),
 )
 
-# Widths of what prompts and pictures are encoded as: a weight, the argument, and what all published models have.
-_WIDTHS = (("text_embedding.0.weight", "text_dim", 4096), ("img_emb.proj.0.weight", "clip_dim", 1280))
-
 
 def _sound_sizes(sd: StateDict, prefix: str) -> dict[str, Any]:
     """Sizes of S2V's layers for sound."""
@@ -423,9 +421,6 @@ def detect(sd: StateDict, prefix: str, metadata: dict[str, str] | None) -> dict[
     for key, name in (("img_emb.emb_pos", "flf_pos_embed_token_number"), ("ref_conv.weight", "in_dim_ref_conv")):
         if prefix + key in sd:
             config[name] = sd[prefix + key].shape[1]
-    for key, name, usual in _WIDTHS:
-        if prefix + key in sd and sd[prefix + key].shape[-1] != usual:
-            config[name] = sd[prefix + key].shape[-1]
     told = metadata_config(metadata)
     return {**config, **{name: told[name] for name in told if name in config or name in _TOLD}}
 

@@ -75,7 +75,7 @@ def test_the_four_nodes(serve, ranks):
         ({"auto_detect": False, "sequence_parallel_degree": 2}, "ulysses 2"),
         ({"auto_detect": False, "sequence_parallel_degree": 1}, "cfg 2"),
         ({"cfg_parallel": False}, "ulysses 2"),
-        ({"enable_taco_dit": False}, "one rank"),
+        ({"enable_taco_dit": False}, "replicas 2"),
         ({"use_flash_attention": False}, "cfg 2"),
     ],
 )
