@@ -136,7 +136,7 @@ async def load_custom_node(module_path: str, ignore: Collection[str] = (), modul
         logging.warning("%s", traceback.format_exc(), extra={"reported": True})
         FAILED[origin] = failure = pack_failures.explain(module_name, module_path, error)
         told = (module_path, failure.reason, failure.remedy)
-        logging.warning("Cannot import %s module for custom nodes: %s. %s", *told, extra={"cure": failure.remedy})
+        logging.warning("Cannot import %s module for custom nodes: %s. %s", *told, extra={"cure": ("", failure.remedy)})
     return False
 
 
