@@ -92,8 +92,11 @@ def judge(name: str, prompt: dict[str, Any], one: Trial, several: Trial, toleran
 
 def _why_another(prompt: dict[str, Any], first: Run, one: Trial, gap: str, tolerance: float) -> tuple[str, str]:
     """Whether one rank gives another result each time, so that the difference says nothing of the ranks."""
-    one.forget()
-    again = one.run(prompt)
+    for _ in range(2):  # once more where the second run failed, which the first did not
+        one.forget()
+        again = one.run(prompt)
+        if not again.problem:
+            break
     varies = again.problem or difference(first.parts[0], again.parts[0], tolerance)
     return (VARIES, gap) if varies else (DIFFERS, f"one rank and several: {gap}")
 
