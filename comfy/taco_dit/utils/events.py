@@ -148,7 +148,9 @@ class EventLog:
 
 
 class EventHandler(logging.Handler):
-    """Puts warnings and errors of `logging` into an event log, with what to do if the record says so: `cure`, a pair as from `remedy_for`.
+    """Puts warnings and errors of `logging` into an event log, with what to do if the record says so.
+
+    That is its `cure`, a pair as from `remedy_for`.
 
     Records marked `reported` are added elsewhere.
     """
