@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import glob
+import importlib
+import importlib.util
+import inspect
 import io
 import json
 import os
 import re
+import shlex
+import sys
 
 import pytest
 import yaml
@@ -35,6 +41,8 @@ OURS = [
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"^(```|~~~).*?^\1$", re.MULTILINE | re.DOTALL)
+PROGRAM = r"\.venv/bin/(?:python|torchrun) (?:-m [\w.]+|main\.py|--nproc-per-node \d+ -m [\w.]+)|\./start_comfyui_gpu345\.sh"
+COMMAND = re.compile(rf"(?<![\w/])({PROGRAM})(?: (?! )([^`\n]*?))?(?=`| {{2,}}|;|$)", re.MULTILINE)
 
 
 def read(path):
@@ -168,3 +176,59 @@ def test_the_forms_for_issues_can_be_read():
 def test_paths_that_contributors_are_sent_to_exist():
     named = re.findall(r"`((?:comfy|tests|app|comfy_\w+)/[\w/.*]*)`", read("CONTRIBUTING.md"))
     assert len(named) > 8 and all(glob.glob(os.path.join(ROOT, path)) for path in named)
+
+
+class Parsed(Exception):
+    """A parser accepted the arguments."""
+
+
+def commands():
+    """(page, module or start script, arguments) of each command that a page shows."""
+    return [
+        (page, program.split()[-1], shlex.split(arguments or ""))
+        for page in PAGES
+        for program, arguments in COMMAND.findall(read(page))
+    ]
+
+
+def accept(program, arguments, monkeypatch):
+    """Give the program's parser the arguments: SystemExit where it refuses them. Nothing runs after that."""
+    if program in ("main.py", "./start_comfyui_gpu345.sh"):
+        build_parser().parse_args(arguments)
+        return
+    package = importlib.util.find_spec(program)
+    assert package is not None, f"there is no module {program}"
+    name = f"{program}.__main__" if package.submodule_search_locations else program
+    path = importlib.util.find_spec(name).origin
+    if not path.startswith(ROOT + os.sep + program.split(".")[0]) or "ArgumentParser" not in read(path):
+        return  # pip and pytest, and what takes a list of names
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser, *given):
+        original(parser, *given)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    main = importlib.import_module(name).main
+    with pytest.raises(Parsed):
+        main(*[arguments] if inspect.signature(main).parameters else [])
+
+
+def test_commands_name_the_python_of_the_program():
+    bare = {page: re.findall(r"(?<![\w/])(?:python -m|python main\.py|torchrun --).*", read(page)) for page in PAGES}
+    assert not {page: found for page, found in bare.items() if found}
+
+
+def test_commands_are_accepted(monkeypatch):
+    found = commands()
+    assert len(found) > 50 and {"main.py", "tools.try_pack", "benchmarks.vae"} <= {program for _, program, _ in found}
+    wrong = []
+    for page, program, arguments in found:
+        with monkeypatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as told:
+            try:
+                accept(program, arguments, patch)
+            except SystemExit:
+                wrong.append((page, program, arguments, told.getvalue()))
+    assert not wrong
