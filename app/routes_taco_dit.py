@@ -50,7 +50,7 @@ def add_routes(routes: web.RouteTableDef, server: Any) -> None:
         body = await json_object(request)
         language = str(body.get("language", ""))
         try:
-            found = missing_of(body.get("workflow") or {}, nodes.NODE_CLASS_MAPPINGS)
+            found = missing_of(body.get("workflow") or {}, nodes.NODE_CLASS_MAPPINGS, official=False)
         except (AttributeError, KeyError, TypeError) as error:
             raise bad_request("invalid_workflow", f"this is not a workflow as the page saves it: {error!r}") from None
         return json_response({"missing": found, "text": lacking_text(found, words_for(language))})

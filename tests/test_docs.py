@@ -41,7 +41,9 @@ OURS = [
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"^(```|~~~).*?^\1$", re.MULTILINE | re.DOTALL)
-PROGRAM = r"\.venv/bin/(?:python|torchrun) (?:-m [\w.]+|main\.py|--nproc-per-node \d+ -m [\w.]+)|\./start_comfyui_gpu345\.sh"
+PROGRAM = (
+    r"\.venv/bin/(?:python|torchrun) (?:-m [\w.]+|main\.py|--nproc-per-node \d+ -m [\w.]+)|\./start_comfyui_gpu345\.sh"
+)
 COMMAND = re.compile(rf"(?<![\w/])({PROGRAM})(?: (?! )([^`\n]*?))?(?=`| {{2,}}|;|$)", re.MULTILINE)
 
 

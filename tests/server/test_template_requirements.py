@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 
@@ -91,3 +92,19 @@ def test_every_file_of_the_official_templates_is_known():
         for folder in ("checkpoints", "diffusion_models", "text_encoders", "vae"):
             unknown |= {name for name in files.get(folder, ()) if requirements.part_of_file(folder, name) is None}
     assert not unknown, "add these to the tables of app/template_requirements.py"
+
+
+def test_the_route_says_what_the_page_on_it_shows(serve):
+    """A file of one's own may have any name: nothing is said of it."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    with open(os.path.join(root, "docs/http_api.md"), encoding="utf-8") as file:
+        part = file.read().split("\n## POST /taco_dit/missing\n")[1].split("\n## ")[0]
+    asked = json.loads(re.search(r"'(\{.*\})'", part)[1])
+    shown = json.loads(re.search(r"```json\n(.*?)```", part, re.DOTALL)[1])
+
+    async def body(api):
+        assert await api.json("POST", "/taco_dit/missing", json=asked) == shown
+        asked["workflow"]["nodes"] = [node("UNETLoader", "my own mix.safetensors")]
+        assert await api.json("POST", "/taco_dit/missing", json=asked) == {"missing": [], "text": ""}
+
+    serve(body)
