@@ -50,7 +50,7 @@ _EN = _Words(
     "Runs here", "Not here: {}",
     {_SERVICE: "It calls a paid service, for which there are no nodes", "family": "Not in this version: {}",
      "format": "Files in these formats are not read: {}", "node": "Nodes that are not in this version: {}",
-     "memory": "Its files need {} of memory, more than there is"},
+     "memory": "Its files need {} of memory, more than this machine has"},
     {_SERVICE: "a paid service", "format": "{} files", "memory": "{} of memory"},
     "Its files take {}, more than the GPUs have: weights are streamed, which is slower.", ", ", ".",
 )  # fmt: skip

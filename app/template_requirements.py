@@ -301,7 +301,11 @@ def _missing_file(folder: str, file: str, official: bool) -> tuple[str, str, str
         return "family", part.name, f"{part.name} is not in this version (file {file})"
     found = format_of_file(file)
     if found is not None:
-        return "format", found, f"{part.name} is here, but not its {found} format (file {file}); use another file of it"
+        return (
+            "format",
+            found,
+            f"{part.name} is in this version, but not its {found} format; use another file than {file}",
+        )
     return None
 
 

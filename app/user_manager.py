@@ -96,7 +96,7 @@ class UserManager:
         if not name:
             raise ValueError("username not provided")
         if name.startswith(folder_paths.SYSTEM_USER_PREFIX):
-            raise ValueError(f"names that begin with {folder_paths.SYSTEM_USER_PREFIX} are the program's own")
+            raise ValueError(f"names that begin with {folder_paths.SYSTEM_USER_PREFIX} are reserved for the program")
         user_id = f"{re.sub('[^a-zA-Z0-9-_]+', '-', name)}_{uuid.uuid4()}"
         users = {**self.users, user_id: name}
         atomic_files.write(self.get_users_file(), json_text.dumps(users))

@@ -90,7 +90,7 @@ class ClipVisionModel:
         result = self.model.load_state_dict(weights, strict=False, assign=True)
         empty = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
         if empty:
-            raise ValueError(f"the CLIP vision model lacks {len(empty)} weights, first {empty[0]}; use a whole file")
+            raise ValueError(f"the CLIP vision model lacks {len(empty)} weights, first {empty[0]}; use a complete file")
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.model, load_device=self.load_device, offload_device=model_management.text_encoder_offload_device()
         )

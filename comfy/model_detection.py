@@ -61,7 +61,7 @@ def model_config_from_unet_config(unet_config: dict[str, Any], state_dict: State
     found = _matching(unet_config, state_dict)
     if found is None:
         kind = unet_config.get("image_model", "a UNet")
-        logging.error("a network of the kind of %s, in sizes or a variant that is not in this version", kind)
+        logging.error("a %s network, but of sizes or a variant that this version does not have", kind)
     return found
 
 

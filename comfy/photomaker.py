@@ -125,14 +125,14 @@ def load(path: str) -> PhotoMaker:
     if config is None or config.projection is None or second is None:
         raise ValueError(f"{path} holds no identity encoder of PhotoMaker; choose photomaker-v1.bin or one made of it")
     if any(key.startswith("qformer_perceiver.") for key in sd):
-        raise ValueError(f"{path} is of PhotoMaker 2, which needs a face recogniser; choose photomaker-v1.bin")
+        raise ValueError(f"{path} is a file of PhotoMaker 2, which needs a face recogniser; choose photomaker-v1.bin")
     dtype = model_management.text_encoder_dtype(model_management.text_encoder_device())
     model = PhotoMakerIDEncoder(config, second.shape[0], dtype, torch.device("meta"), comfy.ops.manual_cast)
     weights = {key: value.to(dtype) for key, value in sd.items() if value.is_floating_point()}
     result = model.load_state_dict(weights, strict=False, assign=True)
     if result.missing_keys:
         raise ValueError(
-            f"{path} lacks {len(result.missing_keys)} weights, first {result.missing_keys[0]}; use a whole file"
+            f"{path} lacks {len(result.missing_keys)} weights, first {result.missing_keys[0]}; use a complete file"
         )
     if result.unexpected_keys:
         logging.debug("left over PhotoMaker keys: %s", result.unexpected_keys)

@@ -115,7 +115,7 @@ def load_style_model(ckpt_path: str) -> StyleModel:
     lacking = model.load_state_dict(sd, strict=False, assign=True).missing_keys
     if lacking:
         raise ValueError(
-            f"the style model {ckpt_path} lacks {len(lacking)} weights, first {lacking[0]}; use a whole file"
+            f"the style model {ckpt_path} lacks {len(lacking)} weights, first {lacking[0]}; use a complete file"
         )
     style = StyleModel(model.eval())
     style.patcher.weight_store.loaded_from |= weight_files.files_in(sd)

@@ -225,7 +225,7 @@ async def _hand_over(call: NodeCall, output: Any, ui: dict[str, Any], executed: 
             call.read_inputs()
             values, ui, has_subgraph, _ = await _call(call, executed)
             if has_subgraph:
-                raise RuntimeError(f"{call.class_type} returned a sub-graph that it did not return on rank 0")
+                raise RuntimeError(f"{call.class_type} expanded into nodes on this rank, but not on rank 0")
     call.first_only = False  # every rank has the outputs
     return values, ui
 

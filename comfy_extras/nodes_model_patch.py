@@ -57,14 +57,14 @@ class ModelPatchLoader:
         made = _network(sd, device=torch.device("meta"), dtype=comfy.utils.weight_dtype(sd))
         if made is None:
             raise ValueError(
-                f"{name} holds no patch network of a kind that is known (USO's projector, DiffSynth's control of "
+                f"{name} holds no known patch network (USO's projector, DiffSynth's control of "
                 "Qwen-Image); choose another"
             )
         network, weights = made
         try:
             network.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            raise ValueError(f"{name} is not whole ({error}); use another file") from error
+            raise ValueError(f"{name} is incomplete ({error}); download it again") from error
         management = comfy.model_management
         patcher = comfy.model_patcher.ModelPatcher(
             network.eval(), management.get_torch_device(), management.unet_offload_device()

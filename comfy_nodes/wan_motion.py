@@ -235,7 +235,7 @@ class WanTrackToVideo(io.ComfyNode):
         paths = read_tracks(tracks)
         if paths:
             if length < 5 or (length - 1) % 4:
-                raise ValueError(f"a video of {length} frames has no paths of points; give it 5, 9, 13, ... frames")
+                raise ValueError(f"paths of points need a video of 5, 9, 13, ... frames, not {length}")
             need_vae(vae)
             start = resized(start_image[:length], width, height)[..., :3]
             video = torch.cat((start, start.new_full((length - start.shape[0], height, width, 3), GREY)))

@@ -29,7 +29,7 @@ class AudioEncoderModel:
         network.load_state_dict(own, strict=False, assign=True)
         empty = [name for name, parameter in network.named_parameters() if parameter.is_meta]
         if empty:
-            raise ValueError(f"the audio encoder lacks {len(empty)} weights, first {empty[0]}; use a whole file")
+            raise ValueError(f"the audio encoder lacks {len(empty)} weights, first {empty[0]}; use a complete file")
         self.model = network.eval()
         self.patcher: Any = comfy.model_patcher.ModelPatcher(
             self.model, load_device=self.load_device, offload_device=model_management.text_encoder_offload_device()

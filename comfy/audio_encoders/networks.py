@@ -272,7 +272,7 @@ def from_state_dict(sd: StateDict) -> tuple[nn.Module, dict[str, torch.Tensor]]:
             return WhisperModel(mels, channels, inner, _layers(weights), length), weights
         first = weights.get("feature_extractor.conv_layers.1.conv.weight")
         if first is None or "encoder.layers.0.feed_forward.intermediate_dense.weight" not in weights:
-            raise ValueError("this is no audio encoder that is known: wav2vec 2.0 or Whisper's encoder is needed")
+            raise ValueError("unknown audio encoder; use a file of wav2vec 2.0 or of Whisper's encoder")
         inner, channels = weights["encoder.layers.0.feed_forward.intermediate_dense.weight"].shape
         network = Wav2Vec2Model(
             first.shape[0], channels, inner, _layers(weights),

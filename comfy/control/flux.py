@@ -24,7 +24,7 @@ def _network(sd: StateDict, options: dict[str, Any], **changes: Any) -> tuple[An
     """(network with weights, its placement). Raises ValueError when the weights are not of Flux's sizes."""
     config = comfy.model_detection.model_config_from_unet(sd, "")
     if config is None:
-        raise ValueError("the file has the keys of a Flux ControlNet but not its blocks; use a whole file")
+        raise ValueError("the file has the keys of a Flux ControlNet but not its blocks; use a complete file")
     place = placement(sd, config, options)
     sizes = sizes_of_file(sd, "", config.unet_config["axes_dim"])
     network = ControlNetFlux(**{**config.unet_config, **sizes, **changes, **place.arguments()})

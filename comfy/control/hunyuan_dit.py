@@ -21,7 +21,7 @@ def load(sd: StateDict, model: Any, options: dict[str, Any]) -> ControlNet:
     """Tencent's canny, depth and pose: the hint is a latent."""
     config = comfy.model_detection.model_config_from_unet(sd, "")
     if config is None:
-        raise ValueError("the file has the keys of a HunyuanDiT ControlNet but not its blocks; use a whole file")
+        raise ValueError("the file has the keys of a HunyuanDiT ControlNet but not its blocks; use a complete file")
     place = placement(sd, config, options)
     sizes = {**config.unet_config, **sizes_of_file(sd, ""), **place.arguments()}
     network = with_weights(HunYuanControlNet(**sizes), sd, place.dtype)

@@ -94,7 +94,7 @@ def with_weights(network: Any, sd: StateDict, dtype: torch.dtype) -> Any:
     result = network.load_state_dict(weights, strict=False, assign=True)
     if result.missing_keys:
         raise ValueError(
-            f"the ControlNet lacks {len(result.missing_keys)} weights, first {result.missing_keys[0]}; use a whole file"
+            f"the ControlNet lacks {len(result.missing_keys)} weights, first {result.missing_keys[0]}; use a complete file"
         )
     if result.unexpected_keys:
         logging.debug("left over ControlNet keys: %s", result.unexpected_keys)

@@ -17,7 +17,7 @@ def instantx(sd: StateDict, model: Any, options: dict[str, Any]) -> ControlNet:
     """The hint is a latent; with a mask where the network has inputs for one."""
     config = comfy.model_detection.model_config_from_unet(sd, "")
     if config is None:
-        raise ValueError("the file has the keys of a Qwen-Image ControlNet but not its blocks; use a whole file")
+        raise ValueError("the file has the keys of a Qwen-Image ControlNet but not its blocks; use a complete file")
     place = placement(sd, config, options)
     sizes = {**config.unet_config, **sizes_of_file(sd)}
     further = sd["controlnet_x_embedder.weight"].shape[1] - sizes["in_channels"]

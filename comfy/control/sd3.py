@@ -33,7 +33,7 @@ def diffusers(sd: StateDict, model: Any, options: dict[str, Any]) -> ControlNet:
     converted |= {k: v for k, v in sd.items() if k.startswith(("controlnet_blocks.", "pos_embed_input."))}
     config = comfy.model_detection.model_config_from_unet(converted, "")
     if config is None:
-        raise ValueError("the file has the keys of an SD3 ControlNet but not its blocks; use a whole file")
+        raise ValueError("the file has the keys of an SD3 ControlNet but not its blocks; use a complete file")
     place = placement(converted, config, options)
     channels = converted["pos_embed_input.proj.weight"].shape[1]
     sizes = {**config.unet_config, "num_blocks": blocks, "control_latent_channels": channels}

@@ -228,7 +228,7 @@ def load_t2i_adapter(t2i_data: Any, model_options: dict[str, Any] | None = None)
         network = kind(sd, place)
         network.load_state_dict(sd, assign=True)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"the T2I-Adapter is incomplete ({error}); use a whole file") from error
+        raise ValueError(f"the T2I-Adapter is incomplete ({error}); use a complete file") from error
     return T2IAdapter(network.eval().requires_grad_(False), network.input_channels)
 
 

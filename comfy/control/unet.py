@@ -21,7 +21,7 @@ _UNION = ("task_embedding", "transformer_layes.", "spatial_ch_projs.", "control_
 def _control(sd: StateDict, options: dict[str, Any]) -> ControlNet:
     config = comfy.model_detection.model_config_from_unet(sd, "", True)
     if config is None:
-        raise ValueError("the file has the keys of a UNet's ControlNet but not its blocks; use a whole file")
+        raise ValueError("the file has the keys of a UNet's ControlNet but not its blocks; use a complete file")
     place = placement(sd, config, options)
     sizes = {**config.unet_config, **place.arguments(), "hint_channels": sd["input_hint_block.0.weight"].shape[1]}
     if "num_heads" not in sizes and "num_head_channels" not in sizes:
@@ -61,7 +61,7 @@ def diffusers(sd: StateDict, model: Any, options: dict[str, Any]) -> ControlNet:
     """With diffusers' names."""
     out = keys.from_diffusers(sd)
     if out is None:
-        raise ValueError("the file has the keys of a diffusers ControlNet but not its blocks; use a whole file")
+        raise ValueError("the file has the keys of a diffusers ControlNet but not its blocks; use a complete file")
     hints = sorted({int(key.split(".")[2]) for key in sd if key.startswith(f"{_DIFFUSERS_HINT}blocks.")})
     names = {f"{_DIFFUSERS_HINT}conv_in": 0, f"{_DIFFUSERS_HINT}conv_out": 2 * len(hints) + 2}
     names |= {f"{_DIFFUSERS_HINT}blocks.{i}": 2 * i + 2 for i in hints}

@@ -285,5 +285,5 @@ def test_bad_input(tmp_path, caplog):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     assert load_controlnet(str(tmp_path / "a.safetensors")) is None and "no control network" in caplog.text
     torn = {key: value for key, value in tiny_adapters.control_xlabs().items() if not key.startswith("img_in")}
-    with pytest.raises(ValueError, match="but not its blocks; use a whole file"):
+    with pytest.raises(ValueError, match="but not its blocks; use a complete file"):
         load_controlnet_state_dict(torn)

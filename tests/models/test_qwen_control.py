@@ -174,9 +174,9 @@ def test_wrong_files_and_vaes_are_named(load_patch):
     with pytest.raises(ValueError, match="the patch network is SigLIPMultiFeatProjModel; choose one of qwen_image"):
         QwenImageDiffsynthControlnet().diffsynth_controlnet(None, load_patch(tiny_adapters.uso()), Vae(), hints(), 1.0)
     del sd["controlnet_blocks.1.y_rms.weight"]
-    with pytest.raises(ValueError, match="is not whole"):
+    with pytest.raises(ValueError, match="is incomplete"):
         load_patch(sd)
     torn = tiny_adapters.control_qwen()
     del torn["img_in.weight"]
-    with pytest.raises(ValueError, match="not its blocks; use a whole file"):
+    with pytest.raises(ValueError, match="not its blocks, so it is incomplete; download it again"):
         load_controlnet_state_dict(torn)

@@ -50,7 +50,7 @@ def test_family_format_and_node():
     assert "Z-Image is not in this version" in missing[0]["text"]
     own = missing_of(graph, LOADERS, official=False)
     assert [entry["name"] for entry in own] == ["Z-Image", "int8", "TextGenerate"], "files of one's own have any name"
-    assert "Qwen-Image is here, but not its int8 format" in missing[2]["text"]
+    assert "Qwen-Image is in this version, but not its int8 format" in missing[2]["text"]
 
 
 def test_what_is_switched_off_is_not_needed():

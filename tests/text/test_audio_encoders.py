@@ -47,7 +47,7 @@ def test_files_and_states(kind):
     del sd[f"{prefix}encoder.layer_norm.bias"]
     with pytest.raises(ValueError, match="lacks 1 weights, first encoder.layer_norm.bias"):
         load_audio_encoder_from_sd(sd)
-    with pytest.raises(ValueError, match="no audio encoder that is known"):
+    with pytest.raises(ValueError, match="unknown audio encoder; use a file of wav2vec"):
         load_audio_encoder_from_sd({"encoder.weight": torch.zeros(1)})
 
 

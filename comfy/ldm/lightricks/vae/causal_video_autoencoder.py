@@ -306,7 +306,7 @@ def _width(sd: StateDict, stem: str, axis: int) -> int:
 
 def _folding(cells: int, block: str) -> Stride:
     if cells not in _STRIDES:
-        raise ValueError(f"{block} makes {cells} places of one, and LTX-Video's VAEs 2, 4 or 8; the file is damaged")
+        raise ValueError(f"{block} upsamples by {cells}, but LTX-Video's VAEs by 2, 4 or 8; the file is damaged")
     return _STRIDES[cells]
 
 
