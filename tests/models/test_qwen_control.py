@@ -178,5 +178,5 @@ def test_wrong_files_and_vaes_are_named(load_patch):
         load_patch(sd)
     torn = tiny_adapters.control_qwen()
     del torn["img_in.weight"]
-    with pytest.raises(ValueError, match="not its blocks, so it is incomplete; download it again"):
+    with pytest.raises(ValueError, match="not its blocks; use a complete file"):
         load_controlnet_state_dict(torn)
