@@ -123,7 +123,7 @@ const ZH = {
   onRank: (list) => `rank ${list.join("、")}`,
   reason: {
     one_rank: "一个 rank",
-    off: "parallel.enabled 为 false",
+    off: "parallel.enabled 为 false，或某个节点关闭了并行",
     conditionings: "{conds} 个条件分到 {groups} 组",
     pictures: "{pictures} 张图分到 {groups} 组",
     tokens: "{tokens} 个 token 和 {heads} 个注意力头分到 {ranks} 个 rank",

@@ -8,7 +8,7 @@ from typing import Any
 
 TEXTS = {
     "one_rank": "one rank",
-    "off": "parallel.enabled is false",
+    "off": "parallel.enabled is false, or a node switches it off",
     "conditionings": "{conds} conditionings on {groups} groups",
     "pictures": "{pictures} pictures on {groups} groups",
     "tokens": "{tokens} tokens and {heads} heads on {ranks} ranks",
